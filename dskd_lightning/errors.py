@@ -1,0 +1,11 @@
+"""The one exception that a user's mistake raises."""
+
+__all__ = ["UserError"]
+
+
+class UserError(ValueError):
+    """A mistake in a config, a file or a choice of models.
+
+    The message is one sentence that names the file, line or key at fault and the remedy.
+    The command line prints it without a traceback and exits with status 2.
+    """

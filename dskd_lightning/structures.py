@@ -1,0 +1,270 @@
+"""The tensors that flow between data, models and objectives, with their shapes.
+
+Nothing here knows Lightning, transformers or a file format. ``n`` and ``m`` are numbers of
+*response positions* of the student and of the teacher: positions that predict a response
+token. Prompt and padding positions never reach an objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Alignment",
+    "DistillationBatch",
+    "Head",
+    "ModelSpace",
+    "PaddedStatistics",
+    "Ratio",
+    "Side",
+    "TokenBatch",
+]
+
+IGNORE_INDEX = -100
+"""Label of a position that predicts no response token."""
+
+_T = TypeVar("_T")
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, _Movable):
+        return value._map(function)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, function) for item in value)
+    return value
+
+
+class _Movable:
+    """Mixin: `to` and `pin_memory` over every tensor field, nested ones included."""
+
+    def _map(self: _T, function: Callable[[Tensor], Tensor]) -> _T:
+        changes = {f.name: _map_tensors(getattr(self, f.name), function) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def to(self: _T, *args: Any, **kwargs: Any) -> _T:
+        """A copy with every tensor moved, as `torch.Tensor.to`."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[attr-defined]
+
+    def pin_memory(self: _T) -> _T:
+        """A copy with every tensor in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Head(_Movable):
+    """A language-model head: ``logits = softcap(scale * (hidden @ weight.T + bias))``.
+
+    Args:
+        weight: ``[vocab, hidden]``.
+        bias: ``[vocab]`` or None.
+        scale: factor on the logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        softcap: Gemma's ``cap * tanh(logits / cap)``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., vocab]`` of hidden states ``[..., hidden]``, in the weight's dtype."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def detach(self) -> Head:
+        """The same head with no gradient to its weight or bias."""
+        return self._map(Tensor.detach)
+
+    def restrict(self, tokens: Tensor | slice) -> Head:
+        """The head of a part of the vocabulary, ``tokens`` as an index or a slice of it."""
+        bias = None if self.bias is None else self.bias[tokens]
+        return replace(self, weight=self.weight[tokens], bias=bias)
+
+
+@dataclass(frozen=True)
+class PaddedStatistics(_Movable):
+    """Of the padded ``[batch, length]`` layout that a `Side` was selected from.
+
+    Only parity with the published cross-model attention needs it, whose standard deviations
+    run over prompt and padding positions too.
+
+    Args:
+        positions: ``batch * length``.
+        hidden_std: scalar, unbiased standard deviation of all hidden states of that layout.
+    """
+
+    positions: int
+    hidden_std: Tensor
+
+
+@dataclass(frozen=True)
+class Side(_Movable):
+    """One model's view of the response tokens of a batch, flattened over its examples.
+
+    Args:
+        hidden: ``[n, hidden]``, what the head consumes (output of the final norm).
+        head: the head that reads ``hidden``.
+        embeddings: ``[vocab, hidden]``, the input embeddings.
+        ids: ``[n]``, the token read at each position (``x`` in the formulas).
+        labels: ``[n]``, the token that each position must predict (``y``).
+        sequence: ``[n]``, index of the example that the position belongs to, non-decreasing.
+        padded: statistics of the padded layout, where an objective asked for them.
+    """
+
+    hidden: Tensor
+    head: Head
+    embeddings: Tensor
+    ids: Tensor
+    labels: Tensor
+    sequence: Tensor
+    padded: PaddedStatistics | None = None
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+
+@dataclass(frozen=True)
+class Alignment(_Movable):
+    """How the response tokens of two tokenisations of the same texts cover the same bytes.
+
+    Positions are those of the two `Side`\\ s: flattened over the batch, identified with the
+    token that they predict. A *group* is a smallest run of student tokens and a run of teacher
+    tokens that cover exactly the same bytes of one response; end-of-sequence tokens form a
+    group of their own. A 1-1 group is an exact pair.
+
+    Args:
+        student_group: ``[n]``, group of each student position, -1 where it has none.
+        teacher_group: ``[m]``, likewise.
+        student_end: ``[n]``, byte offset in its response where the predicted token ends.
+        teacher_end: ``[m]``, likewise.
+        pairs: ``[pairs, 2]``, student and teacher position of each exact pair, ascending.
+        groups: number of groups; ids are ``0 .. groups - 1`` in order of the text.
+    """
+
+    student_group: Tensor
+    teacher_group: Tensor
+    student_end: Tensor
+    teacher_end: Tensor
+    pairs: Tensor
+    groups: int
+
+
+@dataclass(frozen=True)
+class TokenBatch(_Movable):
+    """One model's token ids of a batch, rendered with that model's own template.
+
+    Rows may hold one example each (right-padded) or several packed ones, which
+    ``position_ids`` restarting from 0 then tell apart.
+
+    Args:
+        input_ids: ``[rows, length]``.
+        labels: ``[rows, length]``, already shifted: what each position must predict, or
+            `IGNORE_INDEX`.
+        attention_mask: ``[rows, length]`` of 0 and 1, or None where rows are packed.
+        position_ids: ``[rows, length]``.
+        response: ``[n]``, indices into the flattened ``rows * length`` of the response
+            positions, ordered by example, then by text.
+        sequence: ``[n]``, index of the example in the batch of each response position.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    response: Tensor
+    sequence: Tensor
+
+    def select(self, values: Tensor) -> Tensor:
+        """Response positions ``[n, ...]`` of ``values`` ``[rows, length, ...]``."""
+        return values.flatten(0, 1).index_select(0, self.response)
+
+
+@dataclass(frozen=True)
+class DistillationBatch(_Movable):
+    """What the collator gives a training step.
+
+    Args:
+        student: the student's tokens.
+        teachers: one `TokenBatch` per teacher; empty without a teacher.
+        alignments: one per teacher; None where the teacher shares the student's tokenizer.
+        teacher_hidden: one per teacher: cached hidden states ``[m, hidden]``, or None.
+        examples: ``[batch]``, indices of the examples in their dataset.
+        response_bytes: ``[batch]``, UTF-8 bytes of each example's response.
+        padding_share: share of ``rows * length`` of the student that is padding.
+    """
+
+    student: TokenBatch
+    examples: Tensor
+    response_bytes: Tensor
+    teachers: tuple[TokenBatch, ...] = ()
+    alignments: tuple[Alignment | None, ...] = ()
+    teacher_hidden: tuple[Tensor | None, ...] = ()
+    padding_share: float = 0.0
+
+    def __len__(self) -> int:
+        """Number of examples, not of rows."""
+        return self.examples.shape[0]
+
+
+@dataclass(frozen=True)
+class ModelSpace(_Movable):
+    """What an objective may know of a model before training: its sizes, head and tokenizer.
+
+    Args:
+        head: the model's head, for sizes and for initialising projectors.
+        embeddings: ``[vocab, hidden]``, the input embeddings.
+        tokenizer: its fast tokenizer, or None where none is needed.
+    """
+
+    head: Head
+    embeddings: Tensor
+    tokenizer: Any = field(default=None, compare=False)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.vocab_size
+
+
+@dataclass(frozen=True)
+class Ratio(_Movable):
+    """A mean kept as its sum and its count, so that it adds up over batches and ranks.
+
+    Args:
+        total: scalar, detached.
+        count: scalar.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """``total / count``; 0 where nothing was counted."""
+        return self.total / self.count.clamp(min=1)
+
+    def __add__(self, other: Ratio) -> Ratio:
+        return Ratio(self.total + other.total, self.count + other.count)
