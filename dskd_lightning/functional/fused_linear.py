@@ -1,0 +1,43 @@
+"""Heads and losses met in chunks of tokens: no ``[tokens, vocab]`` tensor outlives its chunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskd_lightning.functional.chunking import chunk_tokens, chunked_map, chunked_sum
+from dskd_lightning.structures import Head
+
+__all__ = ["chunk_tokens", "chunked_map", "chunked_sum", "token_log_prob"]
+
+
+def token_log_prob(
+    hidden: Tensor, head: Head, labels: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
+) -> Tensor:
+    """Log-probability of one token per position, differentiable and without stored logits.
+
+    Args:
+        hidden: ``[tokens, hidden]``.
+        head: the head that reads them; has a gradient where its tensors require one.
+        labels: ``[tokens]``, ids in the head's vocabulary.
+        temperature: divides the logits.
+        chunk_size: tokens per chunk; None takes it from the default memory budget.
+
+    Returns:
+        ``[tokens]``, float32 or float64.
+    """
+
+    def chunk_log_prob(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> Tensor:
+        rows, targets = chunk
+        logits = replace(head, weight=parameters[0], bias=parameters[1]).logits(rows)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return chosen - logits.logsumexp(-1)
+
+    size = chunk_size or chunk_tokens(head.vocab_size)
+    return chunked_map(chunk_log_prob, (hidden, labels), (head.weight, head.bias), chunk_size=size)
