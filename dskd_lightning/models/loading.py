@@ -1,7 +1,130 @@
-"""Load models and tokenizers from what a config says of them."""
+"""Load models from what a config says of them."""
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.verification import verify_head
+from dskd_lightning.models.sources import Source, load_errors, quiet, resolve_source
+from dskd_lightning.models.spec import ModelSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 
-__all__ = ["load_tokenizer"]
+__all__ = ["load_config", "load_model", "load_teacher", "load_tokenizer"]
+
+_NEEDS = "a folder needs a config.json and its weights, as `save_pretrained` writes them"
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """The model configuration of ``spec``, without its weights.
+
+    Raises:
+        UserError: nothing can be loaded from the source.
+    """
+    source = resolve_source(spec.source)
+    with load_errors("model", spec.source, _NEEDS):
+        return AutoConfig.from_pretrained(source.location, **_hub(spec), **source.arguments)
+
+
+def load_model(spec: ModelSpec, *, quantization: str | None = None) -> PreTrainedModel:
+    """The causal language model of ``spec``, in eval mode, with plain trainable weights.
+
+    GGUF blocks are dequantised at load (``dtype: auto`` then means float32), so that heads,
+    pruning, adapters and export see ordinary ``nn.Linear`` weights.
+
+    Args:
+        spec: where the model comes from.
+        quantization: ``8bit`` or ``4bit`` through bitsandbytes, for a frozen model on CUDA.
+
+    Raises:
+        UserError: the source can't be loaded, lacks weights, or can't be quantised here.
+    """
+    source = resolve_source(spec.source)
+    arguments: dict[str, Any] = {"dtype": _dtype(spec), **_hub(spec), **source.arguments}
+    if spec.attn_implementation is not None:
+        arguments["attn_implementation"] = spec.attn_implementation
+    if quantization is not None:
+        arguments |= _bitsandbytes(spec, source, quantization)
+    elif source.gguf_file is not None:
+        arguments |= _dequantize()
+    with load_errors("model", spec.source, _NEEDS), quiet(source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location, output_loading_info=True, **arguments
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"The checkpoint '{spec.source}' lacks {len(missing)} weights of a {type(model).__name__} "
+            f"(first: {missing[0]}), which would stay random: give a complete causal language model."
+        )
+    if source.gguf_file is not None:
+        model.name_or_path = model.config.name_or_path = ""  # what's stored is a free-form title, no address
+    return model.eval()
+
+
+def load_teacher(spec: TeacherSpec) -> PreTrainedModel:
+    """A frozen teacher in eval mode, its adapter merged into the weights.
+
+    A quantised teacher keeps its adapter beside the weights: merging would round it away.
+
+    Raises:
+        UserError: model or adapter can't be loaded, or the model's head can't be read.
+    """
+    model: Any = load_model(spec, quantization=spec.quantization)
+    if spec.adapter is not None:
+        with load_errors("adapter", spec.adapter, "a folder needs peft's adapter_config.json and weights"):
+            adapted = PeftModel.from_pretrained(model, spec.adapter)
+            model = adapted.get_base_model() if spec.quantization else adapted.merge_and_unload()
+    model.requires_grad_(False).eval()
+    verify_head(model, spec.source)
+    return model
+
+
+def _hub(spec: ModelSpec) -> dict[str, Any]:
+    return {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
+
+
+def _dtype(spec: ModelSpec) -> str | torch.dtype:
+    return "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+
+
+def _dequantize() -> dict[str, Any]:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before packed loading existed, dequantising was all there was
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _bitsandbytes(spec: ModelSpec, source: Source, quantization: str) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    if quantization not in ("8bit", "4bit"):
+        raise UserError(f"`quantization: {quantization}` is unknown: choose 8bit, 4bit or null.")
+    if source.gguf_file is not None:
+        raise UserError(
+            f"`quantization: {quantization}` cannot apply to the GGUF file '{spec.source}', which is loaded "
+            "dequantised: drop `quantization`, or give the original folder or Hub id."
+        )
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"`quantization: {quantization}` needs a CUDA device and none is present: set it to null."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"`quantization: {quantization}` needs bitsandbytes: pip install 'dskd-lightning[gpu]'."
+        )
+    compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantization == "8bit",
+        load_in_4bit=quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}

@@ -107,9 +107,8 @@ def load_errors(what: str, source: str, needs: str) -> Iterator[None]:
                 "check the id, the revision and your access (`hf auth login`), and without a network "
                 "download it first (`hf download`) or give a local folder"
             )
-        raise UserError(
-            f"Cannot load the {what} '{source}' ({type(error).__name__}: {reason[:300].rstrip('.:')}): {remedy}."
-        ) from error
+        reason = f"{type(error).__name__}: {reason[:300].rstrip('.:')}"
+        raise UserError(f"Cannot load the {what} '{source}' ({reason}): {remedy}.") from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,131 @@
+"""Read a model's parts: its head, its embeddings and its decoder's hidden states.
+
+Models run through their decoder alone, so that no ``[rows, length, vocab]`` logits are made;
+`Head` then stands for whatever the model does between the final norm and its logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.effective_weight import effective_bias, effective_weight
+from dskd_lightning.structures import Head, ModelSpace, PaddedStatistics, Side, TokenBatch
+
+__all__ = [
+    "base_model",
+    "decoder_hidden",
+    "input_embeddings",
+    "language_head",
+    "model_space",
+    "side",
+]
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> Any:
+    """The transformers model inside a peft wrapper (adapters stay injected), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def language_head(model: PreTrainedModel | PeftModel) -> Head:
+    """The head as one matrix: adapters on it added in, with a graph to their parameters.
+
+    Raises:
+        UserError: the model has no output embeddings, or an adapter there that isn't a sum.
+    """
+    base = base_model(model)
+    module = base.get_output_embeddings()
+    if module is None:
+        raise UserError(f"{type(base).__name__} has no language-model head: use a causal language model.")
+    config = base.config.get_text_config()
+    return Head(
+        weight=effective_weight(module),
+        bias=effective_bias(module),
+        scale=_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _scale(config: Any) -> float:
+    """Cohere and Falcon-H1 multiply the logits, Granite divides them."""
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return float(scale) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def input_embeddings(model: PreTrainedModel | PeftModel) -> Tensor:
+    """Input embeddings ``[vocab, hidden]``, adapters added in, without any scaling that follows them."""
+    return effective_weight(base_model(model).get_input_embeddings())
+
+
+def decoder_hidden(model: PreTrainedModel | PeftModel, batch: TokenBatch) -> Tensor:
+    """Hidden states ``[rows, length, hidden]`` that the head reads, the final norm applied.
+
+    Packed rows have no attention mask; restarting position ids keep their examples apart.
+    """
+    decoder = base_model(model).get_decoder()
+    output = decoder(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        return_dict=True,
+    )
+    return output.last_hidden_state
+
+
+def model_space(model: PreTrainedModel | PeftModel, tokenizer: Any = None) -> ModelSpace:
+    """What an objective may know of ``model`` before training.
+
+    Raises:
+        UserError: the tokenizer has tokens that the model has no embedding for.
+    """
+    embeddings = input_embeddings(model)
+    if tokenizer is not None and len(tokenizer) > embeddings.shape[0]:
+        raise UserError(
+            f"The tokenizer '{tokenizer.name_or_path}' has {len(tokenizer)} tokens but the model "
+            f"'{base_model(model).config.name_or_path}' has embeddings for {embeddings.shape[0]}: "
+            "use the tokenizer that belongs to it."
+        )
+    return ModelSpace(language_head(model), embeddings, tokenizer)
+
+
+def side(
+    model: PreTrainedModel | PeftModel,
+    hidden: Tensor,
+    tokens: TokenBatch,
+    *,
+    padded_statistics: bool = False,
+) -> Side:
+    """One model's view of the response tokens.
+
+    Args:
+        model: whose head and embeddings are read.
+        hidden: ``[rows, length, hidden]`` of `decoder_hidden`, or ``[n, hidden]`` where the
+            response positions were selected already (cached hidden states).
+        tokens: the batch that ``hidden`` belongs to.
+        padded_statistics: fill `Side.padded`; needs the unselected ``hidden``.
+
+    Raises:
+        UserError: padded statistics of cached hidden states were asked for.
+    """
+    padded = None
+    if padded_statistics:
+        if hidden.dim() == 2:
+            raise UserError(
+                "This objective reads statistics of the padded layout, which cached teacher states don't "
+                "hold: train without the teacher cache or turn that option of the objective off."
+            )
+        padded = PaddedStatistics(tokens.input_ids.numel(), hidden.std())
+    return Side(
+        hidden=hidden if hidden.dim() == 2 else tokens.select(hidden),
+        head=language_head(model),
+        embeddings=input_embeddings(model),
+        ids=tokens.select(tokens.input_ids),
+        labels=tokens.select(tokens.labels),
+        sequence=tokens.sequence,
+        padded=padded,
+    )

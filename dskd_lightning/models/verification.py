@@ -1,0 +1,93 @@
+"""Checks on a few tokens that a model is one that the library can read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.output import base_model, decoder_hidden, language_head
+from dskd_lightning.structures import TokenBatch
+
+__all__ = ["verify_head", "verify_packing"]
+
+
+@torch.no_grad()
+def verify_head(model: PreTrainedModel, name: str) -> None:
+    """Check on a few tokens that head and decoder reproduce the model's own logits.
+
+    Raises:
+        UserError: the model does something to its logits that `Head` can't express.
+    """
+    if model.device.type == "meta":
+        return
+    batch = _probe(model, [4])
+    with _eval_mode(model):
+        expected = model(input_ids=batch.input_ids, use_cache=False).logits
+        found = language_head(model).logits(decoder_hidden(model, batch))
+    if not _close(found, expected):
+        raise UserError(
+            f"The logits of '{name}' ({type(model).__name__}) are not a linear map of its last hidden states "
+            "with an optional scale and soft cap, so its head cannot be distilled: use another architecture."
+        )
+
+
+@torch.no_grad()
+def verify_packing(model: PreTrainedModel | PeftModel, name: str) -> None:
+    """Check on a few tokens that examples packed into one row don't see each other.
+
+    Raises:
+        UserError: the model ignores restarting position ids (OPT and Bloom do).
+    """
+    if base_model(model).device.type == "meta":
+        return
+    packed, alone = _probe(model, [3, 4]), _probe(model, [3])
+    with _eval_mode(base_model(model)):
+        first = decoder_hidden(model, alone)[0]
+        second = decoder_hidden(model, _cut(packed, 3))[0]
+        both = decoder_hidden(model, packed)[0]
+    if not _close(both, torch.cat([first, second])):
+        raise UserError(
+            f"'{name}' ({type(base_model(model)).__name__}) would mix examples that are packed into one row: "
+            "turn packing off, or choose another `attn_implementation`."
+        )
+
+
+def _probe(model: PreTrainedModel | PeftModel, lengths: list[int]) -> TokenBatch:
+    """One packed row of examples of these lengths, token ids counting up."""
+    base = base_model(model)
+    total = torch.arange(sum(lengths), device=base.device)
+    ids = total.remainder(base.get_input_embeddings().weight.shape[0])[None]
+    positions = torch.cat([torch.arange(length, device=base.device) for length in lengths])[None]
+    mask = torch.ones_like(ids) if len(lengths) == 1 else None
+    return TokenBatch(ids, ids, mask, positions, total, torch.zeros_like(total))
+
+
+def _cut(batch: TokenBatch, start: int) -> TokenBatch:
+    ids, positions = batch.input_ids[:, start:], batch.position_ids[:, start:]
+    rest = torch.arange(ids.numel(), device=ids.device)
+    return TokenBatch(ids, ids, torch.ones_like(ids), positions, rest, torch.zeros_like(rest))
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without touching the modes of single modules for good."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal within the rounding of the tensors' dtype, relative to the spread of their values."""
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 5e-2
+    found, expected = found.float(), expected.float()
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.std()))
