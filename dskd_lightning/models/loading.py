@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.models.verification import verify_head
 from dskd_lightning.models.sources import Source, load_errors, quiet, resolve_source
 from dskd_lightning.models.spec import ModelSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
+from dskd_lightning.models.verification import verify_head
 
 __all__ = ["load_config", "load_model", "load_teacher", "load_tokenizer"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dskd_lightning.errors import UserError
@@ -133,12 +133,14 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__} has no list of {count} decoder layers to prune.")
 
 
-def _feed_forward(layer: nn.Module, width: int) -> tuple[list[nn.Module], list[nn.Module]]:
+def _feed_forward(layer: nn.Module, width: int) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
     """Linear layers into (gate and up, fused or not) and out of the ``width`` units of a layer."""
     for name, parent in layer.named_modules():
         if "attn" in name or "attention" in name:
             continue
-        linear = [child for child in parent.children() if isinstance(child, nn.Linear | Conv1D)]
+        linear: list[nn.Module] = [
+            child for child in parent.children() if isinstance(child, nn.Linear | Conv1D)
+        ]
         inward = [child for child in linear if _outputs(child) in (width, 2 * width)]
         outward = [child for child in linear if child not in inward and _weight(child).shape[1] == width]
         if inward and outward:
@@ -178,7 +180,7 @@ def _replace(linear: nn.Module, weight: Tensor) -> None:
 def _check(model: PreTrainedModel) -> None:
     """The configuration alone must describe the pruned model, or no one could load it again."""
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), trust_remote_code=False)
+        fresh = type(model)(copy.deepcopy(model.config))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     expected = {name: parameter.shape for name, parameter in fresh.named_parameters()}
     if shapes != expected:
