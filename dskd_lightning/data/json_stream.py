@@ -1,0 +1,119 @@
+"""JSON Lines and JSON arrays, one record at a time, so that memory doesn't grow with the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from dskd_lightning.errors import UserError
+
+__all__ = ["iter_json"]
+
+_CHUNK = 1 << 20
+
+
+def iter_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line (from 1) and value of each record of a ``.json`` or ``.jsonl`` file.
+
+    A file that starts with ``[`` is an array of records, any other has one record a line or is a
+    single object that holds the array under ``data``.
+
+    Raises:
+        UserError: malformed JSON, with its line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.read(1)
+            while first and first.isspace():
+                first = file.read(1)
+            file.seek(0)
+            if first == "[":
+                yield from _array(path, file)
+            elif path.suffix == ".json" and not _is_json(file.readline()):
+                file.seek(0)
+                yield from _object(path, file.read())
+            else:
+                file.seek(0)
+                yield from _lines(path, file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' isn't UTF-8 text ({error.reason}): save it as UTF-8.") from error
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return not line.strip()
+    return True
+
+
+def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> UserError:
+    return UserError(
+        f"Malformed JSON at {path}:{line} ({error.msg}, column {error.colno}): correct that line."
+    )
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _malformed(path, number, error) from error
+        yield number, value
+
+
+def _object(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _malformed(path, error.lineno, error) from error
+    records = value.get("data") if isinstance(value, dict) else None
+    if isinstance(records, list):
+        yield from enumerate(records, 1)
+    else:
+        yield 1, value
+
+
+def _array(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+    """Decode item after item from a buffer that is refilled where an item isn't complete."""
+    decoder = json.JSONDecoder()
+    buffer, line, ended, expected = file.read(_CHUNK).lstrip("\ufeff"), 1, False, "["
+    position = 0
+    while True:
+        start, expected = _skip(buffer, position, expected)
+        line += buffer.count("\n", position, start)
+        position = start
+        if buffer[position : position + 1] == "]":
+            if (buffer[position + 1 :] + file.read()).strip():
+                raise UserError(f"{path}:{line} has text after the closing bracket of its array: remove it.")
+            return
+        try:
+            if expected and position < len(buffer):
+                raise json.JSONDecodeError(f"Expecting '{expected}' or ']'", buffer, position)
+            value, end = decoder.raw_decode(buffer, position)
+            complete = end < len(buffer) or ended  # a number may go on in the next chunk
+        except json.JSONDecodeError as error:
+            if ended:
+                bad = line + buffer.count("\n", position, error.pos)
+                raise _malformed(path, bad, error) from error
+            complete = False
+        if not complete:
+            more = file.read(max(_CHUNK, len(buffer) - position))
+            buffer, position, ended = buffer[position:] + more, 0, not more
+            continue
+        yield line, value
+        line += buffer.count("\n", position, end)
+        position, expected = end, ","
+
+
+def _skip(buffer: str, position: int, expected: str) -> tuple[int, str]:
+    """Position past whitespace and one ``expected`` character, and that character while it is still due."""
+    while position < len(buffer) and (buffer[position].isspace() or buffer[position] == expected):
+        if buffer[position] == expected:
+            expected = ""
+        position += 1
+    return position, expected

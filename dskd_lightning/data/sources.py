@@ -1,0 +1,186 @@
+"""Records out of files, folders and Hub datasets, streamed."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd_lightning.data.json_stream import iter_json
+from dskd_lightning.errors import UserError
+
+__all__ = ["Record", "Source", "resolve_sources"]
+
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
+_HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]:%+-]+))?"
+)
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """One raw record and the place it came from."""
+
+    value: Any
+    source: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one split of a dataset.
+
+    Args:
+        name: the file's path, or the dataset's name.
+        path: the file or saved dataset; None for the Hub.
+        config: configuration of a Hub dataset.
+        split: split of a Hub or saved dataset.
+    """
+
+    name: str
+    path: Path | None = None
+    config: str | None = None
+    split: str = "train"
+
+    def records(self) -> Iterator[Record]:
+        """All records in order; never more than a chunk of them in memory.
+
+        Raises:
+            UserError: the source can't be read or is malformed (with its line).
+        """
+        try:
+            for line, value in self._values():
+                yield Record(value, self.name, line)
+        except OSError as error:
+            raise UserError(f"Can't read '{self.name}': {error.strerror or error}.") from error
+
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+        if self.path is not None and self.path.is_file():
+            try:
+                with self.path.open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"Can't read '{self.name}': {error.strerror or error}.") from error
+        return str(self._dataset()._fingerprint)
+
+    def _values(self) -> Iterator[tuple[int, Any]]:
+        if self.path is None or self.path.is_dir():
+            for start in range(0, len(dataset := self._dataset()), _ROWS):
+                chunk = dataset[start : start + _ROWS]
+                yield from enumerate(_rows(chunk), start + 1)
+        elif self.path.suffix == ".parquet":
+            yield from _parquet(self.path)
+        elif self.path.suffix == ".csv":
+            yield from _csv(self.path)
+        else:
+            yield from iter_json(self.path)
+
+    def _dataset(self) -> Any:
+        import datasets
+
+        try:
+            if self.path is None:
+                return datasets.load_dataset(
+                    self.name.split("@")[0].split(":")[0], self.config, split=self.split
+                )
+            saved = datasets.load_from_disk(str(self.path))
+            return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
+        except Exception as error:  # the libraries below raise many unrelated types
+            raise UserError(
+                f"Can't load the dataset '{self.name}' (split '{self.split}'): {error}. Give an existing "
+                "file or folder, or a Hub dataset as `owner/name[@config][:split]`."
+            ) from error
+
+
+def resolve_sources(sources: str | list[str], split: str = "train") -> list[Source]:
+    """Find out what each entry means, without reading it.
+
+    Args:
+        sources: files, folders (all data files below, sorted), datasets written by
+            ``save_to_disk``, or Hub datasets (``owner/name[@config][:split]``).
+        split: the split of a dataset that names none.
+
+    Raises:
+        UserError: a missing path, a folder without data files, an unknown kind of file.
+    """
+    return [
+        found
+        for entry in ([sources] if isinstance(sources, str) else sources)
+        for found in _resolve(entry, split)
+    ]
+
+
+def _resolve(entry: str, split: str) -> list[Source]:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return [Source(entry, path, split=split)]
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(
+                f"The folder '{entry}' holds no {', '.join(_SUFFIXES)} file: name another folder."
+            )
+        return [Source(str(file), file) for file in files]
+    if path.exists():
+        if path.suffix not in _SUFFIXES:
+            raise UserError(f"'{entry}' is no {', '.join(_SUFFIXES)} file: convert or rename it.")
+        return [Source(entry, path)]
+    match = _HUB_ID.fullmatch(entry)
+    if match is None or path.suffix in _SUFFIXES or entry.startswith((".", "/", "~")):
+        raise UserError(f"The data file '{entry}' doesn't exist: correct the path.")
+    return [Source(entry, None, match["config"], match["split"] or split)]
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        line = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS):
+                for value in batch.to_pylist():
+                    line += 1
+                    yield line, value
+    except pa.ArrowInvalid as error:
+        raise UserError(f"'{path}' is no readable Parquet file: {error}.") from error
+
+
+def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(1 << 30)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                if None in row or any(value is None for value in row.values()):
+                    raise UserError(
+                        f"{path}:{reader.line_num} has another number of columns than the header: quote its "
+                        "commas."
+                    )
+                yield reader.line_num, {key: _cell(key, value) for key, value in row.items()}
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' isn't UTF-8 text ({error.reason}): save it as UTF-8.") from error
+    except csv.Error as error:
+        raise UserError(f"'{path}' is no readable CSV file: {error}.") from error
+
+
+def _cell(key: str, value: str) -> Any:
+    """Conversations in a CSV cell are JSON; everything else is text."""
+    if key in ("messages", "conversations"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value

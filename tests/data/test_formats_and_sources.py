@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dskd_lightning.data.examples import Message
+from dskd_lightning.data.formats import InvalidRecord, detect_format, parse_record
+from dskd_lightning.data.json_stream import iter_json
+from dskd_lightning.data.sources import resolve_sources
+from dskd_lightning.errors import UserError
+
+CASES = {
+    "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
+    "dolly": {"instruction": "Add.", "context": "1 2", "response": "3", "category": "qa"},
+    "prompt": {"prompt": "Add.\n\n1 2", "completion": "3"},
+    "messages": {
+        "messages": [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "Add.\n\n1 2"}, {"from": "gpt", "value": "3"}]},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_format_is_detected_and_read_alike(name: str) -> None:
+    assert detect_format(CASES[name], "file") == name
+    example = parse_record(CASES[name], name, "file", 7)
+    assert example.messages == (Message("user", "Add.\n\n1 2"), Message("assistant", "3"))
+    assert example.references == ("3",)
+    assert example.place == "file:7"
+    assert example.response == "3"
+    assert example.prompt == (Message("user", "Add.\n\n1 2"),)
+
+
+def test_ready_made_prompt_field_and_several_references() -> None:
+    record = {"instruction": "x", "input": "", "prompt": "### x", "output": ["a", "b", " "]}
+    assert detect_format(record, "f") == "alpaca"
+    assert parse_record(record, "alpaca", "f", 1).messages[0].content == "x"
+    ready = parse_record(record, "prompt", "f", 1)
+    assert ready.messages[0].content == "### x"
+    assert ready.references == ("a", "b")
+
+
+def test_system_and_parts_and_surrogates() -> None:
+    record = {
+        "messages": [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]},
+            {"role": "assistant", "content": "\ud83d\ude42"},
+        ]
+    }
+    example = parse_record(record, "messages", "f", 1)
+    assert example.system == "Be brief."
+    assert example.messages[1].content == "Hi!"
+    assert example.response == "🙂"
+    assert example.with_system("other") is example
+
+
+@pytest.mark.parametrize(
+    ("format", "record", "needle"),
+    [
+        ("alpaca", {"instruction": "x", "output": "  "}, "no response"),
+        ("alpaca", {"instruction": "x", "output": 3}, "neither text"),
+        ("alpaca", {"instruction": "", "output": "x"}, "no prompt"),
+        ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
+        ("messages", {"messages": [{"role": "user", "content": "x"}]}, "no response"),
+        ("sharegpt", {"conversations": "x"}, "isn't a list"),
+        ("prompt", ["x"], "instead of a JSON object"),
+    ],
+)
+def test_bad_records_name_their_place(format: str, record: object, needle: str) -> None:
+    with pytest.raises(InvalidRecord, match=needle) as caught:
+        parse_record(record, format, "bad.jsonl", 3)
+    assert "bad.jsonl:3" in str(caught.value)
+
+
+def test_prediction_needs_no_response() -> None:
+    example = parse_record({"instruction": "x"}, "alpaca", "f", 1, needs_response=False)
+    assert example.response is None
+    assert example.prompt == (Message("user", "x"),)
+
+
+def test_unknown_format_lists_keys() -> None:
+    with pytest.raises(UserError, match="question"):
+        detect_format({"question": "x"}, "f.jsonl")
+
+
+RECORDS = [{"instruction": f"é {i}\n", "input": "", "output": "o, " * (i % 50)} for i in range(300)]
+
+
+def _write(path: Path) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(RECORDS), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(RECORDS[0]))
+            writer.writeheader()
+            writer.writerows(RECORDS)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(r) for r in RECORDS))
+    else:
+        path.write_text(json.dumps(RECORDS, indent=1))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".csv"])
+def test_every_kind_of_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dskd_lightning.data.json_stream._CHUNK", 37)
+    path = _write(tmp_path / f"data{suffix}")
+    (source,) = resolve_sources(str(path))
+    records = list(source.records())
+    assert [r.value for r in records] == RECORDS
+    assert all(r.source == str(path) and r.line > 0 for r in records)
+    assert (source,) == tuple(resolve_sources(str(tmp_path)))
+    before = source.fingerprint()
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert source.fingerprint() != before
+
+
+def test_json_object_with_data_and_pretty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": 1, "data": RECORDS[:3]}, indent=2))
+    assert [value for _, value in iter_json(path)] == RECORDS[:3]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"a": 1}\n\n{"a": \n', 3),
+        ('[\n{"a": 1},\n{"a" 2}\n]', 3),
+        ('[{"a": 1}\n{"a": 2}]', 2),
+        ('[{"a": 1},', 1),
+    ],
+)
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_malformed_json_names_line(tmp_path: Path, text: str, line: int, chunk: int, monkeypatch) -> None:
+    monkeypatch.setattr("dskd_lightning.data.json_stream._CHUNK", chunk)
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"bad\.jsonl:{line} "):
+        list(iter_json(path))
+
+
+def test_saved_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "saved"))
+    (source,) = resolve_sources(str(tmp_path / "saved"))
+    assert [r.value for r in source.records()] == RECORDS
+
+
+def test_missing_and_unreadable_sources(tmp_path: Path) -> None:
+    for entry, needle in {
+        str(tmp_path / "none.jsonl"): "doesn't exist",
+        str(tmp_path): "holds no",
+        "./nothing": "doesn't exist",
+    }.items():
+        with pytest.raises(UserError, match=needle):
+            resolve_sources(entry)
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(UserError, match="convert"):
+        resolve_sources(str(tmp_path / "x.txt"))
+    (tmp_path / "x.parquet").write_text("x")
+    with pytest.raises(UserError, match="Parquet"):
+        list(resolve_sources(str(tmp_path / "x.parquet"))[0].records())
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="UTF-8"):
+        list(resolve_sources(str(tmp_path / "x.jsonl"))[0].records())
+    (tmp_path / "x.csv").write_text("a,b\n1,2,3\n")
+    with pytest.raises(UserError, match=r"x\.csv:2"):
+        list(resolve_sources(str(tmp_path / "x.csv"))[0].records())
