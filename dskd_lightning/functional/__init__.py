@@ -17,12 +17,20 @@ from dskd_lightning.functional.divergences import (
     skewed_reverse_kl,
     total_variation,
 )
-from dskd_lightning.functional.fused_linear import chunk_tokens, chunked_map, chunked_sum, token_log_prob
+from dskd_lightning.functional.fused_linear import (
+    FusedLosses,
+    chunk_tokens,
+    chunked_map,
+    chunked_sum,
+    fused_distillation,
+    token_log_prob,
+)
 
 __all__ = [
     "AdaptiveKL",
     "Divergence",
     "ForwardKL",
+    "FusedLosses",
     "JensenShannon",
     "ReverseKL",
     "SkewedForwardKL",
@@ -33,6 +41,7 @@ __all__ = [
     "chunked_map",
     "chunked_sum",
     "forward_kl",
+    "fused_distillation",
     "jensen_shannon",
     "reverse_kl",
     "skewed_forward_kl",

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from dskd_lightning.functional.chunking import chunk_tokens, chunked_map, chunked_sum
+from dskd_lightning.functional.fused_distillation import FusedLosses, fused_distillation
 from dskd_lightning.structures import Head
 
-__all__ = ["chunk_tokens", "chunked_map", "chunked_sum", "token_log_prob"]
+__all__ = [
+    "FusedLosses",
+    "chunk_tokens",
+    "chunked_map",
+    "chunked_sum",
+    "fused_distillation",
+    "token_log_prob",
+]
 
 
 def token_log_prob(
