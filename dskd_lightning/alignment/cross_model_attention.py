@@ -1,0 +1,178 @@
+"""Cross-model attention: a soft alignment of two tokenisations (DSKD, arXiv 2406.17328)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dskd_lightning.alignment._padding import Rows
+from dskd_lightning.errors import UserError
+from dskd_lightning.structures import Alignment, ModelSpace, Side
+
+__all__ = ["AttentionMap", "CrossModelAttention"]
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention between the response positions of two models, within each example.
+
+    Args:
+        t2s: ``[examples, n_max, m_max]``, what each student position reads from the teacher's
+            positions; rows sum to 1, or to 0 where a position may read nothing.
+        s2t: ``[examples, m_max, n_max]``, likewise from the teacher's positions.
+        queries: ``[n, 2 teacher_hidden]``.
+        keys: ``[m, 2 teacher_hidden]``, without gradient.
+        student: layout of the student's positions.
+        teacher: layout of the teacher's positions.
+    """
+
+    t2s: Tensor
+    s2t: Tensor
+    queries: Tensor
+    keys: Tensor
+    student: Rows
+    teacher: Rows
+
+    def to_student(self, values: Tensor) -> Tensor:
+        """Teacher values ``[m, size]`` read at the student's positions, ``[n, size]``."""
+        return self._read(self.t2s, self.teacher.pad(values), self.student)
+
+    def to_teacher(self, values: Tensor) -> Tensor:
+        """Student values ``[n, size]`` read at the teacher's positions, ``[m, size]``."""
+        return self._read(self.s2t, self.student.pad(values), self.teacher)
+
+    @staticmethod
+    def _read(weights: Tensor, values: Tensor, rows: Rows) -> Tensor:
+        return rows.flatten(weights.to(values.dtype) @ values)
+
+    @property
+    def student_reads(self) -> Tensor:
+        """``[n]``, False where `causal` leaves a student position nothing to read."""
+        return self.student.flatten(self.t2s.detach().sum(-1)) > 0
+
+    @property
+    def teacher_reads(self) -> Tensor:
+        """``[m]``, False where `causal` leaves a teacher position nothing to read."""
+        return self.teacher.flatten(self.s2t.detach().sum(-1)) > 0
+
+    def pair_mass(self, pairs: Tensor) -> Tensor:
+        """Student attention ``[pairs]`` on the teacher position of each exact pair ``[pairs, 2]``."""
+        i, j = pairs.unbind(1)
+        return self.t2s.detach()[self.student.sequence[i], self.student.place[i], self.teacher.place[j]]
+
+
+class CrossModelAttention(nn.Module):
+    r"""Student tokens as queries, teacher tokens as keys.
+
+    .. math:: Q = P_{query}([E_s(x); E_s(y)]), \quad K = [E_t(x); E_t(y)] / std, \quad
+        A = Q K^T / \sqrt{2D}
+
+    with ``softmax(A)`` for the student's and ``softmax(A^T)`` for the teacher's positions, in
+    float32, each example by itself. Embeddings give no gradient.
+
+    Args:
+        causal: no position reads one whose target ends after its own target does. As published
+            (False), a position also reads later ones, whose hidden states have seen its future.
+        statistics: what standard deviations run over: the ``response`` positions, or the
+            ``padded`` batch as published, in which all other positions count as token 0.
+    """
+
+    def __init__(self, causal: bool = False, statistics: Literal["response", "padded"] = "response") -> None:
+        super().__init__()
+        if statistics not in ("response", "padded"):
+            raise UserError(
+                f"statistics of CrossModelAttention must be 'response' or 'padded', not {statistics!r}."
+            )
+        self.causal = causal
+        self.statistics = statistics
+        self.query: nn.Linear
+
+    @property
+    def needs_padded_statistics(self) -> bool:
+        """Whether `Side.padded` of the teacher is read."""
+        return self.statistics == "padded"
+
+    def configure(self, student: ModelSpace, teacher: ModelSpace) -> None:
+        """Make ``P_query``, from twice the student's to twice the teacher's hidden size."""
+        self.query = nn.Linear(2 * student.embeddings.shape[1], 2 * teacher.embeddings.shape[1])
+
+    def forward(self, student: Side, teacher: Side, alignment: Alignment | None = None) -> AttentionMap:
+        """Attention between all positions of two sides.
+
+        Args:
+            student: ``n`` positions.
+            teacher: ``m`` positions.
+            alignment: byte offsets, read where ``causal``.
+        """
+        examples = max((int(s.sequence[-1]) + 1 if len(s) else 0) for s in (student, teacher))
+        rows_s, rows_t = (Rows.of(side.sequence, examples) for side in (student, teacher))
+        weight = self.query.weight
+        embedded = torch.cat([student.embeddings[student.ids], student.embeddings[student.labels]], -1)
+        queries = self.query(embedded.detach().to(weight.dtype))
+        keys = self._keys(teacher).to(weight.dtype)
+        scores = rows_s.pad(queries) @ rows_t.pad(keys).transpose(1, 2) / math.sqrt(keys.shape[-1])
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        both = rows_s.mask.unsqueeze(2) & rows_t.mask.unsqueeze(1)
+        before, after = both, both
+        if self.causal:
+            if alignment is None:
+                raise ValueError("causal cross-model attention needs the alignment's byte offsets")
+            student_end, teacher_end = rows_s.pad(alignment.student_end), rows_t.pad(alignment.teacher_end)
+            gap = student_end.unsqueeze(2) - teacher_end.unsqueeze(1)
+            before, after = both & (gap >= 0), both & (gap <= 0)
+        t2s = _masked_softmax(scores, before)
+        s2t = _masked_softmax(scores.transpose(1, 2), after.transpose(1, 2))
+        return AttentionMap(t2s, s2t, queries, keys, rows_s, rows_t)
+
+    @torch.no_grad()
+    def teacher_values(self, teacher: Side) -> Tensor:
+        """``h_t / std(h_t) + E_t(y) / std(E_t(y))`` ``[m, teacher_hidden]``, what ``P_t2s`` reads."""
+        targets = _wide(teacher.embeddings[teacher.labels])
+        hidden = _wide(teacher.hidden)
+        hidden_std = _std(hidden)
+        if self.statistics == "padded":
+            assert teacher.padded is not None
+            hidden_std = teacher.padded.hidden_std.to(hidden)
+        return hidden / hidden_std.clamp(min=_tiny(hidden)) + targets / self._std(targets, teacher)
+
+    @torch.no_grad()
+    def _keys(self, teacher: Side) -> Tensor:
+        embedded = torch.cat([teacher.embeddings[teacher.ids], teacher.embeddings[teacher.labels]], -1)
+        keys = _wide(embedded)
+        return keys / self._std(keys, teacher)
+
+    def _std(self, values: Tensor, teacher: Side) -> Tensor:
+        """Standard deviation of embedded tokens ``[m, k * hidden]`` under `statistics`."""
+        if self.statistics == "response":
+            return _std(values).clamp(min=_tiny(values))
+        if teacher.padded is None:
+            raise ValueError("statistics='padded' needs Side.padded of the teacher")
+        other = teacher.padded.positions - len(teacher)
+        filler = teacher.embeddings[0].to(values.dtype).repeat(values.shape[1] // teacher.embeddings.shape[1])
+        size = teacher.padded.positions * values.shape[1]
+        mean = (values.sum() + other * filler.sum()) / size
+        squares = (values - mean).square().sum() + other * (filler - mean).square().sum()
+        return (squares / (size - 1)).sqrt().clamp(min=_tiny(values))
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last dimension where ``mask``; rows that are masked throughout are 0."""
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights * mask
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _std(values: Tensor) -> Tensor:
+    """Unbiased standard deviation of all elements; 1 where there are too few."""
+    return values.std() if values.numel() > 1 else values.new_ones(())
+
+
+def _tiny(values: Tensor) -> float:
+    return torch.finfo(values.dtype).tiny

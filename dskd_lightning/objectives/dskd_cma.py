@@ -1,0 +1,171 @@
+"""Dual-space distillation across vocabularies by cross-model attention (arXiv 2406.17328)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dskd_lightning.alignment.cross_model_attention import AttentionMap, CrossModelAttention
+from dskd_lightning.alignment.key_query_matching import KeyQueryMatching
+from dskd_lightning.errors import UserError
+from dskd_lightning.functional import Divergence, ForwardKL
+from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
+from dskd_lightning.objectives.base import ObjectiveOutput
+from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
+from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
+
+__all__ = ["DSKDCrossAttentionObjective"]
+
+
+class DSKDCrossAttentionObjective(CrossTokenizerObjective):
+    """DSKD whose two sides meet by cross-model attention, with or without key-query matching.
+
+    ``KD = t2s_ce + t2s_kd + s2t_kd (+ kq_ratio * kq)``: the attended and projected teacher learns
+    the gold labels through the student's frozen head (``t2s_ce``), the student follows it where
+    its argmax is the gold label (``t2s_kd``), and the attended and projected student follows the
+    teacher through the teacher's head at all of the teacher's positions (``s2t_kd``, forward KL).
+
+    Args:
+        divergence: in the student's space; forward KL by default.
+        attention: the aligner; `CrossModelAttention` as published but for its statistics.
+        matching: draws queries towards keys (arXiv 2603.22056); None leaves them alone.
+        kq_ratio: weight of ``matching`` within KD.
+        kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
+        temperature: divides both sides' logits in the divergences.
+        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+    """
+
+    needs_vocabulary_map = False
+
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        attention: CrossModelAttention | None = None,
+        matching: KeyQueryMatching | None = None,
+        kq_ratio: float = 0.1,
+        kd_ratio: float = 0.5,
+        temperature: float = 2.0,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(kd_ratio, temperature, chunk_size)
+        if kq_ratio < 0:
+            raise UserError(
+                f"kq_ratio of DSKDCrossAttentionObjective must not be negative, but is {kq_ratio}."
+            )
+        self.divergence = ForwardKL() if divergence is None else divergence
+        self.attention = CrossModelAttention() if attention is None else attention
+        self.matching = matching
+        self.kq_ratio = kq_ratio
+        self.needs_padded_statistics = self.attention.needs_padded_statistics
+        self.t2s: nn.Linear
+        self.s2t: nn.Linear
+
+    def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
+        super().configure(student, teacher)
+        assert teacher is not None
+        if teacher.embeddings.shape[1] != teacher.hidden_size:
+            raise UserError(
+                "Cross-model attention adds the teacher's token embeddings to its hidden states: this "
+                f"teacher's sizes differ ({teacher.embeddings.shape[1]} and {teacher.hidden_size}); "
+                "take another objective."
+            )
+        self.attention.configure(student, teacher)
+        self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size)
+        self.s2t = nn.Linear(student.hidden_size, teacher.hidden_size)
+        if self.matching is not None:
+            self.matching.configure(2 * teacher.embeddings.shape[1])
+
+    def forward(
+        self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
+    ) -> ObjectiveOutput:
+        assert teacher is not None
+        if alignment is None and torch.equal(student.labels, teacher.labels):
+            alignment = self._alignment(student, teacher, None)
+        attention: AttentionMap = self.attention(student, teacher, alignment)
+        dtype = self.t2s.weight.dtype
+        values = self.t2s(self.attention.teacher_values(teacher).to(dtype))
+        reads, chunk = attention.student_reads, self._chunk(student, teacher)
+        ratio = self.kd_ratio
+        loss, stats = student_space(
+            student,
+            attention.to_student(values),
+            student.labels.masked_fill(~reads, -1),
+            self.divergence,
+            self.temperature,
+            SpaceWeights(1 - ratio, ratio, ratio),
+            chunk_size=chunk,
+        )
+        # Teacher positions that read nothing follow their own student-free projection's bias: leave them out.
+        answers = attention.teacher_reads.nonzero().squeeze(1)
+        projected = attention.to_teacher(self.s2t(student.hidden.to(dtype)))[answers]
+        answering = _take(teacher, answers)
+        s2t_loss, s2t_stats = teacher_space(
+            answering, projected, ForwardKL(), self.temperature, ratio, chunk_size=chunk
+        )
+        loss = loss + s2t_loss
+        terms = {name: stats.pop(name) for name in ("ce", "t2s_ce", "t2s_kd")}
+        terms["s2t_kd"] = s2t_stats.pop("s2t_kd")
+        terms["kd"] = terms["t2s_ce"] + terms["t2s_kd"] + terms["s2t_kd"]
+        metrics = self._metrics(student, answering, attention, alignment, reads, stats | s2t_stats)
+        if self.matching is not None:
+            kq, extra = self.matching(attention)
+            loss = loss + ratio * self.kq_ratio * kq
+            terms["kq"] = kq.detach()
+            terms["kd"] = terms["kd"] + self.kq_ratio * terms["kq"]
+            for name, (total, count) in extra.items():
+                metrics[name] = Ratio(total, student.labels.new_tensor(count))
+        metrics |= self._agreement(stats, s2t_stats, answers, len(teacher), alignment)
+        tokens = student.labels.new_tensor(len(student))
+        return ObjectiveOutput(loss, tokens, {k: Ratio(v, tokens) for k, v in terms.items()}, metrics)
+
+    def _metrics(
+        self,
+        student: Side,
+        answering: Side,
+        attention: AttentionMap,
+        alignment: Alignment | None,
+        reads: Tensor,
+        stats: dict[str, Tensor],
+    ) -> dict[str, Ratio]:
+        tokens, answers = (student.labels.new_tensor(len(side)) for side in (student, answering))
+        metrics = self.alignment_metrics(student, alignment, reads)
+        metrics["student_accuracy"] = Ratio((stats["student_choice"] == student.labels).sum(), tokens)
+        metrics["student_entropy"] = Ratio(stats["student_entropy"], tokens)
+        for name in ("t2s_accuracy", "max_t2s_prob"):
+            metrics[name] = Ratio(stats[name], reads.sum())
+        for name in ("s2t_accuracy", "s2t_agreement", "teacher_accuracy", "teacher_entropy"):
+            metrics[name] = Ratio(stats[name], answers)
+        if alignment is not None:
+            mass = attention.pair_mass(alignment.pairs)
+            metrics["partner_attention"] = Ratio(mass.sum(), tokens.new_tensor(len(mass)))
+        return metrics
+
+    def _agreement(
+        self,
+        stats: dict[str, Tensor],
+        s2t_stats: dict[str, Tensor],
+        answers: Tensor,
+        positions: int,
+        alignment: Alignment | None,
+    ) -> dict[str, Ratio]:
+        """Share of exact pairs at which teacher and student would choose the same token."""
+        if alignment is None or self.teacher_to_student is None:
+            return {}
+        chosen = answers.new_full((positions,), -1)
+        chosen[answers] = self.teacher_to_student[s2t_stats["teacher_choice"]]
+        i, j = alignment.pairs.unbind(1)
+        agree = (stats["student_choice"][i] == chosen[j]).sum()
+        return {"agreement": Ratio(agree, agree.new_tensor(len(i)))}
+
+
+def _take(side: Side, rows: Tensor) -> Side:
+    """The positions ``rows`` of a side."""
+    from dataclasses import replace
+
+    return replace(
+        side,
+        hidden=side.hidden[rows],
+        ids=side.ids[rows],
+        labels=side.labels[rows],
+        sequence=side.sequence[rows],
+    )
