@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd_lightning.alignment.byte_spans import ByteSpans, token_byte_spans
+from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec
@@ -75,12 +76,13 @@ class ChatRenderer:
             self._check_prompt_template(prompt_template)
         elif not tokenizer.chat_template:
             raise UserError(
-                f"The tokenizer '{name}' has no chat template: set the model's `prompt_template` (for example "
-                r'"### Instruction:\n{prompt}\n\n### Response:\n") or `chat_template`.'
+                f"The tokenizer '{name}' has no chat template: set the model's `prompt_template` (for "
+                r'example "### Instruction:\n{prompt}\n\n### Response:\n") or `chat_template`.'
             )
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"The tokenizer '{name}' has no end-of-sequence token: set `eos_token` in its tokenizer_config.json."
+                f"The tokenizer '{name}' has no end-of-sequence token: set `eos_token` in its "
+                "tokenizer_config.json."
             )
         self._specials = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -138,7 +140,7 @@ class ChatRenderer:
         return "".join(text for pair in zip(texts, [*responses, ""], strict=False) for text in pair)
 
     def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = token_bytes(self.tokenizer).tracer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _leading_ids(self) -> list[int]:
@@ -174,7 +176,8 @@ class ChatRenderer:
 
     def _texts_around_responses(self, messages: Sequence[Message], place: str) -> list[str]:
         """The template's text before the first response, between responses, and behind the last."""
-        marked, marks = [], []
+        marked: list[dict[str, str]] = []
+        marks: list[str] = []
         for message in messages:
             content = message.content
             if message.role == "assistant":
@@ -209,8 +212,8 @@ class ChatRenderer:
                 merged = "\n\n".join(message["content"] for message in messages[:2])
                 return self._apply_chat_template([{**messages[1], "content": merged}, *messages[2:]], place)
             raise UserError(
-                f"The chat template refuses the conversation at {place} ({error}): correct the record, or give "
-                "the model another `chat_template`."
+                f"The chat template refuses the conversation at {place} ({error}): correct the record, or "
+                "give the model another `chat_template`."
             ) from error
 
     def _check_prompt_template(self, template: str) -> None:
@@ -218,8 +221,8 @@ class ChatRenderer:
             text = template.format(prompt="\ue002", system="")
         except (KeyError, IndexError, ValueError) as error:
             raise UserError(
-                f"`prompt_template` is no format string with {{prompt}} and optionally {{system}} ({error!r}): "
-                "double other braces."
+                f"`prompt_template` is no format string with {{prompt}} and optionally {{system}} "
+                f"({error!r}): double other braces."
             ) from error
         if "\ue002" not in text:
             raise UserError("`prompt_template` has no {prompt}: put it where the user's text belongs.")

@@ -1,0 +1,245 @@
+"""Read, render and truncate a set of sources once, into a cache that later runs map."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.examples import Example
+from dskd_lightning.data.formats import DetectedFormat, Format, InvalidRecord, detect_format, parse_record
+from dskd_lightning.data.prepared import PreparedDataset, conversation_row
+from dskd_lightning.data.sources import Source
+from dskd_lightning.data.truncation import truncate
+from dskd_lightning.errors import UserError
+
+__all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
+
+_log = logging.getLogger(__name__)
+_VERSION = 1  # of the files' layout and of the rendering
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class PreparationSettings:
+    """What besides sources and tokenizers decides the prepared tokens.
+
+    Args:
+        format: of the records, or ``auto``.
+        max_length: most tokens of an example.
+        max_prompt_length: most tokens before its first response.
+        system: system message for examples without one.
+        limit: most examples; None for all.
+        skip_invalid: leave out and count invalid records instead of stopping at the first.
+        needs_response: False to predict.
+    """
+
+    format: Format = "auto"
+    max_length: int = 512
+    max_prompt_length: int = 256
+    system: str | None = None
+    limit: int | None = None
+    skip_invalid: bool = False
+    needs_response: bool = True
+
+
+def cache_key(
+    sources: Sequence[Source], renderers: Sequence[ChatRenderer], settings: PreparationSettings
+) -> str:
+    """Hash of the sources' content, the tokenizers, the templates and the settings."""
+    content = [[source.name, source.fingerprint()] for source in sources]
+    models = [renderer.fingerprint for renderer in renderers]
+    parts = json.dumps([_VERSION, content, models, asdict(settings)], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def read_examples(
+    sources: Sequence[Source], settings: PreparationSettings, counts: Counter[str]
+) -> Iterator[Example]:
+    """Examples of all sources, at most ``settings.limit``; ``counts`` is filled as they pass.
+
+    Raises:
+        UserError: an unreadable source or, unless ``skip_invalid``, an invalid record.
+    """
+    used = 0
+    for source in sources:
+        format: DetectedFormat | None = None if settings.format == "auto" else settings.format
+        for record in source.records():
+            if settings.limit is not None and used >= settings.limit:
+                return
+            counts["read"] += 1
+            try:
+                if format is None and isinstance(record.value, dict):
+                    format = detect_format(record.value, record.source)
+                example = parse_record(
+                    record.value, format or "alpaca", record.source, record.line,
+                    needs_response=settings.needs_response,
+                )  # fmt: skip
+            except InvalidRecord as error:
+                if not settings.skip_invalid:
+                    raise
+                counts[f"skipped: {error.reason}"] += 1
+                continue
+            used += 1
+            yield example.with_system(settings.system)
+
+
+def prepare(
+    sources: Sequence[Source],
+    renderers: Sequence[ChatRenderer],
+    settings: PreparationSettings,
+    cache_dir: Path,
+) -> PreparedDataset:
+    """The prepared dataset, from the cache where it is there, else made now.
+
+    Several processes may call this at once: each writes a folder of its own, and the first to
+    rename it into place wins.
+
+    Raises:
+        UserError: a bad source or record, no example left, or a full or read-only disk.
+    """
+    folder = cache_dir / cache_key(sources, renderers, settings)
+    if (folder / "report.json").is_file():
+        return PreparedDataset(folder)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=cache_dir, prefix=".preparing-", ignore_cleanup_errors=True
+        ) as new:
+            _write(Path(new), sources, renderers, settings)
+            with contextlib.suppress(OSError):  # another process was first
+                os.replace(new, folder)
+                os.mkdir(new)
+    except OSError as error:
+        raise UserError(
+            f"Can't write the data cache in '{cache_dir}' ({error.strerror or error}): free space or set `cache_dir`."
+        ) from error
+    if not (folder / "report.json").is_file():
+        raise UserError(f"'{folder}' is an incomplete data cache: delete that folder.")
+    dataset = PreparedDataset(folder)
+    _announce(dataset, sources)
+    return dataset
+
+
+def _write(
+    folder: Path, sources: Sequence[Source], renderers: Sequence[ChatRenderer], settings: PreparationSettings
+) -> None:
+    counts: Counter[str] = Counter()
+    lengths: list[list[int]] = []
+    starts = [renderer.bos_ids for renderer in renderers]
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(_Writer(folder / f"{name}.arrow", schema))
+            for name, schema in [
+                ("examples", _example_schema()),
+                *((f"model-{i}", _model_schema()) for i in range(len(renderers))),
+            ]
+        ]
+        for example in read_examples(sources, settings, counts):
+            learnt = example if example.response is not None else _with_placeholder(example)
+            rendered = [renderer.render(learnt) for renderer in renderers]
+            cut = truncate(rendered, settings.max_length, settings.max_prompt_length, starts)
+            counts["truncated prompts"] += cut.prompt
+            counts["truncated responses"] += cut.response
+            if not cut.conversations:
+                counts["skipped: no room for the response"] += 1
+                continue
+            rows = [conversation_row(conversation) for conversation in cut.conversations]
+            lengths.append([len(row["tokens"]) - 1 for row in rows])
+            for writer, row in zip(writers, [asdict(example), *rows], strict=True):
+                writer.add(row)
+    counts["used"] = len(lengths)
+    if not lengths:
+        names = ", ".join(source.name for source in sources)
+        raise UserError(
+            f"No example is left of {names} ({_listed(counts)}): check the files and the lengths."
+        )
+    np.save(folder / "lengths.npy", np.array(lengths, np.int32))
+    (folder / "report.json").write_text(json.dumps(counts, indent=1))
+
+
+def _with_placeholder(example: Example) -> Example:
+    from dataclasses import replace
+
+    from dskd_lightning.data.examples import Message
+
+    return replace(example, messages=(*example.messages, Message("assistant", "?")))
+
+
+class _Writer:
+    """Rows into an Arrow stream, a chunk in memory at a time."""
+
+    def __init__(self, path: Path, schema: Any) -> None:
+        self._path, self._schema, self._rows = path, schema, list[dict[str, Any]]()
+
+    def __enter__(self) -> _Writer:
+        import pyarrow as pa
+
+        self._file = pa.OSFile(str(self._path), "wb")
+        self._stream = pa.ipc.new_stream(self._file, self._schema)
+        return self
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._rows:
+            self._stream.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
+            self._rows.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+            self._stream.close()
+        finally:
+            self._file.close()
+
+
+def _example_schema() -> Any:
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("messages", pa.list_(message)),
+            ("references", pa.list_(pa.string())),
+            ("source", pa.string()),
+            ("line", pa.int64()),
+        ]
+    )
+
+
+def _model_schema() -> Any:
+    import pyarrow as pa
+
+    ints = pa.list_(pa.int32())
+    fields = {name: ints for name in ("tokens", "prompts", "responses", "ends")}
+    return pa.schema({**fields, "flags": pa.list_(pa.uint8()), "bytes": ints, "normalized": pa.bool_()})
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name}: {number}" for name, number in counts.items())
+
+
+def _announce(dataset: PreparedDataset, sources: Sequence[Source]) -> None:
+    report = dataset.report
+    lost = any(number for name, number in report.items() if name not in ("read", "used"))
+    names = ", ".join(source.name for source in sources)
+    _log.log(logging.WARNING if lost else logging.INFO, "%s: %s.", names, _listed(report))

@@ -1,0 +1,148 @@
+"""Rendered examples on disk: Arrow files, memory-mapped, so that memory doesn't grow with them."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dskd_lightning.alignment.byte_spans import ByteSpans
+from dskd_lightning.data.chat import RenderedConversation
+from dskd_lightning.data.examples import Example, Message
+from dskd_lightning.structures import IGNORE_INDEX
+
+__all__ = ["PreparedDataset", "RenderedExample", "conversation_row"]
+
+_Ints = npt.NDArray[np.int32]
+_UNKNOWN, _ADDED, _END = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class RenderedExample:
+    """One example's tokens for one model.
+
+    Args:
+        input_ids: ``[length]``, without the last token, which predicts nothing.
+        labels: ``[length]``, the token after each position where that belongs to a response, else
+            `IGNORE_INDEX`.
+        spans: per assistant turn, the bytes that each response token covers.
+    """
+
+    input_ids: _Ints
+    labels: _Ints
+    spans: tuple[ByteSpans, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def response(self) -> npt.NDArray[np.intp]:
+        """``[n]``, the positions that predict a response token."""
+        return np.flatnonzero(self.labels != IGNORE_INDEX)
+
+
+def conversation_row(conversation: RenderedConversation) -> dict[str, Any]:
+    """One model's rendering as a row of plain lists."""
+    turns = conversation.turns
+    return {
+        "tokens": [token for turn in turns for token in (*turn.prompt_ids, *turn.response_ids)],
+        "prompts": [len(turn.prompt_ids) for turn in turns],
+        "responses": [len(turn.response_ids) for turn in turns],
+        "ends": np.concatenate([turn.spans.ends for turn in turns]).tolist(),
+        "flags": np.concatenate([_flags(turn.spans) for turn in turns]).tolist(),
+        "bytes": [turn.spans.length for turn in turns],
+        "normalized": any(turn.spans.normalized for turn in turns),
+    }
+
+
+def _flags(spans: ByteSpans) -> npt.NDArray[np.uint8]:
+    return (spans.unknown * _UNKNOWN + spans.added * _ADDED + spans.end * _END).astype(np.uint8)
+
+
+def _rendered(row: dict[str, Any]) -> RenderedExample:
+    tokens, ends, flags = row["tokens"], row["ends"], row["flags"]
+    labels = np.full(len(tokens) - 1, IGNORE_INDEX, np.int32)
+    spans, position, used = [], 0, 0
+    turns = zip(row["prompts"].tolist(), row["responses"].tolist(), row["bytes"].tolist(), strict=True)
+    for prompt, response, length in turns:
+        position += prompt
+        labels[position - 1 : position + response - 1] = tokens[position : position + response]
+        position += response
+        end, flag = ends[used : used + response], flags[used : used + response]
+        used += response
+        start = np.concatenate((np.zeros(min(1, response), np.int32), end[:-1]))
+        spans.append(
+            ByteSpans(
+                start, end, (flag & _UNKNOWN) > 0, (flag & _ADDED) > 0, (flag & _END) > 0,
+                length, bool(row["normalized"]),
+            )
+        )  # fmt: skip
+    return RenderedExample(tokens[:-1], labels, tuple(spans))
+
+
+class _ArrowFile:
+    """Random access to the rows of a memory-mapped Arrow stream."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._chunks: list[Any] | None = None
+        self._starts: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "_chunks": None, "_starts": []}  # each worker maps the file itself
+
+    def row(self, index: int) -> tuple[Any, int]:
+        """The record batch that holds row ``index``, and where in it."""
+        if self._chunks is None:
+            import pyarrow as pa
+
+            self._chunks = pa.ipc.open_stream(pa.memory_map(str(self._path))).read_all().to_batches()
+            self._starts = np.cumsum([0, *(chunk.num_rows for chunk in self._chunks)]).tolist()
+        at = bisect.bisect_right(self._starts, index) - 1
+        return self._chunks[at], index - self._starts[at]
+
+
+class PreparedDataset:
+    """What `prepare` wrote for one set of sources and one tuple of models.
+
+    Args:
+        folder: the cache folder; its name is the fingerprint of content, tokenizers and settings.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fingerprint = folder.name
+        self.report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        self.lengths: _Ints = np.load(folder / "lengths.npy")
+        self._examples = _ArrowFile(folder / "examples.arrow")
+        self._models = [_ArrowFile(folder / f"model-{i}.arrow") for i in range(self.lengths.shape[1])]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def example(self, index: int) -> Example:
+        """The raw example in row ``index``."""
+        chunk, at = self._examples.row(index)
+        row = {name: chunk.column(name)[at].as_py() for name in chunk.schema.names}
+        messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+        return Example(messages, tuple(row["references"]), row["source"], row["line"])
+
+    def rendered(self, index: int, model: int = 0) -> RenderedExample:
+        """Tokens of row ``index`` for the student (0) or teacher ``model - 1``."""
+        chunk, at = self._models[model].row(index)
+        row = {}
+        for name in chunk.schema.names:
+            value = chunk.column(name)[at]
+            row[name] = value.as_py() if name == "normalized" else value.values.to_numpy(zero_copy_only=True)
+        return _rendered(row)
+
+    def longest(self, indices: Sequence[int] | npt.NDArray[np.intp]) -> _Ints:
+        """``[examples]``, tokens of each example for the model that needs most."""
+        longest: _Ints = self.lengths[np.asarray(indices, np.intp)].max(axis=1)
+        return longest
