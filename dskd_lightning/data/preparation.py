@@ -7,18 +7,18 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dskd_lightning.data.chat import ChatRenderer
-from dskd_lightning.data.examples import Example
+from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.formats import DetectedFormat, Format, InvalidRecord, detect_format, parse_record
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row
 from dskd_lightning.data.sources import Source
@@ -119,12 +119,15 @@ def prepare(
             dir=cache_dir, prefix=".preparing-", ignore_cleanup_errors=True
         ) as new:
             _write(Path(new), sources, renderers, settings)
-            with contextlib.suppress(OSError):  # another process was first
+            try:
                 os.replace(new, folder)
-                os.mkdir(new)
+            except OSError:
+                if not folder.is_dir():  # else another process was first
+                    raise
     except OSError as error:
         raise UserError(
-            f"Can't write the data cache in '{cache_dir}' ({error.strerror or error}): free space or set `cache_dir`."
+            f"Can't write the data cache in '{cache_dir}' ({error.strerror or error}): free space there or "
+            "set `cache_dir`."
         ) from error
     if not (folder / "report.json").is_file():
         raise UserError(f"'{folder}' is an incomplete data cache: delete that folder.")
@@ -137,7 +140,7 @@ def _write(
     folder: Path, sources: Sequence[Source], renderers: Sequence[ChatRenderer], settings: PreparationSettings
 ) -> None:
     counts: Counter[str] = Counter()
-    lengths: list[list[int]] = []
+    lengths = array("i")  # 4 bytes a number
     starts = [renderer.bos_ids for renderer in renderers]
     with contextlib.ExitStack() as stack:
         writers = [
@@ -157,24 +160,20 @@ def _write(
                 counts["skipped: no room for the response"] += 1
                 continue
             rows = [conversation_row(conversation) for conversation in cut.conversations]
-            lengths.append([len(row["tokens"]) - 1 for row in rows])
+            lengths.extend(len(row["tokens"]) - 1 for row in rows)
             for writer, row in zip(writers, [asdict(example), *rows], strict=True):
                 writer.add(row)
-    counts["used"] = len(lengths)
+    counts["used"] = len(lengths) // len(renderers)
     if not lengths:
         names = ", ".join(source.name for source in sources)
         raise UserError(
             f"No example is left of {names} ({_listed(counts)}): check the files and the lengths."
         )
-    np.save(folder / "lengths.npy", np.array(lengths, np.int32))
+    np.save(folder / "lengths.npy", np.array(lengths, np.int32).reshape(-1, len(renderers)))
     (folder / "report.json").write_text(json.dumps(counts, indent=1))
 
 
 def _with_placeholder(example: Example) -> Example:
-    from dataclasses import replace
-
-    from dskd_lightning.data.examples import Message
-
     return replace(example, messages=(*example.messages, Message("assistant", "?")))
 
 
@@ -230,7 +229,7 @@ def _model_schema() -> Any:
     import pyarrow as pa
 
     ints = pa.list_(pa.int32())
-    fields = {name: ints for name in ("tokens", "prompts", "responses", "ends")}
+    fields = dict.fromkeys(("tokens", "prompts", "responses", "ends"), ints)
     return pa.schema({**fields, "flags": pa.list_(pa.uint8()), "bytes": ints, "normalized": pa.bool_()})
 
 

@@ -1,0 +1,132 @@
+"""Rendered examples to a padded or packed `DistillationBatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dskd_lightning.alignment.exact import ExampleAlignment, align_many, batch_alignments
+from dskd_lightning.data.batching import Batch
+from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
+from dskd_lightning.structures import IGNORE_INDEX, Alignment, DistillationBatch, TokenBatch
+
+__all__ = ["Collator", "TeacherHidden"]
+
+
+class TeacherHidden(Protocol):
+    """A store of a teacher's hidden states, as the collator reads it."""
+
+    def get(self, examples: Sequence[int]) -> list[Tensor]:
+        """Hidden states ``[m, hidden]`` of each example's response positions."""
+        ...
+
+
+@dataclass
+class Collator:
+    """Builds the batch that a plan's rows name.
+
+    Args:
+        dataset: the prepared examples.
+        pad_ids: padding token of the student and of each teacher.
+        same_tokens: per teacher, whether it gets the student's very token ids; then nothing needs
+            aligning.
+        packing: rows hold several examples, told apart by position ids that restart.
+        pad_to_multiple_of: round the rows' length up, for tensor cores.
+        teacher_hidden: per teacher, cached hidden states or None; empty for none at all.
+    """
+
+    dataset: PreparedDataset
+    pad_ids: Sequence[int]
+    same_tokens: Sequence[bool] = ()
+    packing: bool = False
+    pad_to_multiple_of: int = 1
+    teacher_hidden: Sequence[TeacherHidden | None] = ()
+
+    def __call__(self, rows: Batch) -> DistillationBatch:
+        """The batch of ``rows``; of no rows, one without examples (a row without response positions)."""
+        filler = not rows
+        rows = rows or [[int(self.dataset.longest(range(len(self.dataset))).argmin())]]
+        indices = [index for row in rows for index in row]
+        sides = [
+            {index: self.dataset.rendered(index, model) for index in indices}
+            for model in range(len(self.pad_ids))
+        ]
+        tokens = [
+            self._tokens([[side[i] for i in row] for row in rows], pad, filler)
+            for side, pad in zip(sides, self.pad_ids, strict=True)
+        ]
+        student = [] if filler else [sides[0][i] for i in indices]
+        held = sum(len(example) for example in sides[0].values())
+        return DistillationBatch(
+            student=tokens[0],
+            examples=torch.tensor([] if filler else indices, dtype=torch.long),
+            response_bytes=torch.tensor(
+                [sum(turn.length for turn in example.spans) for example in student], dtype=torch.long
+            ),
+            teachers=tuple(tokens[1:]),
+            alignments=tuple(
+                None if same else _alignment(student, [] if filler else [side[i] for i in indices])
+                for side, same in zip(sides[1:], self.same_tokens, strict=True)
+            ),
+            teacher_hidden=tuple(
+                None if cache is None else _joined(cache, indices, filler) for cache in self.teacher_hidden
+            )
+            or (None,) * (len(tokens) - 1),
+            padding_share=1.0 - held / tokens[0].input_ids.numel(),
+        )
+
+    def _tokens(self, rows: list[list[RenderedExample]], pad_id: int, filler: bool) -> TokenBatch:
+        longest = max(sum(map(len, row)) for row in rows)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(rows), width)
+        ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
+        positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        sequence, number = [], 0
+        for at, row in enumerate(rows):
+            start = 0
+            for example in row:
+                stop = start + len(example)
+                ids[at, start:stop] = example.input_ids
+                labels[at, start:stop] = IGNORE_INDEX if filler else example.labels
+                positions[at, start:stop] = np.arange(stop - start)
+                sequence.append(np.full(0 if filler else len(example.response), number))
+                start, number = stop, number + 1
+            mask[at, :start] = 1
+            # Packed rows take the padding for one more sequence; else positions simply go on.
+            positions[at, start:] = np.arange(width - start) + (0 if self.packing else start)
+        return TokenBatch(
+            input_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
+            attention_mask=None if self.packing else torch.from_numpy(mask),
+            position_ids=torch.from_numpy(positions),
+            response=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+            sequence=torch.from_numpy(np.concatenate(sequence).astype(np.int64)),
+        )
+
+
+def _joined(cache: TeacherHidden, indices: Sequence[int], filler: bool) -> Tensor:
+    hidden = torch.cat(cache.get(indices))
+    return hidden[:0] if filler else hidden
+
+
+def _alignment(student: Sequence[RenderedExample], teacher: Sequence[RenderedExample]) -> Alignment:
+    """Turns are aligned one by one; byte offsets go on from turn to turn of an example."""
+    pieces = align_many(
+        [turn for example in student for turn in example.spans],
+        [turn for example in teacher for turn in example.spans],
+    )
+    moved: list[ExampleAlignment] = []
+    for example in student:
+        base = 0
+        for turn in example.spans:
+            piece = pieces[len(moved)]
+            moved.append(
+                replace(piece, student_end=piece.student_end + base, teacher_end=piece.teacher_end + base)
+            )
+            base += turn.length + 1  # and the end of the turn
+    return batch_alignments(moved)

@@ -1,0 +1,149 @@
+"""Batches of one rank, resumable in mid-epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dskd_lightning.data.batching import Batch, BatchSettings, plan_batches, rank_batches
+from dskd_lightning.data.collate import Collator
+from dskd_lightning.errors import UserError
+from dskd_lightning.structures import DistillationBatch
+
+__all__ = ["DistillationLoader"]
+
+
+class DistillationLoader:
+    """Yields the `DistillationBatch`\\ es of one rank.
+
+    Not a ``DataLoader``, so that Trainer neither wraps nor rebuilds it: it knows its rank itself.
+    ``batch_sampler.sampler.set_epoch`` and ``state_dict`` are how Lightning tells it the epoch and
+    saves its position. What the epoch's batches are is settled at the first ``next``, since
+    Lightning makes the iterator before it announces the epoch.
+
+    Args:
+        collator: turns rows into batches, and holds the dataset.
+        indices: rows of the dataset to use.
+        settings: how batches are built.
+        shuffle: a new order each epoch.
+        seed: of that order.
+        rank: this process's.
+        ranks: number of processes.
+        num_workers: processes that build batches ahead; 0 builds them in this one.
+        pin_memory: page-locked batches, for CUDA.
+        processed: number of batches of this epoch that training has finished. Without it, a
+            batch counts as finished when it was handed out.
+    """
+
+    def __init__(
+        self,
+        collator: Collator,
+        indices: npt.NDArray[np.intp],
+        settings: BatchSettings,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        processed: Callable[[], int] | None = None,
+    ) -> None:
+        self.collator, self.indices, self.settings = collator, indices, settings
+        self.shuffle, self.seed, self.rank, self.ranks = shuffle, seed, rank, ranks
+        self.num_workers, self.pin_memory, self._processed = num_workers, pin_memory, processed
+        self.epoch = 0
+        self._lengths = collator.dataset.longest(indices)
+        self._position = 0
+        self._resume: tuple[int, int] | None = None
+        self._plan: tuple[int, list[Batch]] | None = None
+
+    @property
+    def batch_sampler(self) -> DistillationLoader:
+        """Lightning looks for ``batch_sampler.sampler.set_epoch``; this is it."""
+        return self
+
+    @property
+    def sampler(self) -> DistillationLoader:
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Announce the epoch whose order the next iteration takes."""
+        self.epoch = epoch
+
+    def batches(self) -> list[Batch]:
+        """This rank's batches of the present epoch, as rows of the prepared dataset's indices."""
+        if self._plan is None or self._plan[0] != self.epoch:
+            plan = plan_batches(
+                self._lengths, self.settings, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle
+            )
+            mine = rank_batches(plan, self.rank, self.ranks)
+            table = self.indices.tolist()
+            self._plan = (self.epoch, [[[table[i] for i in row] for row in batch] for batch in mine])
+        return self._plan[1]
+
+    def __len__(self) -> int:
+        return len(self.batches())
+
+    def __iter__(self) -> Iterator[DistillationBatch]:
+        batches = self.batches()
+        resume, self._resume = self._resume, None
+        start = resume[1] if resume is not None and resume[0] == self.epoch else 0
+        if start >= len(batches):
+            start = 0
+        self._position = start
+        loader: DataLoader[DistillationBatch] = DataLoader(
+            _Batches(self.collator, batches[start:]),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(self.seed),  # leave the global one to training
+        )
+        for batch in loader:
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and number of finished batches, in plain types."""
+        position = self._position if self._processed is None else self._processed()
+        return {"epoch": self.epoch, "position": position, "key": self._key()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the saved position.
+
+        Raises:
+            UserError: data, seed, batch settings or the number of processes differ.
+        """
+        if state["key"] != self._key():
+            raise UserError(
+                "The checkpoint was saved with other training data, seed, batch settings or number of "
+                "processes, so its place in the epoch is meaningless: restore those, or start from its "
+                "weights alone."
+            )
+        self._resume = (int(state["epoch"]), int(state["position"]))
+
+    def _key(self) -> str:
+        content = hashlib.sha256(np.ascontiguousarray(self._lengths).tobytes())
+        content.update(np.ascontiguousarray(self.indices).tobytes())
+        content.update(repr((astuple(self.settings), self.shuffle, self.seed, self.ranks)).encode())
+        return content.hexdigest()[:16]
+
+
+class _Batches(Dataset[DistillationBatch]):
+    """Whole batches as items, so that workers build them."""
+
+    def __init__(self, collator: Collator, batches: list[Batch]) -> None:
+        self.collator, self.batches = collator, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> DistillationBatch:
+        return self.collator(self.batches[index])
