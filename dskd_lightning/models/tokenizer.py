@@ -43,6 +43,9 @@ def own_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
 
 def _load(spec: ModelSpec, source: str) -> PreTrainedTokenizerFast:
     file = Path(source).expanduser()
+    if file.name == "tokenizer.json" and file.with_name("tokenizer_config.json").is_file():
+        source = str(file.parent)  # which token ends a sequence, and the template, are written there
+        file = file.parent
     if file.is_file() and file.suffix == ".json":
         tokenizer = _from_json(file)
     else:

@@ -91,7 +91,9 @@ def test_gradient_reaches_the_heads_adapter_and_only_that():
         family("llama_tied"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
     )
     language_head(model).logits(torch.ones(1, 16)).sum().backward()
-    with_grad = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    with_grad = {
+        name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert with_grad == {name for name, p in model.named_parameters() if "lora_" in name}
     assert with_grad
 
@@ -99,7 +101,8 @@ def test_gradient_reaches_the_heads_adapter_and_only_that():
 @torch.no_grad()
 def test_modules_to_save_and_trainable_tokens():
     saved = get_peft_model(
-        family("llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+        family("llama"),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
     ).eval()
     saved.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
     torch.testing.assert_close(our_logits(saved), model_logits(saved), **TIGHT)
