@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,13 +67,9 @@ class DistillationLoader:
         self._plan: tuple[int, list[Batch]] | None = None
 
     @property
-    def batch_sampler(self) -> DistillationLoader:
-        """Lightning looks for ``batch_sampler.sampler.set_epoch``; this is it."""
-        return self
-
-    @property
-    def sampler(self) -> DistillationLoader:
-        return self
+    def batch_sampler(self) -> SimpleNamespace:
+        """Lightning announces the epoch through ``batch_sampler.sampler.set_epoch``."""
+        return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
         """Announce the epoch whose order the next iteration takes."""

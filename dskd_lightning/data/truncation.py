@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dskd_lightning.alignment.byte_spans import ByteSpans
 from dskd_lightning.data.chat import RenderedConversation, RenderedTurn
 
-__all__ = ["Truncated", "truncate"]
+__all__ = ["Truncated", "cut_left", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def truncate(
     for index, turns in enumerate(zip(*(c.turns for c in conversations), strict=True)):
         prompts = [turn.prompt_ids for turn in turns]
         if index == 0:
-            prompts = [
-                _cut_left(ids, max_prompt_length, s) for ids, s in zip(prompts, start_ids, strict=True)
-            ]
+            prompts = [cut_left(ids, max_prompt_length, s) for ids, s in zip(prompts, start_ids, strict=True)]
             prompt_cut = any(
                 len(new) < len(turn.prompt_ids) for new, turn in zip(prompts, turns, strict=True)
             )
@@ -78,7 +76,8 @@ def truncate(
     return Truncated(tuple(RenderedConversation(tuple(turns)) for turns in kept), prompt_cut, response_cut)
 
 
-def _cut_left(ids: list[int], limit: int, start: Sequence[int]) -> list[int]:
+def cut_left(ids: list[int], limit: int, start: Sequence[int]) -> list[int]:
+    """The last ``limit`` of ``ids``, with ``start`` kept in front if they began with it."""
     if len(ids) <= limit:
         return ids
     lead = list(start) if list(ids[: len(start)]) == list(start) and len(start) < limit else []

@@ -1,0 +1,289 @@
+"""Instruction data for one student and any number of teachers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+
+from dskd_lightning.data.batching import BatchSettings
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.collate import Collator, TeacherHidden
+from dskd_lightning.data.examples import Example
+from dskd_lightning.data.formats import Format
+from dskd_lightning.data.loader import DistillationLoader
+from dskd_lightning.data.preparation import PreparationSettings, prepare
+from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.data.sources import Source, resolve_sources
+from dskd_lightning.data.splits import split_indices
+from dskd_lightning.data.truncation import cut_left
+from dskd_lightning.data.views import ExampleView
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.loading import load_tokenizer
+from dskd_lightning.models.spec import StudentSpec, TeacherSpec
+
+__all__ = ["InstructionDataModule", "Stage", "default_cache_dir"]
+
+Stage = Literal["train", "val", "test", "predict"]
+_STAGES_OF: dict[str, tuple[Stage, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+_HUB_SPLIT: dict[Stage, str] = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+
+
+def default_cache_dir() -> Path:
+    """``$DSKD_CACHE_DIR/data``, else below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if root := os.environ.get("DSKD_CACHE_DIR"):
+        return Path(root).expanduser() / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dskd_lightning" / "data"
+
+
+class InstructionDataModule(pl.LightningDataModule):
+    """Instruction files as batches that hold the same responses for student and teachers.
+
+    Args:
+        train: files, folders or Hub datasets (``owner/name[@config][:split]``), one or a list.
+        val: likewise, to validate on.
+        test: likewise, to test on.
+        predict: likewise, to answer; responses may be missing.
+        student: the student, for its tokenizer and template.
+        teacher: the teacher or teachers; None trains without.
+        format: of the records; ``auto`` looks at the first one of each file.
+        system: system message for examples that have none.
+        val_split: without ``val``, the share (below 1) or number of training examples to hold out.
+        test_split: likewise for ``test``.
+        limit: most examples to read for each stage.
+        skip_invalid: leave out and count invalid records instead of stopping at the first.
+        max_length: most tokens of prompt and response; a longer response is cut.
+        max_prompt_length: most tokens of the prompt; a longer one loses its beginning.
+        batch_size: rows per batch and process.
+        eval_batch_size: likewise outside training; None for ``batch_size``.
+        max_tokens_per_batch: build batches of similar lengths up to this many tokens, padding
+            included, instead of ``batch_size`` rows.
+        packing: put several training examples in one row of up to ``max_length`` tokens.
+        pad_to_multiple_of: round row lengths up to a multiple of this.
+        num_workers: processes that build batches ahead.
+        pin_memory: page-locked batches, for CUDA.
+        seed: of splits and of the order.
+        cache_dir: where prepared tokens are kept; None for `default_cache_dir`.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        predict: str | list[str] | None = None,
+        student: StudentSpec | None = None,
+        teacher: TeacherSpec | list[TeacherSpec] | None = None,
+        format: Format = "auto",
+        system: str | None = None,
+        val_split: float | int = 0,
+        test_split: float | int = 0,
+        limit: int | None = None,
+        skip_invalid: bool = False,
+        max_length: int = 512,
+        max_prompt_length: int = 256,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        packing: bool = False,
+        pad_to_multiple_of: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 42,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check(max_length, max_prompt_length, max_tokens_per_batch)
+        for name, value in {
+            "batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }.items():  # fmt: skip
+            if value is not None and value < 1:
+                raise UserError(f"`{name}: {value}` must be at least 1.")
+        self.sources: dict[Stage, str | list[str] | None] = {
+            "train": train, "val": val, "test": test, "predict": predict,
+        }  # fmt: skip
+        self.student = student
+        self.teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
+        self.format: Format = format
+        self.system, self.limit, self.skip_invalid = system, limit, skip_invalid
+        self.splits: dict[str, float | int] = {
+            "val": 0 if val else val_split, "test": 0 if test else test_split,
+        }  # fmt: skip
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.max_tokens_per_batch, self.packing = max_tokens_per_batch, packing
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.teacher_hidden: dict[Stage, Sequence[TeacherHidden | None]] = {}
+        """Per stage, one store of hidden states (or None) per teacher; see `Collator`."""
+        self._renderers: list[ChatRenderer] | None = None
+        self._views: dict[Stage, ExampleView] = {}
+
+    @property
+    def renderers(self) -> list[ChatRenderer]:
+        """How the student (first) and each teacher read a conversation."""
+        if self._renderers is None:
+            if self.student is None:
+                raise UserError(
+                    "The data need a `student`: its tokenizer and template turn text into tokens."
+                )
+            specs = [self.student, *self.teachers]
+            self._renderers = [ChatRenderer.from_spec(load_tokenizer(spec), spec) for spec in specs]
+        return self._renderers
+
+    @property
+    def student_tokenizer(self) -> Any:
+        """The student's fast tokenizer."""
+        return self.renderers[0].tokenizer
+
+    @property
+    def teacher_tokenizers(self) -> list[Any]:
+        """One fast tokenizer per teacher."""
+        return [renderer.tokenizer for renderer in self.renderers[1:]]
+
+    @property
+    def report(self) -> dict[Stage, dict[str, int]]:
+        """Per stage: examples ``read`` and ``used``, ``truncated ...``, ``skipped: REASON``, and
+        ``examples`` of the stage itself (a held-out share has its file's other counts)."""
+        return {stage: {**view.dataset.report, "examples": len(view)} for stage, view in self._views.items()}
+
+    def examples(self, stage: Stage) -> ExampleView:
+        """The raw examples of ``stage``, prepared now if they aren't yet.
+
+        Raises:
+            UserError: no data are configured for the stage.
+        """
+        if stage not in self._views:
+            self._prepare_stage(stage)
+        return self._views[stage]
+
+    def generation_prompt(self, example: Example, model: int = 0) -> list[int]:
+        """Token ids that the student (0) or teacher ``model - 1`` must continue with a response.
+
+        Cut at the left to ``max_prompt_length``, as in training.
+        """
+        renderer = self.renderers[model]
+        ids = renderer.generation_prompt(example.prompt, example.place)
+        return cut_left(ids, self.max_prompt_length, renderer.bos_ids)
+
+    def prepare_data(self) -> None:
+        """Fill the cache in one process, so that the others only map it."""
+        for stage in self._stages(None):
+            self._prepared(stage)
+
+    def setup(self, stage: str) -> None:
+        """Map the prepared data of ``fit``, ``validate``, ``test`` or ``predict``."""
+        for part in self._stages(stage):
+            self._prepare_stage(part)
+
+    def train_dataloader(self) -> DistillationLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DistillationLoader | list[DistillationLoader]:
+        return self._loader("val") if self._configured("val") else []
+
+    def test_dataloader(self) -> DistillationLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DistillationLoader:
+        return self._loader("predict")
+
+    def _configured(self, stage: Stage) -> bool:
+        return bool(self.sources[stage] or (self.sources["train"] and self.splits.get(stage)))
+
+    def _stages(self, function: str | None) -> list[Stage]:
+        """Configured stages of a Trainer function: the given one, the Trainer's, else all."""
+        if function is None and self.trainer is not None and self.trainer.state.fn is not None:
+            function = {"fitting": "fit", "validating": "validate", "testing": "test"}.get(
+                str(self.trainer.state.fn.value), str(self.trainer.state.fn.value)
+            )
+        wanted = _STAGES_OF.get(function or "", tuple(self.sources))
+        return [stage for stage in wanted if self._configured(stage)]
+
+    def _sources_of(self, stage: Stage) -> list[Source]:
+        entries = self.sources[stage] or (self.sources["train"] if self.splits.get(stage) else None)
+        if not entries:
+            raise UserError(f"No data to {stage} on: set `{stage}` to a file, a folder or a Hub dataset.")
+        return resolve_sources(entries, _HUB_SPLIT[stage if self.sources[stage] else "train"])
+
+    def _prepared(self, stage: Stage) -> PreparedDataset:
+        settings = PreparationSettings(
+            format=self.format,
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            system=self.system,
+            limit=self.limit,
+            skip_invalid=self.skip_invalid,
+            needs_response=stage != "predict",
+        )
+        return prepare(self._sources_of(stage), self.renderers, settings, self.cache_dir)
+
+    def _prepare_stage(self, stage: Stage) -> None:
+        if stage in self._views:
+            return
+        dataset = self._prepared(stage)
+        if stage == "train" or not self.sources[stage]:
+            indices = split_indices(len(dataset), self.splits, self.seed)[stage]
+        else:
+            indices = np.arange(len(dataset))
+        self._views[stage] = ExampleView(dataset, indices)
+
+    def _loader(self, stage: Stage) -> DistillationLoader:
+        view, training, trainer = self.examples(stage), stage == "train", self.trainer
+        student, *teachers = self.renderers
+        collator = Collator(
+            view.dataset,
+            pad_ids=[_pad_id(renderer.tokenizer) for renderer in self.renderers],
+            same_tokens=[renderer.fingerprint == student.fingerprint for renderer in teachers],
+            packing=self.packing and training,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            teacher_hidden=self.teacher_hidden.get(stage, ()),
+        )
+        size = self.batch_size if training else self.eval_batch_size or self.batch_size
+        return DistillationLoader(
+            collator,
+            view.indices,
+            BatchSettings(size, self.max_tokens_per_batch, self.packing and training, self.max_length),
+            shuffle=training and not (trainer is not None and trainer.overfit_batches),
+            seed=self.seed,
+            rank=0 if trainer is None else trainer.global_rank,
+            ranks=1 if trainer is None else trainer.world_size,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            processed=None if trainer is None or not training else self._processed_batches,
+        )
+
+    def _processed_batches(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+
+
+def _pad_id(tokenizer: Any) -> int:
+    pad: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
+def _check(max_length: int, max_prompt_length: int, max_tokens: int | None) -> None:
+    if max_prompt_length < 1:
+        raise UserError(f"`max_prompt_length: {max_prompt_length}` must be at least 1.")
+    if max_prompt_length >= max_length:
+        raise UserError(
+            f"`max_prompt_length: {max_prompt_length}` leaves no room for a response in `max_length: "
+            f"{max_length}`: make it smaller, or `max_length` larger."
+        )
+    if max_tokens is not None and max_tokens < max_length:
+        raise UserError(
+            f"`max_tokens_per_batch: {max_tokens}` is less than one example of `max_length: {max_length}`: "
+            "make it at least that."
+        )
