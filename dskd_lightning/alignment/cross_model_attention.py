@@ -150,7 +150,10 @@ class CrossModelAttention(nn.Module):
         if self.statistics == "response":
             return _std(values).clamp(min=_tiny(values))
         if teacher.padded is None:
-            raise ValueError("statistics='padded' needs Side.padded of the teacher")
+            raise UserError(
+                "statistics='padded' of CrossModelAttention needs the teacher's whole padded batch, which a "
+                "cache of response positions lacks: set statistics to 'response', or run the teacher."
+            )
         other = teacher.padded.positions - len(teacher)
         filler = teacher.embeddings[0].to(values.dtype).repeat(values.shape[1] // teacher.embeddings.shape[1])
         size = teacher.padded.positions * values.shape[1]

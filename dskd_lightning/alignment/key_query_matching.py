@@ -151,8 +151,8 @@ class ConditionalTransport(KeyQueryMatching):
         return positions + features, metrics
 
     def _feature_cost(self, queries: Tensor, keys: Tensor) -> Tensor:
-        described = [F.adaptive_avg_pool1d(values.T, self.segments) for values in (queries, keys)]
-        towards, back = _transport(*described, self.feature_critic, self.feature_navigator)
+        described, wanted = (F.adaptive_avg_pool1d(side.T, self.segments) for side in (queries, keys))
+        towards, back = _transport(described, wanted, self.feature_critic, self.feature_navigator)
         return 0.5 * (towards.mean() + back.mean())
 
 
@@ -170,6 +170,6 @@ def _transport(
     maximised = {name: reverse_gradient(value) for name, value in critic.named_parameters()}
     judged = [F.normalize(functional_call(critic, maximised, (side,)), dim=-1) for side in (queries, keys)]
     guided = [F.normalize(navigator(side), dim=-1) for side in (queries, keys)]
-    cost = torch.cdist(*judged)
+    cost = torch.cdist(judged[0], judged[1])
     affinity = guided[0] @ guided[1].T
     return (affinity.softmax(1) * cost).sum(1), (affinity.softmax(0) * cost).sum(0)

@@ -1,15 +1,13 @@
-"""The two passes of dual-space distillation across vocabularies: student space and teacher space."""
+"""The two passes of dual-space distillation: one in the student's space, one in the teacher's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dskd_lightning.functional import Divergence, chunked_sum
+from dskd_lightning.functional import Divergence, fused_distillation
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.structures import Side
 
 __all__ = ["SpaceWeights", "student_space", "teacher_space"]
@@ -38,8 +36,10 @@ def student_space(
     temperature: float,
     weights: SpaceWeights,
     *,
-    chunk_size: int,
+    chunk_size: int | None = None,
+    memory_budget_mb: float = DEFAULT_BUDGET_MB,
     only_agreeing: bool = True,
+    kd_mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the student, and the projected teacher read by the student's frozen head.
 
@@ -51,41 +51,45 @@ def student_space(
         divergence: of projected teacher (detached) and student.
         temperature: divides both sides' logits in the divergence.
         weights: of the three terms.
-        chunk_size: positions whose logits exist at once.
+        chunk_size: positions whose logits exist at once; None takes it from the budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk.
         only_agreeing: the divergence runs where the projected teacher's argmax is the target.
+        kd_mask: ``[n]``, factor on each position's divergence, counted in ``t2s_kd``.
 
     Returns:
-        The weighted loss, and sums ``ce``, ``t2s_ce``, ``t2s_kd``, ``t2s_accuracy``, ``max_t2s_prob``,
-        ``student_entropy``; per position ``student_choice`` ``[n]``.
+        The weighted loss, and sums ``ce``, ``t2s_ce``, ``t2s_kd``, ``t2s_accuracy`` (argmax is the
+        target), ``max_t2s_prob``, ``student_entropy``; per position ``student_choice`` and
+        ``t2s_choice``, the argmaxes ``[n]``.
     """
-
-    def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, labels, other, target = chunk
-        head = replace(student.head, weight=parameters[0], bias=parameters[1])
-        logits = _wide(head.logits(hidden))
-        ce = F.cross_entropy(logits, labels, reduction="sum")
-        rows = (target >= 0).nonzero().squeeze(1)
-        target = target[rows]
-        moved = _wide(head.detach().logits(other[rows]))
-        t2s_ce = F.cross_entropy(moved, target, reduction="sum")
-        hits = moved.argmax(-1) == target
-        kept = hits.nonzero().squeeze(1) if only_agreeing else torch.arange(len(rows), device=rows.device)
-        t2s_kd = divergence(moved.detach()[kept], logits[rows[kept]], temperature).sum()
-        loss = weights.ce * ce + weights.t2s_ce * t2s_ce + weights.t2s_kd * t2s_kd
-        with torch.no_grad():
-            stats = {
-                "ce": ce,
-                "t2s_ce": t2s_ce,
-                "t2s_kd": t2s_kd,
-                "t2s_accuracy": hits.sum(),
-                "max_t2s_prob": (moved.amax(-1) - moved.logsumexp(-1)).exp().sum(),
-                "student_entropy": torch.special.entr(logits.softmax(-1)).sum(),
-                "student_choice": logits.argmax(-1),
-            }
-        return loss, {name: value.detach() for name, value in stats.items()}
-
-    inputs = (student.hidden, student.labels, projected, targets)
-    return chunked_sum(step, inputs, (student.head.weight, student.head.bias), chunk_size=chunk_size)
+    mask = (targets >= 0).to(student.hidden.dtype)
+    fused = fused_distillation(
+        student.hidden,
+        student.head,
+        labels=student.labels,
+        ce_weight=weights.ce,
+        teacher_hidden=projected,
+        teacher_head=student.head,
+        teacher_labels=targets,
+        teacher_ce_weight=weights.t2s_ce,
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=weights.t2s_kd,
+        kd_mask=mask if kd_mask is None else mask * kd_mask,
+        agreeing_only=only_agreeing,
+        chunk_size=chunk_size,
+        memory_budget_mb=memory_budget_mb,
+    )
+    stats = fused.stats
+    return fused.loss, {
+        "ce": stats["ce"],
+        "t2s_ce": stats["teacher_ce"],
+        "t2s_kd": stats["kd"],
+        "t2s_accuracy": (stats["teacher_choice"] == targets).sum(),
+        "max_t2s_prob": stats["teacher_confidence"],
+        "student_entropy": stats["student_entropy"],
+        "student_choice": stats["student_choice"],
+        "t2s_choice": stats["teacher_choice"],
+    }
 
 
 def teacher_space(
@@ -95,7 +99,8 @@ def teacher_space(
     temperature: float,
     weight: float | Tensor,
     *,
-    chunk_size: int,
+    chunk_size: int | None = None,
+    memory_budget_mb: float = DEFAULT_BUDGET_MB,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The projected student read by the teacher's head, against the teacher.
 
@@ -105,34 +110,33 @@ def teacher_space(
         divergence: of teacher and projected student.
         temperature: divides both sides' logits.
         weight: factor on the sum.
-        chunk_size: positions whose logits exist at once.
+        chunk_size: positions whose logits exist at once; None takes it from the budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk.
 
     Returns:
         The weighted loss, and sums ``s2t_kd``, ``s2t_accuracy``, ``s2t_agreement``,
-        ``teacher_accuracy``, ``teacher_entropy``; per position ``teacher_choice`` ``[m]``.
+        ``teacher_accuracy``, ``teacher_entropy``; per position ``teacher_choice`` and
+        ``s2t_choice``, the argmaxes ``[m]``.
     """
     head = teacher.head.detach()
-
-    def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, labels, other = chunk
-        with torch.no_grad():
-            logits = _wide(head.logits(hidden))
-        moved = _wide(head.logits(other))
-        s2t_kd = divergence(logits, moved, temperature).sum()
-        with torch.no_grad():
-            choice, moved_choice = logits.argmax(-1), moved.argmax(-1)
-            stats = {
-                "s2t_kd": s2t_kd,
-                "s2t_accuracy": (moved_choice == labels).sum(),
-                "s2t_agreement": (moved_choice == choice).sum(),
-                "teacher_accuracy": (choice == labels).sum(),
-                "teacher_entropy": torch.special.entr(logits.softmax(-1)).sum(),
-                "teacher_choice": choice,
-            }
-        return weight * s2t_kd, {name: value.detach() for name, value in stats.items()}
-
-    return chunked_sum(step, (teacher.hidden.detach(), teacher.labels, projected), (), chunk_size=chunk_size)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    fused = fused_distillation(
+        projected,
+        head,
+        teacher_hidden=teacher.hidden.detach(),
+        teacher_head=head,
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=weight,
+        chunk_size=chunk_size,
+        memory_budget_mb=memory_budget_mb,
+    )
+    choice, moved = fused.stats["teacher_choice"], fused.stats["student_choice"]
+    return fused.loss, {
+        "s2t_kd": fused.stats["kd"],
+        "s2t_accuracy": (moved == teacher.labels).sum(),
+        "s2t_agreement": (moved == choice).sum(),
+        "teacher_accuracy": (choice == teacher.labels).sum(),
+        "teacher_entropy": fused.stats["teacher_entropy"],
+        "teacher_choice": choice,
+        "s2t_choice": moved,
+    }

@@ -2,25 +2,73 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dskd_lightning.alignment.token_bytes import TokenBytes, token_bytes
+from dskd_lightning.alignment.nearest import nearest_token_map
+from dskd_lightning.alignment.vocabulary import exact_token_map, token_projection, vocabulary_bytes
 from dskd_lightning.structures import ModelSpace
 
-__all__ = ["exact_maps", "extension_ranges", "nearest_map", "sparse_projection", "token_strings"]
+__all__ = [
+    "exact_maps",
+    "extension_ranges",
+    "mutual_tokens",
+    "nearest_map",
+    "sparse_projection",
+    "token_strings",
+]
 
 _END = "\x00end"
 
 
+def exact_maps(student: ModelSpace, teacher: ModelSpace) -> tuple[Tensor, Tensor]:
+    """``[student vocab]`` and ``[teacher vocab]``: the id of the same bytes on the other side, or -1."""
+    pair = student.tokenizer, teacher.tokenizer
+    device = student.head.weight.device
+    return (
+        _fit(exact_token_map(*pair), student, teacher).to(device),
+        _fit(exact_token_map(*pair[::-1]), teacher, student).to(device),
+    )
+
+
+def mutual_tokens(student_to_teacher: Tensor, teacher_to_student: Tensor) -> Tensor:
+    """Student ids ``[shared]`` whose exact match has them as its own: a one-to-one part of the maps."""
+    ids = (student_to_teacher >= 0).nonzero().squeeze(1)
+    return ids[teacher_to_student[student_to_teacher[ids]] == ids]
+
+
+def nearest_map(student: ModelSpace, teacher: ModelSpace, cache_dir: str | None = None) -> Tensor:
+    """``[teacher vocab]``: the student token nearest to each teacher token by edit distance, or -1."""
+    found = nearest_token_map(teacher.tokenizer, student.tokenizer, cache_dir)
+    return _fit(found, teacher, student).to(student.head.weight.device)
+
+
+def sparse_projection(student: ModelSpace, teacher: ModelSpace) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of ``W [student vocab, teacher vocab]``: rows, columns, weights."""
+    entries = token_projection(student.tokenizer, teacher.tokenizer)
+    keep = (entries.rows < student.vocab_size) & (entries.columns < teacher.vocab_size)
+    device = student.head.weight.device
+    rows, columns, weights = (
+        torch.from_numpy(values[keep]).to(device)
+        for values in (entries.rows, entries.columns, entries.weights)
+    )
+    return rows, columns, weights
+
+
+def _fit(mapped: npt.NDArray[np.int64], source: ModelSpace, target: ModelSpace) -> Tensor:
+    """A map over tokenizer ids cut or padded (with -1) to the heads' numbers of rows."""
+    fitted = torch.full((source.vocab_size,), -1)
+    values = torch.from_numpy(mapped)[: source.vocab_size]
+    fitted[: len(values)] = values.masked_fill(values >= target.vocab_size, -1)
+    return fitted
+
+
 def _keys(space: ModelSpace) -> list[bytes | None]:
     """Bytes of each row of the head; None for special tokens (but the end) and unused rows."""
-    known: TokenBytes = token_bytes(space.tokenizer)
-    keys: list[bytes | None] = [piece or None for piece in known.pieces[: space.vocab_size]]
+    keys = vocabulary_bytes(space.tokenizer)[: space.vocab_size]
     keys += [None] * (space.vocab_size - len(keys))
-    for index in known.special | {known.unknown}:
-        if 0 <= index < len(keys):
-            keys[index] = None
     end = space.tokenizer.eos_token_id
     if end is not None and end < len(keys):
         keys[end] = _END.encode()
@@ -29,23 +77,6 @@ def _keys(space: ModelSpace) -> list[bytes | None]:
 
 def _tensor(values: list[int], space: ModelSpace) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=space.head.weight.device)
-
-
-def exact_maps(student: ModelSpace, teacher: ModelSpace) -> tuple[Tensor, Tensor]:
-    """``[student vocab]`` and ``[teacher vocab]``: the id of the same bytes on the other side, or -1.
-
-    Byte encodings and space markers are undone first; the two end-of-sequence tokens count as the
-    same, other special tokens match nothing. Of several ids with the same bytes (a byte token and
-    the character it stands for), the highest is matched, and the map is one to one.
-    """
-    keys = [_keys(space) for space in (student, teacher)]
-    ids = [{key: index for index, key in enumerate(side) if key is not None} for side in keys]
-    maps = [[-1] * len(side) for side in keys]
-    for key, index in ids[0].items():
-        other = ids[1].get(key)
-        if other is not None:
-            maps[0][index], maps[1][other] = other, index
-    return _tensor(maps[0], student), _tensor(maps[1], student)
 
 
 def token_strings(space: ModelSpace) -> list[str]:
@@ -82,13 +113,3 @@ def extension_ranges(space: ModelSpace) -> tuple[Tensor, Tensor, Tensor]:
     for index in open_:
         last[index] = place
     return _tensor(order, space), _tensor(first, space), _tensor(last, space)
-
-
-def nearest_map(student: ModelSpace, teacher: ModelSpace, cache_dir: str | None = None) -> Tensor:
-    """``[teacher vocab]``: the student token nearest to each teacher token by edit distance, or -1."""
-    raise NotImplementedError
-
-
-def sparse_projection(student: ModelSpace, teacher: ModelSpace) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries of ``W [student vocab, teacher vocab]``: rows, columns, weights."""
-    raise NotImplementedError

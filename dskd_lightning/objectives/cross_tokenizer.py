@@ -46,6 +46,8 @@ class CrossTokenizerObjective(Objective):
     needs_alignment = True
     needs_vocabulary_map: bool = True
     """Whether ids of one vocabulary are looked up in the other; False only costs metrics."""
+    reads_alignment: bool = True
+    """Whether the loss depends on the alignment, rather than metrics alone."""
 
     student_to_teacher: Tensor | None
     teacher_to_student: Tensor | None
@@ -92,7 +94,12 @@ class CrossTokenizerObjective(Objective):
         return self.chunk_size or chunk_tokens(max(student.head.vocab_size, teacher.head.vocab_size))
 
     def _alignment(self, student: Side, teacher: Side, alignment: Alignment | None) -> Alignment:
-        return shared_ids_alignment(student, teacher) if alignment is None else alignment
+        if alignment is not None:
+            return alignment
+        if self.reads_alignment:
+            return shared_ids_alignment(student, teacher)
+        none_s, none_t = (torch.full_like(side.labels, -1) for side in (student, teacher))
+        return Alignment(none_s, none_t, none_s, none_t, student.labels.new_empty(0, 2), 0)
 
     def alignment_metrics(
         self, student: Side, alignment: Alignment | None, covered: Tensor | None = None

@@ -44,7 +44,7 @@ class Case:
 
     def gradients(self, loss: Tensor, *more: Tensor) -> list[Tensor]:
         leaves = [self.student.hidden, self.student.head.weight, *more]
-        return [g for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+        return list(torch.autograd.grad(loss, leaves, retain_graph=True))
 
 
 def make_side(tok, d: int, seed: int, texts: list[str], vocab_padding: int = 3):

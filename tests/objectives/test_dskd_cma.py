@@ -78,9 +78,7 @@ def test_matches_published_numbers(reference_dir, name, chunk_size):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
     check(loss.detach(), case["loss"])
-    logged = {"nll_loss": "ce", "kd_loss": "kd"} | {
-        f"{k}_loss": k for k in ("t2s_ce", "t2s_kd", "s2t_kd")
-    }
+    logged = {"nll_loss": "ce", "kd_loss": "kd"} | {f"{k}_loss": k for k in ("t2s_ce", "t2s_kd", "s2t_kd")}
     for theirs, ours in logged.items():
         check(output.terms[ours].value, case[f"log.{theirs}"])
     logged = {"accuracy": "student_accuracy", "t2s_acc": "t2s_accuracy", "s2t_acc": "s2t_accuracy"}
@@ -171,9 +169,11 @@ def test_examples_do_not_attend_to_each_other():
     both = attention(case.student, case.teacher)
     for b in range(3):
         n, m = (int((side.sequence == b).sum()) for side in (case.student, case.teacher))
-        scores = both.queries.split(both.student.counts.tolist())[b] @ both.keys.split(
-            both.teacher.counts.tolist()
-        )[b].T / math.sqrt(both.keys.shape[1])
+        scores = (
+            both.queries.split(both.student.counts.tolist())[b]
+            @ both.keys.split(both.teacher.counts.tolist())[b].T
+            / math.sqrt(both.keys.shape[1])
+        )
         torch.testing.assert_close(both.t2s[b, :n, :m], scores.softmax(-1))
         torch.testing.assert_close(both.s2t[b, :m, :n], scores.T.softmax(-1))
         assert both.t2s[b, n:].abs().sum() == 0 == both.t2s[b, :, m:].abs().sum()

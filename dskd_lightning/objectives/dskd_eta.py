@@ -1,0 +1,196 @@
+"""DSKD v2 across vocabularies by exact token alignment (arXiv 2504.11426)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.functional import Divergence, ForwardKL, chunked_sum
+from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
+from dskd_lightning.objectives._vocabulary import mutual_tokens
+from dskd_lightning.objectives.base import ObjectiveOutput
+from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
+from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
+
+__all__ = ["DSKDTokenAlignmentObjective"]
+
+
+class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
+    """DSKD v2 on exact pairs: both tokens cover the same bytes after the same text.
+
+    ``KD = t2s_ce + t2s_kd + s2t_kd``, each a mean over pairs. The projected teacher's label is the
+    teacher's argmax, mapped to the student's vocabulary; a pair whose label has no counterpart is
+    dropped. ``P_t2s`` is trained from ``T S^+``, ``P_s2t`` is ``S T^+`` of the present student
+    head and never trained, ``S`` and ``T`` being the heads' columns of the shared tokens.
+
+    The mean over pairs is returned as a sum over the student's tokens: times ``tokens / pairs`` of
+    the batch, since `ObjectiveOutput.tokens` counts all response tokens, on which cross-entropy
+    runs. A micro-batch with few pairs thus weighs as much per token as one with many.
+
+    Args:
+        divergence: in both spaces; forward KL by default.
+        agreement_threshold: where the projected teacher's argmax is the label at no more than this
+            share of pairs, ``t2s_kd`` is the mean over those pairs; otherwise over all.
+        topk_vocab: shared tokens that initialise the projectors, the first of them; None takes all.
+        kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
+        temperature: divides both sides' logits in the divergences.
+        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+    """
+
+    shared_student: Tensor
+    teacher_inverse: Tensor
+
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        agreement_threshold: float = 1.0,
+        topk_vocab: int | None = None,
+        kd_ratio: float = 0.5,
+        temperature: float = 2.0,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(kd_ratio, temperature, chunk_size)
+        if not 0.0 <= agreement_threshold <= 1.0:
+            raise UserError(
+                f"agreement_threshold of DSKDTokenAlignmentObjective must lie in [0, 1], "
+                f"not {agreement_threshold}."
+            )
+        if topk_vocab is not None and topk_vocab < 1:
+            raise UserError(
+                f"topk_vocab of DSKDTokenAlignmentObjective must be at least 1, not {topk_vocab}; "
+                "leave it out to take all shared tokens."
+            )
+        self.divergence = ForwardKL() if divergence is None else divergence
+        self.agreement_threshold = agreement_threshold
+        self.topk_vocab = topk_vocab
+        self.t2s: nn.Linear
+        self._s2t: Tensor | None = None
+
+    @torch.no_grad()
+    def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
+        super().configure(student, teacher)
+        assert teacher is not None
+        assert self.student_to_teacher is not None
+        assert self.teacher_to_student is not None
+        shared = mutual_tokens(self.student_to_teacher, self.teacher_to_student)[: self.topk_vocab]
+        rows_s = _wide(student.head.weight[shared])
+        rows_t = _wide(teacher.head.weight[self.student_to_teacher[shared].to(teacher.head.weight.device)])
+        self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size, bias=False, dtype=rows_s.dtype)
+        self.t2s.to(rows_s.device)
+        # h_t T S^+ with T = rows_t.T, S = rows_s.T; a linear layer holds the transposed matrix.
+        self.t2s.weight.copy_(torch.linalg.pinv(rows_s) @ rows_t.to(rows_s.device))
+        self.register_buffer("shared_student", shared, persistent=False)
+        self.register_buffer("teacher_inverse", torch.linalg.pinv(rows_t.T), persistent=False)
+
+    def _to_teacher(self, hidden: Tensor, head: Head) -> Tensor:
+        """``h_s S T^+`` ``[pairs, teacher_hidden]``; a gradient flows to ``h_s`` alone."""
+        inverse = self.teacher_inverse
+        rows = head.weight.detach()[self.shared_student].to(inverse.dtype)
+        hidden = hidden.to(inverse.dtype)
+        if len(hidden) < rows.shape[1]:
+            return (hidden @ rows.T) @ inverse
+        return hidden @ (rows.T @ inverse)
+
+    def forward(
+        self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
+    ) -> ObjectiveOutput:
+        assert teacher is not None
+        assert self.teacher_to_student is not None
+        aligned = self._alignment(student, teacher, alignment)
+        chunk, tokens = self._chunk(student, teacher), len(student)
+        i, j = aligned.pairs.unbind(1)
+        projected = self.t2s(teacher.hidden.detach()[j].to(self.t2s.weight.dtype))
+        choice, guess = _choices(teacher, j, student.head, projected.detach(), chunk)
+        labels = self.teacher_to_student[choice]
+        kept = (labels >= 0).nonzero().squeeze(1)
+        i, j, projected, labels, guess = i[kept], j[kept], projected[kept], labels[kept], guess[kept]
+        pairs, agreeing = len(kept), int((guess == labels).sum())
+        only_agreeing = agreeing <= self.agreement_threshold * pairs
+        scale = self.kd_ratio * tokens / max(pairs, 1)
+        kd_scale = self.kd_ratio * tokens / max(agreeing if only_agreeing else pairs, 1)
+        targets = torch.full_like(student.labels, -1).index_put((i,), labels)
+        moved = projected.new_zeros(tokens, projected.shape[1]).index_put((i,), projected)
+        loss, stats = student_space(
+            student,
+            moved,
+            targets,
+            self.divergence,
+            self.temperature,
+            SpaceWeights(1 - self.kd_ratio, scale, kd_scale),
+            chunk_size=chunk,
+            only_agreeing=only_agreeing,
+        )
+        paired = replace(
+            teacher,
+            hidden=teacher.hidden[j],
+            ids=teacher.ids[j],
+            labels=teacher.labels[j],
+            sequence=teacher.sequence[j],
+        )
+        back = self._to_teacher(student.hidden[i], student.head)
+        s2t_loss, s2t = teacher_space(
+            paired, back, self.divergence, self.temperature, scale, chunk_size=chunk
+        )
+        per_pair = tokens / max(pairs, 1)
+        terms = {
+            "ce": stats["ce"],
+            "t2s_ce": stats["t2s_ce"] * per_pair,
+            "t2s_kd": stats["t2s_kd"] * (tokens / max(agreeing if only_agreeing else pairs, 1)),
+            "s2t_kd": s2t["s2t_kd"] * per_pair,
+        }
+        terms["kd"] = terms["t2s_ce"] + terms["t2s_kd"] + terms["s2t_kd"]
+        count = student.labels.new_tensor(tokens)
+        metrics = self.alignment_metrics(student, alignment, targets >= 0)
+        metrics |= self._metrics(student, i, labels, stats, s2t, len(aligned.pairs))
+        return ObjectiveOutput(
+            loss + s2t_loss, count, {k: Ratio(v, count) for k, v in terms.items()}, metrics
+        )
+
+    def _metrics(
+        self,
+        student: Side,
+        i: Tensor,
+        labels: Tensor,
+        stats: dict[str, Tensor],
+        s2t: dict[str, Tensor],
+        aligned: int,
+    ) -> dict[str, Ratio]:
+        tokens, pairs, all_pairs = (i.new_tensor(n) for n in (len(student), len(i), aligned))
+        choice, gold = stats["student_choice"], student.labels
+        metrics = {
+            "student_accuracy": Ratio((choice == gold).sum(), tokens),
+            "student_entropy": Ratio(stats["student_entropy"], tokens),
+            "t2s_agreement": Ratio(stats["t2s_accuracy"], pairs),
+            "max_t2s_prob": Ratio(stats["max_t2s_prob"], pairs),
+            "agreement": Ratio((choice[i] == labels).sum(), pairs),
+            "label_ratio": Ratio(pairs, all_pairs),
+        }
+        for name in ("s2t_accuracy", "s2t_agreement", "teacher_accuracy", "teacher_entropy"):
+            metrics[name] = Ratio(s2t[name], pairs)
+        return metrics
+
+
+@torch.no_grad()
+def _choices(
+    teacher: Side, positions: Tensor, head: Head, projected: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Argmax of the teacher and of the projected teacher through the student's head, per pair."""
+
+    def step(chunk: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden, moved = chunk
+        stats = {
+            "choice": teacher.head.logits(hidden).argmax(-1),
+            "guess": head.logits(moved).argmax(-1),
+        }
+        return hidden.new_zeros(()), stats
+
+    _, stats = chunked_sum(step, (teacher.hidden[positions], projected), (), chunk_size=chunk_size)
+    return stats["choice"], stats["guess"]
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

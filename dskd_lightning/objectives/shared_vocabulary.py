@@ -1,0 +1,63 @@
+"""Distillation on the tokens that two vocabularies share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dskd_lightning.functional import Divergence, ForwardKL
+from dskd_lightning.objectives._vocabulary import mutual_tokens
+from dskd_lightning.objectives.cross_tokenizer import PairedObjective, Pairs, Partners
+from dskd_lightning.structures import Alignment, ModelSpace, Side
+
+__all__ = ["SharedVocabularyObjective", "pair_positions"]
+
+
+def pair_positions(student: Side, alignment: Alignment) -> Tensor:
+    """``[n]``, the teacher position of each student position's exact pair, or -1."""
+    position = torch.full_like(student.labels, -1)
+    position[alignment.pairs[:, 0]] = alignment.pairs[:, 1]
+    return position
+
+
+class SharedVocabularyObjective(PairedObjective):
+    """A divergence on exact pairs, both distributions restricted to shared tokens and renormalised.
+
+    End-of-sequence tokens count as shared, whatever their strings. The simplest method across
+    vocabularies, and the one to beat where they overlap much.
+
+    Args:
+        divergence: compares the two restricted distributions; forward KL by default.
+        kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
+        temperature: divides both sides' logits in KD.
+        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+    """
+
+    student_ids: Tensor
+    teacher_ids: Tensor
+
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        kd_ratio: float = 0.5,
+        temperature: float = 2.0,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(kd_ratio, temperature, chunk_size)
+        self.divergence = ForwardKL() if divergence is None else divergence
+
+    def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
+        super().configure(student, teacher)
+        assert self.student_to_teacher is not None
+        assert self.teacher_to_student is not None
+        ids = mutual_tokens(self.student_to_teacher, self.teacher_to_student)
+        self.register_buffer("student_ids", ids, persistent=False)
+        self.register_buffer("teacher_ids", self.student_to_teacher[ids], persistent=False)
+
+    def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
+        return Partners(pair_positions(student, alignment))
+
+    def compare(self, pairs: Pairs) -> dict[str, Tensor]:
+        teacher = pairs.teacher.index_select(-1, self.teacher_ids)
+        student = pairs.student.index_select(-1, self.student_ids)
+        return {"shared_kd": self.divergence(teacher, student, self.temperature).sum()}

@@ -1,0 +1,59 @@
+"""Universal logit distillation (ULD, arXiv 2402.12030)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dskd_lightning.objectives.cross_tokenizer import PairedObjective, Pairs, Partners
+from dskd_lightning.structures import Alignment, Side
+
+__all__ = ["ULDObjective", "sorted_l1"]
+
+
+def sorted_l1(p: Tensor, q: Tensor) -> Tensor:
+    """L1 distance ``[...]`` of ``p`` ``[..., a]`` and ``q`` ``[..., b]``, each sorted descending.
+
+    The shorter is padded by zeros. It is the Wasserstein distance under a cost that ignores which
+    token is which.
+    """
+    size = max(p.shape[-1], q.shape[-1])
+    p, q = (F.pad(x.sort(-1, descending=True).values, (0, size - x.shape[-1])) for x in (p, q))
+    return (p - q).abs().sum(-1)
+
+
+class ULDObjective(PairedObjective):
+    """Sorted distributions compared by L1, k-th response position against k-th.
+
+    Needs no map between the vocabularies and no alignment (which only its metrics read): beyond
+    the first token that the two sides split differently, the k-th positions lie at different
+    places of the text. Student positions behind the teacher's last have no KD term.
+
+    Args:
+        kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
+        temperature: divides both sides' logits; 1 in the paper.
+        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+    """
+
+    needs_vocabulary_map = False
+
+    def __init__(
+        self, kd_ratio: float = 0.5, temperature: float = 1.0, chunk_size: int | None = None
+    ) -> None:
+        super().__init__(kd_ratio, temperature, chunk_size)
+
+    reads_alignment = False
+
+    def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
+        keys = student.sequence.contiguous()
+        place = torch.arange(len(student), device=keys.device) - torch.searchsorted(keys, keys)
+        others = teacher.sequence.contiguous()
+        first = torch.searchsorted(others, keys)
+        count = torch.searchsorted(others, keys, right=True) - first
+        return Partners(torch.where(place < count, first + place, -1))
+
+    def compare(self, pairs: Pairs) -> dict[str, Tensor]:
+        p = (pairs.teacher / self.temperature).softmax(-1)
+        q = (pairs.student / self.temperature).softmax(-1)
+        return {"uld": sorted_l1(p, q).sum()}
