@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dskd_lightning.tokenizers import backend_config, fast_backend
 
-__all__ = ["TokenBytes", "token_bytes"]
+__all__ = ["TokenBytes", "is_byte_token", "token_bytes"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _read(tokenizer: Any) -> TokenBytes:
     model_vocab = tracer.get_vocab(with_added_tokens=False)
     added = tracer.get_added_tokens_decoder()
     if _falls_back_to_bytes(config):  # byte tokens may be registered as special ones
-        added = {index: token for index, token in added.items() if not _is_byte_token(token.content)}
+        added = {index: token for index, token in added.items() if not is_byte_token(token.content)}
     vocab = tracer.get_vocab(with_added_tokens=True)
     pieces = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
@@ -113,7 +113,7 @@ def _piece_decoder(config: dict[str, Any]) -> Any:
     suffix = model.get("end_of_word_suffix") or ""
 
     def plain(token: str) -> bytes:
-        if byte_fallback and _is_byte_token(token):
+        if byte_fallback and is_byte_token(token):
             return bytes([int(token[3:5], 16)])
         for marker in markers:
             token = token.replace(marker, " ")
@@ -143,7 +143,7 @@ def _falls_back_to_bytes(config: dict[str, Any]) -> bool:
     return bool(config["model"].get("byte_fallback")) or "ByteFallback" in decoder
 
 
-def _is_byte_token(token: str) -> bool:
+def is_byte_token(token: str) -> bool:
     """``<0x00>`` to ``<0xFF>``."""
     return bool(_BYTE_TOKEN.fullmatch(token))
 

@@ -1,4 +1,4 @@
-"""Maps between the vocabularies of two tokenizers: exact by bytes, nearest by edit distance, sparse projection."""
+"""Maps between the vocabularies of two tokenizers by the bytes of their tokens."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def exact_token_map(source: Any, target: Any) -> npt.NDArray[np.int64]:
     ids = {piece: index for index, piece in enumerate(vocabulary_bytes(target)) if piece is not None}
     pieces = vocabulary_bytes(source)
     mapped = np.array([-1 if piece is None else ids.get(piece, -1) for piece in pieces], np.int64)
-    ends = getattr(source, "eos_token_id", None), getattr(target, "eos_token_id", None)
-    if None not in ends:
-        mapped[ends[0]] = ends[1]
+    end, other_end = getattr(source, "eos_token_id", None), getattr(target, "eos_token_id", None)
+    if end is not None and other_end is not None:
+        mapped[end] = other_end
     return mapped
 
 
@@ -136,9 +136,8 @@ def _retokenize(tokenizer: Any, pieces: Sequence[bytes]) -> list[list[int]]:
         spans = batch_byte_spans(tokenizer, texts, codes, ())
         for (place, text), ids, span in zip(tried, codes, spans, strict=True):
             inside = (span.starts >= begin) & (span.ends > span.starts)
-            if span.normalized or span.unknown.any() or not inside.any():
-                left.append((place, text))
-            elif span.starts[inside][0] != begin or span.ends[-1] != span.length:
+            spelled = not span.normalized and not span.unknown.any() and span.ends[-1:].sum() == span.length
+            if not spelled or not inside.any() or span.starts[inside][0] != begin:
                 left.append((place, text))
             else:
                 found[place] = np.asarray(ids)[inside].tolist()
