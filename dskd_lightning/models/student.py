@@ -40,7 +40,7 @@ def build_student(spec: StudentSpec) -> tuple[PreTrainedModel | PeftModel, PreTr
     if spec.prune is not None:
         model = prune(model, spec.prune)
     if spec.tokenizer is not None and not spec.random_init:
-        model = _swap(model, spec, tokenizer)
+        _swap(model, spec, tokenizer)
     if spec.random_init or spec.prune is not None:
         _forget_source(model)
     if len(tokenizer) > input_embeddings(model).shape[0]:
@@ -74,14 +74,14 @@ def _random(spec: StudentSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     )
 
 
-def _swap(model: PreTrainedModel, spec: StudentSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def _swap(model: PreTrainedModel, spec: StudentSpec, tokenizer: PreTrainedTokenizerFast) -> None:
     from dskd_lightning.models.tokenizer_swap import swap_tokenizer
 
     own = load_tokenizer(dataclasses.replace(spec, tokenizer=None, chat_template=None))
     if own.get_vocab() == tokenizer.get_vocab():
-        return model
-    swapped = swap_tokenizer(model, own, tokenizer)
-    model = swapped if swapped is not None else model
+        return
+    report = swap_tokenizer(model, own, tokenizer)
+    _log.info("Swapped the student's vocabulary for that of '%s': %s.", spec.tokenizer, report)
     _forget_source(model)
     if spec.lora is not None and not spec.lora.config.get("modules_to_save"):
         names = [
@@ -94,7 +94,6 @@ def _swap(model: PreTrainedModel, spec: StudentSpec, tokenizer: PreTrainedTokeni
             "`student.lora.config.modules_to_save: %s`.",
             names,
         )
-    return model
 
 
 def _forget_source(model: PreTrainedModel) -> None:

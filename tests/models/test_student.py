@@ -207,3 +207,15 @@ def test_compiling_keeps_names_and_results(model_folder):
     compiled, _ = build_student(StudentSpec(folder, compile=True))
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert compiled.get_decoder()._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=2)])
+def test_another_tokenizer_swaps_the_vocabulary(model_folder, lora, caplog):
+    other = model_folder(tokenizer="unigram", vocab_size=350)
+    model, tokenizer = build_student(StudentSpec(model_folder(), tokenizer=other, lora=lora))
+    base = model if lora is None else model.get_base_model()
+    assert base.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert base.get_output_embeddings().weight.shape[0] == len(tokenizer)
+    assert base.name_or_path == ""
+    assert ("keeps its embeddings frozen" in caplog.text) == (lora is not None)
+    assert model(torch.arange(5)[None]).logits.shape[-1] == len(tokenizer)
