@@ -80,8 +80,7 @@ def _swap(model: PreTrainedModel, spec: StudentSpec, tokenizer: PreTrainedTokeni
     own = load_tokenizer(dataclasses.replace(spec, tokenizer=None, chat_template=None))
     if own.get_vocab() == tokenizer.get_vocab():
         return
-    report = swap_tokenizer(model, own, tokenizer)
-    _log.info("Swapped the student's vocabulary for that of '%s': %s.", spec.tokenizer, report)
+    swap_tokenizer(model, own, tokenizer)
     _forget_source(model)
     if spec.lora is not None and not spec.lora.config.get("modules_to_save"):
         names = [
