@@ -23,6 +23,7 @@ from dskd_lightning.functional.fused_linear import (
     chunked_map,
     chunked_sum,
     fused_distillation,
+    token_argmax,
     token_log_prob,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "token_argmax",
     "token_log_prob",
     "total_variation",
 ]

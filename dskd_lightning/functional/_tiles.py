@@ -97,7 +97,10 @@ class TileLosses:
                 t, teacher_labels, self.weights.teacher_ce, teacher_grad
             )
             stats["teacher_entropy"] = teacher_entropy
-            stats["teacher_confidence"] = (confidence - log_norm).exp().sum()
+            confidence = (confidence - log_norm).exp()
+            if teacher_labels is not None:
+                confidence = confidence * (teacher_labels >= 0)
+            stats["teacher_confidence"] = confidence.sum()
             if teacher_labels is not None:
                 stats["teacher_ce"] = teacher_ce
                 loss = loss + self.weights.teacher_ce * teacher_ce

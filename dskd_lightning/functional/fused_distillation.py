@@ -30,9 +30,10 @@ class FusedLosses:
     Args:
         loss: scalar with gradients: the weighted sum of the terms.
         stats: detached. Sums ``ce``, ``teacher_ce``, ``kd`` (unweighted, but for ``kd_mask``),
-            ``student_entropy``, ``teacher_entropy`` and ``teacher_confidence`` (largest
-            probability); per token ``student_choice`` and ``teacher_choice``, the argmaxes. Only
-            those whose inputs were given.
+            ``student_entropy``, ``teacher_entropy`` (nats) and ``teacher_confidence`` (largest
+            probability, where there is a teacher label if any are given); per token
+            ``student_choice`` and ``teacher_choice``, the argmaxes. Only those whose inputs were
+            given.
     """
 
     loss: Tensor

@@ -18,6 +18,7 @@ __all__ = [
     "chunked_map",
     "chunked_sum",
     "fused_distillation",
+    "token_argmax",
     "token_log_prob",
 ]
 
@@ -49,3 +50,14 @@ def token_log_prob(
 
     size = chunk_size or chunk_tokens(head.vocab_size)
     return chunked_map(chunk_log_prob, (hidden, labels), (head.weight, head.bias), chunk_size=size)
+
+
+@torch.no_grad()
+def token_argmax(hidden: Tensor, head: Head, *, chunk_size: int | None = None) -> Tensor:
+    """Most likely token ``[tokens]`` of hidden states ``[tokens, hidden]``, without a gradient."""
+
+    def chunk_argmax(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> Tensor:
+        return replace(head, weight=parameters[0], bias=parameters[1]).logits(chunk[0]).argmax(-1)
+
+    size = chunk_size or chunk_tokens(head.vocab_size, copies=1)
+    return chunked_map(chunk_argmax, (hidden,), (head.weight, head.bias), chunk_size=size)

@@ -61,7 +61,7 @@ def student_space(
         target), ``max_t2s_prob``, ``student_entropy``; per position ``student_choice`` and
         ``t2s_choice``, the argmaxes ``[n]``.
     """
-    mask = (targets >= 0).to(student.hidden.dtype)
+    mask = (targets >= 0).float()
     fused = fused_distillation(
         student.hidden,
         student.head,

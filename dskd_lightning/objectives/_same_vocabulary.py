@@ -1,0 +1,122 @@
+"""What every objective on one shared vocabulary does: check its hyperparameters and its two models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.functional.divergences import Divergence, ForwardKL
+from dskd_lightning.objectives.base import Objective
+from dskd_lightning.structures import ModelSpace, Ratio, Side
+
+__all__ = ["SameVocabularyObjective", "check_same_vocabulary", "ratios"]
+
+# Heads are padded to a multiple of a power of two; Qwen's differ by 128 of 152,064.
+_PADDING_SHARE = 0.01
+
+
+class SameVocabularyObjective(Objective):
+    """Base of objectives that compare student and teacher position by position, token by token.
+
+    Args:
+        divergence: of teacher and student; forward KL by default.
+        kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
+        temperature: divides both sides' logits in the divergence.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
+    """
+
+    same_vocabulary = True
+
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        kd_ratio: float = 0.5,
+        temperature: float = 2.0,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not 0.0 <= kd_ratio <= 1.0:
+            raise UserError(f"kd_ratio of {name} must lie in [0, 1], not {kd_ratio}.")
+        if temperature <= 0.0:
+            raise UserError(f"temperature of {name} must be positive, not {temperature}.")
+        if memory_budget_mb <= 0.0:
+            raise UserError(f"memory_budget_mb of {name} must be positive, not {memory_budget_mb}.")
+        self.divergence = ForwardKL() if divergence is None else divergence
+        self.kd_ratio = kd_ratio
+        self.temperature = temperature
+        self.memory_budget_mb = memory_budget_mb
+
+    def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
+        """Check that both models read the same token ids.
+
+        Raises:
+            UserError: there is no teacher, or it has another vocabulary.
+        """
+        if teacher is None:
+            raise UserError(f"{type(self).__name__} learns from a teacher: name one under model.teacher.")
+        check_same_vocabulary(type(self).__name__, student, teacher)
+
+    def _pair(self, student: Side, teacher: Side | None) -> Side:
+        """The teacher, which must have the student's positions.
+
+        Raises:
+            UserError: it is missing or has another number of response positions.
+        """
+        name = type(self).__name__
+        if teacher is None:
+            raise UserError(f"{name} needs the teacher's side of the batch.")
+        if len(teacher) != len(student):
+            raise UserError(
+                f"{name} compares position by position, but the batch has {len(student)} response tokens of "
+                f"the student and {len(teacher)} of the teacher: give both models the same template and "
+                "length limits, or take an objective that aligns them."
+            )
+        return teacher
+
+
+def check_same_vocabulary(name: str, student: ModelSpace, teacher: ModelSpace) -> None:
+    """Raise unless the two models give every token the same id; padded heads may differ in size.
+
+    Args:
+        name: of the objective that asks.
+        student: sizes and, if any, tokenizer of the student.
+        teacher: of the teacher.
+
+    Raises:
+        UserError: the vocabularies differ.
+    """
+    remedy = "take an objective that works across vocabularies, such as DSKDCrossAttentionObjective."
+    if student.tokenizer is not None and teacher.tokenizer is not None:
+        ours, theirs = _by_id(student.tokenizer), _by_id(teacher.tokenizer)
+        differing = [i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)]
+        clash = next((i for i in sorted(differing) if i in ours and i in theirs), None)
+        if clash is not None:
+            raise UserError(
+                f"{name} needs one vocabulary, but token {clash} is {ours[clash]!r} to the student and "
+                f"{theirs[clash]!r} to the teacher: {remedy}"
+            )
+        if len(differing) > _PADDING_SHARE * len(ours):
+            raise UserError(
+                f"{name} needs one vocabulary, but {len(differing)} tokens of the student ({len(ours)}) and "
+                f"the teacher ({len(theirs)}) are in one of them only: {remedy}"
+            )
+        return
+    small, large = sorted((student.vocab_size, teacher.vocab_size))
+    if large - small > _PADDING_SHARE * large:
+        raise UserError(
+            f"{name} needs one vocabulary, but the student's head has {student.vocab_size} tokens and the "
+            f"teacher's {teacher.vocab_size}: {remedy}"
+        )
+
+
+def ratios(stats: dict[str, Tensor], count: Tensor) -> dict[str, Ratio]:
+    """Each sum over ``count``."""
+    return {name: Ratio(total, count) for name, total in stats.items()}
+
+
+def _by_id(tokenizer: Any) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
