@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from dskd_lightning.data.batching import BatchSettings
 from dskd_lightning.data.chat import ChatRenderer
@@ -255,7 +256,7 @@ class InstructionDataModule(pl.LightningDataModule):
             collator,
             view.indices,
             BatchSettings(size, self.max_tokens_per_batch, self.packing and training, self.max_length),
-            shuffle=training and not (trainer is not None and trainer.overfit_batches),
+            shuffle=training and not getattr(trainer, "overfit_batches", 0),
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
             ranks=1 if trainer is None else trainer.world_size,
@@ -266,7 +267,9 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def _processed_batches(self) -> int:
         assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        assert isinstance(progress, _ProcessedTracker)
+        return progress.processed
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dskd_lightning.data import InstructionDataModule, default_cache_dir
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.spec import StudentSpec, TeacherSpec
+from dskd_lightning.structures import DistillationBatch
+
+WORDS = ["apples", "pears", "plums", "naïve", "🙂", "café", "fox", "12345", "dog"]
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"instruction": f"Say {i}.", "input": "", "output": " ".join(rng.choice(WORDS, rng.integers(1, 12)))}
+        for i in range(23)
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def make(model_folder, data_file: Path, tmp_path: Path):
+    def build(**arguments) -> InstructionDataModule:
+        defaults = {
+            "train": str(data_file),
+            "student": StudentSpec(model_folder()),
+            "teacher": TeacherSpec(model_folder(tokenizer="sentencepiece", add_bos=True)),
+            "max_length": 128,
+            "max_prompt_length": 64,
+            "batch_size": 4,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return InstructionDataModule(**{**defaults, **arguments})
+
+    return build
+
+
+MODES = [
+    {},
+    {"max_tokens_per_batch": 256},
+    {"packing": True, "batch_size": 2},
+    {"packing": True, "max_tokens_per_batch": 256},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_hold_the_same_responses_aligned(make, mode: dict) -> None:
+    dm = make(**mode, pad_to_multiple_of=8)
+    seen = []
+    for batch in dm.train_dataloader():
+        assert isinstance(batch, DistillationBatch)
+        seen += batch.examples.tolist()
+        student, (teacher,), (alignment,) = batch.student, batch.teachers, batch.alignments
+        for side, tokenizer in ((student, dm.student_tokenizer), (teacher, dm.teacher_tokenizers[0])):
+            assert side.input_ids.shape[1] % 8 == 0
+            assert (side.attention_mask is None) == bool(mode.get("packing"))
+            labels = side.select(side.labels)
+            assert (labels != -100).all()
+            assert len(labels) == (side.labels != -100).sum()
+            for number, row in enumerate(batch.examples.tolist()):
+                mine = labels[side.sequence == number]
+                assert tokenizer.decode(mine[:-1]).strip() == dm.examples("train").row(row).response
+                assert mine[-1] == tokenizer.eos_token_id
+            # Positions restart exactly where an example starts; each is its own example's offset.
+            starts = side.select(side.position_ids)
+            assert (starts < 128).all()
+        assert alignment.student_end.shape == student.response.shape
+        assert alignment.teacher_end.shape == teacher.response.shape
+        pairs = alignment.pairs
+        assert (student.sequence[pairs[:, 0]] == teacher.sequence[pairs[:, 1]]).all()
+        assert (alignment.student_end[pairs[:, 0]] == alignment.teacher_end[pairs[:, 1]]).all()
+        last = student.select(student.labels) == dm.student_tokenizer.eos_token_id
+        assert torch.equal(alignment.student_end[last], batch.response_bytes + 1)
+        assert set(last.nonzero().flatten().tolist()) <= set(pairs[:, 0].tolist())
+        assert 0 <= batch.padding_share < 1
+    assert sorted(seen) == list(range(23))
+
+
+def test_packed_rows_equal_single_rows(make) -> None:
+    single = {i: (ids, labels) for batch in make().train_dataloader() for i, ids, labels in _rows(batch)}
+    packed = list(make(packing=True).train_dataloader())
+    assert any(len(batch) > batch.student.input_ids.shape[0] for batch in packed)
+    for batch in packed:
+        for i, ids, labels in _rows(batch):
+            assert ids == single[i][0]
+            assert labels == single[i][1]
+
+
+def _rows(batch: DistillationBatch):
+    """Each example's ids and labels, cut out where positions restart."""
+    tokens, number = batch.student, 0
+    for row in range(tokens.input_ids.shape[0]):
+        positions = tokens.position_ids[row]
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
+        for start, stop in itertools.pairwise(starts):
+            labels = tokens.labels[row, start:stop]
+            if not (labels != -100).any():
+                continue  # the padding behind a packed row
+            last = int((labels != -100).nonzero().max()) + 1
+            ids = tokens.input_ids[row, start : start + last].tolist()
+            yield int(batch.examples[number]), ids, labels[:last].tolist()
+            number += 1
+
+
+def test_same_tokenizer_needs_no_alignment(make, model_folder) -> None:
+    batch = next(iter(make(teacher=TeacherSpec(model_folder(seed=1))).train_dataloader()))
+    assert batch.alignments == (None,)
+    assert torch.equal(batch.student.input_ids, batch.teachers[0].input_ids)
+    alone = next(iter(make(teacher=None).train_dataloader()))
+    assert alone.teachers == alone.alignments == alone.teacher_hidden == ()
+
+
+def test_two_teachers_and_cached_hidden_states(make, model_folder) -> None:
+    dm = make(teacher=[TeacherSpec(model_folder(seed=1)), TeacherSpec(model_folder(tokenizer="unigram"))])
+
+    class Store:
+        def get(self, examples):
+            dataset = dm.examples("train").dataset
+            return [torch.full((len(dataset.rendered(i, 2).response), 3), float(i)) for i in examples]
+
+    dm.teacher_hidden["train"] = (None, Store())
+    batch = next(iter(dm.train_dataloader()))
+    assert batch.alignments[0] is None
+    assert batch.alignments[1] is not None
+    assert batch.teacher_hidden[0] is None
+    second = batch.teachers[1]
+    assert torch.equal(batch.teacher_hidden[1][:, 0], batch.examples[second.sequence].float())
+
+
+def test_splits_are_disjoint_and_seeded(make) -> None:
+    dm = make(val_split=0.2, test_split=3)
+    parts = {stage: set(dm.examples(stage).indices.tolist()) for stage in ("train", "val", "test")}
+    assert [len(parts[s]) for s in ("train", "val", "test")] == [15, 5, 3]
+    assert set.union(*parts.values()) == set(range(23))
+    assert parts["val"] == set(make(val_split=0.2, test_split=3).examples("val").indices.tolist())
+    assert parts["val"] != set(make(val_split=0.2, test_split=3, seed=1).examples("val").indices.tolist())
+    assert make().val_dataloader() == []
+
+
+def test_report_and_generation_prompt(make) -> None:
+    dm = make(max_prompt_length=8, max_length=20)
+    report = dm.examples("train") and dm.report["train"]
+    assert report["read"] == 23
+    assert report["truncated prompts"] > 0
+    assert report["truncated responses"] > 0
+    assert report["used"] + report.get("skipped: no room for the response", 0) == 23
+    view = dm.examples("train")
+    for model in (0, 1):
+        prompt = dm.generation_prompt(view[0], model)
+        tokens = view.dataset.rendered(int(view.indices[0]), model)
+        assert tokens.input_ids[: len(prompt)].tolist() == prompt
+        assert tokens.response[0] == len(prompt) - 1
+
+
+def test_cache_is_reused_and_keyed_by_content(make, data_file: Path, monkeypatch) -> None:
+    first = make().examples("train").dataset.folder
+    monkeypatch.setattr("dskd_lightning.data.preparation._write", None)
+    assert make().examples("train").dataset.folder == first
+    monkeypatch.undo()
+    data_file.write_text(data_file.read_text() + '\n{"instruction": "x", "output": "y"}')
+    assert make().examples("train").dataset.folder != first
+    assert make(max_length=100).examples("train").dataset.folder != first
+    assert not list(first.parent.glob(".preparing-*"))
+
+
+def test_failed_preparation_leaves_nothing(make, data_file: Path, tmp_path: Path) -> None:
+    data_file.write_text('{"instruction": "x", "output": "y"}\n{"instruction": "x"\n')
+    with pytest.raises(UserError, match=r"train\.jsonl:2"):
+        make().examples("train")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "needle"),
+    [
+        ('{"instruction": "x", "output": ""}', {}, r"train\.jsonl:1 has no response"),
+        ('{"instruction": "x", "output": ""}', {"skip_invalid": True}, "No example is left.*no response: 1"),
+        ("", {}, "No example is left"),
+        (None, {"max_prompt_length": 128}, "no room"),
+        (None, {"max_tokens_per_batch": 100}, "less than one example"),
+        (None, {"batch_size": 0}, "batch_size: 0"),
+        (None, {"val_split": 23}, "val_split: 23"),
+        (None, {"val_split": -0.1}, "val_split"),
+        (None, {"train": None}, "No data to train on"),
+        (None, {"train": "/none.jsonl"}, "doesn't exist"),
+        (None, {"student": None}, "need a `student`"),
+    ],
+)
+def test_user_errors(make, data_file: Path, text: str | None, arguments: dict, needle: str) -> None:
+    if text is not None:
+        data_file.write_text(text)
+    with pytest.raises(UserError, match=needle):
+        make(**arguments).train_dataloader()
+
+
+def test_predict_needs_no_responses(make, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"instruction": "x"}\n{"instruction": "y"}')
+    dm = make(predict=str(path))
+    (batch,) = dm.predict_dataloader()
+    assert [dm.examples("predict").row(i).prompt[0].content for i in batch.examples.tolist()] == ["x", "y"]
+
+
+def test_default_cache_dir(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DSKD_CACHE_DIR", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "data"
+
+
+class Recorder(pl.LightningModule):
+    """Notes which examples each step saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[int, ...]] = []
+        self.fail_at = -1
+
+    def training_step(self, batch: DistillationBatch, index: int) -> torch.Tensor:
+        if self.global_step == self.fail_at:
+            raise RuntimeError("boom")
+        self.seen.append(tuple(batch.examples.tolist()))
+        return self.weight.sum() * len(batch)
+
+    def validation_step(self, batch: DistillationBatch, index: int) -> None:
+        assert len(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(tmp_path: Path, *callbacks: pl.Callback, **arguments) -> pl.Trainer:
+    return pl.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=bool(callbacks), callbacks=list(callbacks),
+        **{"max_epochs": 3, **arguments},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_resume_from_every_step_continues_with_the_next_batch(make, tmp_path: Path, mode: dict) -> None:
+    mode = {**mode, "val_split": 3}
+    whole = Recorder()
+    saver = ModelCheckpoint(
+        tmp_path / "ckpt", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+    )
+    trainer(tmp_path, saver).fit(whole, datamodule=make(**mode))
+    steps = len(whole.seen)
+    per_epoch = steps // 3
+    assert per_epoch >= 3
+    orders = [whole.seen[i * per_epoch : (i + 1) * per_epoch] for i in range(3)]
+    assert all(sorted(sum(order, ())) == sorted(sum(orders[0], ())) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    for step in range(1, steps):
+        resumed = Recorder()
+        path = tmp_path / "ckpt" / f"step={step}.ckpt"
+        trainer(tmp_path).fit(resumed, datamodule=make(**mode), ckpt_path=path, weights_only=True)
+        assert resumed.seen == whole.seen[step:], step
+
+
+def test_resume_with_workers_and_from_epoch_end_and_exception(make, tmp_path: Path) -> None:
+    whole = Recorder()
+    end = ModelCheckpoint(tmp_path / "end", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer(tmp_path, end).fit(whole, datamodule=make())
+    resumed = Recorder()
+    trainer(tmp_path).fit(
+        resumed, datamodule=make(num_workers=1), ckpt_path=tmp_path / "end" / "epoch=0.ckpt"
+    )
+    assert resumed.seen == whole.seen[len(whole.seen) // 3 :]
+
+    broken = Recorder()
+    broken.fail_at = 8
+    fit = trainer(tmp_path)
+    with pytest.raises(RuntimeError, match="boom"):
+        fit.fit(broken, datamodule=make())
+    assert broken.seen == whole.seen[:8]
+    fit.save_checkpoint(tmp_path / "broken.ckpt")
+    resumed = Recorder()
+    trainer(tmp_path).fit(resumed, datamodule=make(num_workers=1), ckpt_path=tmp_path / "broken.ckpt")
+    assert resumed.seen == whole.seen[8:]
+
+
+def test_resume_with_other_batches_is_refused(make, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "c", "last", every_n_train_steps=2)
+    trainer(tmp_path, saver, max_steps=2).fit(Recorder(), datamodule=make())
+    with pytest.raises(UserError, match="place in the epoch"):
+        trainer(tmp_path).fit(
+            Recorder(), datamodule=make(batch_size=3), ckpt_path=tmp_path / "c" / "last.ckpt"
+        )
+
+
+def test_overfitting_repeats_the_same_batches(make, tmp_path: Path) -> None:
+    model = Recorder()
+    trainer(tmp_path, overfit_batches=2).fit(model, datamodule=make())
+    assert model.seen[:2] * 3 == model.seen
+
+
+def test_training_randomness_is_left_alone(make) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(make().train_dataloader())
+    assert torch.equal(torch.rand(3), expected)
+
+
+class RankDump(Recorder):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.validated = folder, []
+
+    def validation_step(self, batch: DistillationBatch, index: int) -> None:
+        self.validated += batch.examples.tolist()
+        assert batch.student.input_ids.shape[0] > 0
+        assert len(batch) or not len(batch.student.response)
+
+    def on_train_end(self) -> None:
+        state = json.dumps([self.seen, self.validated])
+        (self.folder / f"rank{self.global_rank}.json").write_text(state)
+
+
+def test_two_ranks_share_every_batch(make, tmp_path: Path) -> None:
+    one = Recorder()
+    trainer(tmp_path, max_epochs=1).fit(one, datamodule=make(batch_size=8))
+    fit = trainer(tmp_path, max_epochs=1, devices=2, strategy="ddp_fork", num_sanity_val_steps=0)
+    fit.fit(RankDump(tmp_path), datamodule=make(batch_size=4, val=make().sources["train"], eval_batch_size=5))
+    states = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [tuple(a + b) for a, b in zip(states[0][0], states[1][0], strict=True)] == one.seen
+    assert sorted(states[0][1] + states[1][1]) == list(range(23))
