@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,11 +142,6 @@ def make_model(vocab_size: int, hidden: int = 16, layers: int = 2, kind: str = "
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_network() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

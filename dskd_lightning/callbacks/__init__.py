@@ -1,1 +1,15 @@
-"""TODO"""
+"""What runs beside training: tables, monitoring, generated responses."""
+
+from dskd_lightning.callbacks.completions import CompletionsTable
+from dskd_lightning.callbacks.csv_logger import ResumableCSVLogger
+from dskd_lightning.callbacks.monitor import TrainingMonitor
+from dskd_lightning.callbacks.responses import ResponseEvaluation
+from dskd_lightning.callbacks.summary import DistillationSummary
+
+__all__ = [
+    "CompletionsTable",
+    "DistillationSummary",
+    "ResponseEvaluation",
+    "ResumableCSVLogger",
+    "TrainingMonitor",
+]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.data.json_stream import iter_json
+from dskd_lightning.demo import DATASET
 from dskd_lightning.errors import UserError
 
 __all__ = ["Record", "Source", "resolve_sources"]
@@ -103,7 +104,7 @@ def resolve_sources(sources: str | list[str], split: str = "train") -> list[Sour
     """Find out what each entry means, without reading it.
 
     Args:
-        sources: files, folders (all data files below, sorted), datasets written by
+        sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted), datasets written by
             ``save_to_disk``, or Hub datasets (``owner/name[@config][:split]``).
         split: the split of a dataset that names none.
 
@@ -118,7 +119,7 @@ def resolve_sources(sources: str | list[str], split: str = "train") -> list[Sour
 
 
 def _resolve(entry: str, split: str) -> list[Source]:
-    path = Path(entry).expanduser()
+    path = DATASET if entry == "demo" else Path(entry).expanduser()
     if path.is_dir():
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             return [Source(entry, path, split=split)]

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Strategies that shard student and teacher."""

@@ -1,0 +1,43 @@
+# Two commands for a fresh clone: `make quickstart` and `make test`. Both make the environment in
+# .venv first where it is missing. CPU wheels by default; for CUDA: make env TORCH="torch" (any
+# requirement pip understands), on a machine with an NVIDIA driver.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: env quickstart compare test test-slow lint types bench clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $(if $(findstring ==2.13,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu --retries 1,)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/dskd study configs/quickstart.study.yaml --overwrite true
+
+test: $(STAMP)
+	$(MAKE) lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

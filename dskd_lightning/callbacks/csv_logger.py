@@ -1,0 +1,41 @@
+"""A CSV logger whose file survives a resumed run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+__all__ = ["ResumableCSVLogger"]
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Writes ``FOLDER/metrics.csv``; with ``resume`` it goes on after the rows already there.
+
+    Args:
+        folder: the run folder.
+        resume: keep the rows of an earlier run instead of starting over.
+        flush_every: logging steps between writes.
+    """
+
+    def __init__(self, folder: str | Path, resume: bool = False, flush_every: int = 10) -> None:
+        self._path = Path(folder) / "metrics.csv"
+        self._earlier: list[dict[str, str]] = []
+        if resume and self._path.is_file():
+            with self._path.open(encoding="utf-8", newline="") as stream:
+                self._earlier = [{k: v for k, v in row.items() if v} for row in csv.DictReader(stream)]
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=flush_every)
+
+    def drop_after(self, step: int) -> None:
+        """Forget earlier rows from ``step`` on: a run resumed there logs them again."""
+        self._earlier = [row for row in self._earlier if float(row.get("step", 0)) < step]
+
+    @rank_zero_only
+    def save(self) -> None:
+        if self._earlier:
+            experiment = self.experiment
+            experiment.metrics = [*self._earlier, *experiment.metrics]
+            self._earlier = []
+        super().save()

@@ -1,0 +1,106 @@
+"""Throughput, memory and early warnings while training."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dskd_lightning.structures import DistillationBatch
+
+__all__ = ["TrainingMonitor"]
+
+
+class TrainingMonitor(L.Callback):
+    """Logs tokens per second and memory, and warns when training has gone wrong quietly.
+
+    Args:
+        min_student_entropy: nats; below it the student repeats itself with certainty.
+        min_projector_rank: effective rank of a projector's weight over its smaller side, below
+            which its output no longer tells hidden states apart.
+        check_every: optimiser steps between the checks of projectors.
+    """
+
+    def __init__(
+        self, min_student_entropy: float = 0.05, min_projector_rank: float = 0.02, check_every: int = 50
+    ) -> None:
+        self.min_student_entropy = min_student_entropy
+        self.min_projector_rank = min_projector_rank
+        self.check_every = check_every
+        self._tokens = 0
+        self._since = 0.0
+        self._last_step = -1
+        self._warned: set[str] = set()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: DistillationBatch,
+        batch_idx: int,
+    ) -> None:
+        self._tokens += batch.student.input_ids.numel()
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        now = time.perf_counter()
+        values = {
+            "monitor/tokens_per_second": self._tokens / max(now - self._since, 1e-9),
+            "monitor/memory_gib": peak_memory_bytes() / 2**30,
+        }
+        pl_module.log_dict(values, batch_size=1)
+        self._tokens, self._since = 0, now
+        self._check_entropy(trainer)
+        if trainer.global_step % self.check_every == 0:
+            self._check_projectors(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = time.perf_counter()  # validation is not training time
+
+    def _check_entropy(self, trainer: L.Trainer) -> None:
+        entropy = trainer.callback_metrics.get("train/student_entropy")
+        if entropy is not None and float(entropy) < self.min_student_entropy:
+            self._warn(
+                "entropy",
+                f"The student's entropy is {float(entropy):.3f} nats: it answers with near certainty. "
+                "Lower the learning rate or take forward_kl.",
+            )
+
+    def _check_projectors(self, module: L.LightningModule) -> None:
+        for name, parameter in module.named_parameters():
+            if name.startswith("objectives.") and parameter.ndim == 2 and min(parameter.shape) > 1:
+                rank = effective_rank(parameter.detach()) / min(parameter.shape)
+                if rank < self.min_projector_rank:
+                    self._warn(
+                        name,
+                        f"{name} has collapsed to {rank:.1%} of its rank; lower model.projector_lr.",
+                    )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(message)
+
+
+def effective_rank(weight: torch.Tensor) -> float:
+    """``exp`` of the entropy of the normalised singular values of ``[rows, columns]`` (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals(weight.float())
+    share = values / values.sum().clamp(min=1e-12)
+    return float((-(share * share.clamp(min=1e-12).log()).sum()).exp())
+
+
+def peak_memory_bytes() -> int:
+    """Peak CUDA memory of this process, or its peak resident memory without CUDA."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,39 @@
+"""The prompts of a stage, as generation takes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dskd_lightning.evaluation.predict import PromptRecord
+
+if TYPE_CHECKING:
+    from dskd_lightning.data.datamodule import InstructionDataModule, Stage
+
+__all__ = ["prompt_records"]
+
+
+def prompt_records(
+    datamodule: InstructionDataModule, stage: Stage, limit: int | None = None, teacher: int | None = None
+) -> list[PromptRecord]:
+    """Prompt text, token ids and references of the examples of ``stage``.
+
+    Args:
+        datamodule: holds the examples and the tokenizers.
+        stage: whose examples.
+        limit: only the first so many.
+        teacher: render for this teacher instead of the student.
+    """
+    model = 0 if teacher is None else teacher + 1
+    view = datamodule.examples(stage)
+    records = []
+    for index in range(len(view) if limit is None else min(limit, len(view))):
+        example = view[index]
+        records.append(
+            PromptRecord(
+                index=index,
+                prompt=example.prompt[-1].content,
+                ids=datamodule.generation_prompt(example, model),
+                references=example.references,
+            )
+        )
+    return records

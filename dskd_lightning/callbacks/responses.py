@@ -1,0 +1,132 @@
+"""Generate responses in `test` and `predict`, and score them by the papers' protocol."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from dskd_lightning.callbacks.prompts import prompt_records
+from dskd_lightning.evaluation.environment import collect_environment
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.evaluation.generation import GenerationSettings, Generator
+from dskd_lightning.evaluation.predict import predict
+from dskd_lightning.evaluation.predictions import Prediction
+from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
+from dskd_lightning.models.fingerprint import weights_fingerprint
+
+if TYPE_CHECKING:
+    from dskd_lightning.module import DistillationModule
+
+__all__ = ["ResponseEvaluation"]
+
+logger = logging.getLogger(__name__)
+
+
+class ResponseEvaluation(L.Callback):
+    """Writes ``OUTPUT/predictions/*.jsonl`` and logs ROUGE-L, exact match, distinct-n and length.
+
+    An interrupted run goes on where it stopped. The papers' protocol is five seeds, 10 to 50,
+    temperature 1, top-p 1, at most 512 tokens of prompt and response; it is the default.
+
+    Args:
+        output: the run folder.
+        enabled: False scores likelihoods alone.
+        seeds: sampling seeds; an empty list decodes greedily.
+        max_new_tokens: most tokens of a response.
+        max_length: most tokens of prompt and response together; None sets no such limit.
+        temperature: divides the logits when sampling.
+        top_p: probability that the sampled tokens must hold.
+        batch_size: prompts generated at once.
+        limit: generate for the first so many prompts only.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        enabled: bool = True,
+        seeds: tuple[int, ...] = (10, 20, 30, 40, 50),
+        max_new_tokens: int = 512,
+        max_length: int | None = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int = 32,
+        limit: int | None = None,
+    ) -> None:
+        self.output = Path(output)
+        self.enabled = enabled
+        self.seeds: tuple[int | None, ...] = tuple(seeds) or (None,)
+        self.limit = limit
+        self.settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+        )
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.enabled:
+            pl_module.log_dict(
+                {f"test/{k}": v for k, v in self.evaluate(trainer, pl_module, "test").items()}, batch_size=1
+            )
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write({k: v for k, v in self.evaluate(trainer, pl_module, "predict").items()})
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}
+        self._write(metrics)
+
+    def evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> dict[str, float]:
+        """Generate what is missing and score everything."""
+        module_ = cast("DistillationModule", module)
+        student: Any = module_.student
+        records = prompt_records(cast("Any", trainer).datamodule, cast("Any", stage), self.limit)
+        generator = Generator(student, module_.tokenizer, self.settings)
+        folder = self.output / "predictions"
+        predictions = predict(
+            generator,
+            records,
+            folder,
+            model_id=weights_fingerprint(student),
+            seeds=self.seeds,
+            progress=lambda seed, done, total: logger.info("seed %s: %d of %d responses", seed, done, total),
+        )
+        return response_scores(predictions)
+
+    @rank_zero_only
+    def _write(self, metrics: dict[str, float]) -> None:
+        for name, values in (("metrics", metrics), ("environment", collect_environment())):
+            write_atomic(self.output / f"{name}.json", json.dumps(values, indent=2) + "\n")
+
+
+def response_scores(predictions: Mapping[int | None, Sequence[Prediction]]) -> dict[str, float]:
+    """Means over seeds of every response metric; ROUGE-L and exact match in percent.
+
+    ``rougeL_std`` is the standard deviation over seeds, where there are several.
+    """
+    by_seed = [_scores(seed) for seed in predictions.values()]
+    means = {name: statistics.fmean(scores[name] for scores in by_seed) for name in by_seed[0]}
+    if len(by_seed) > 1:
+        means["rougeL_std"] = statistics.stdev(scores["rougeL"] for scores in by_seed)
+    return means
+
+
+def _scores(predictions: Sequence[Prediction]) -> dict[str, float]:
+    texts = [p.response for p in predictions]
+    references = [p.references for p in predictions]
+    rouge, exact, distinct, length = RougeL(), ExactMatch(), DistinctN(2), ResponseLength()
+    rouge.update(texts, references)
+    exact.update(texts, references)
+    distinct.update(texts)
+    length.update([p.tokens for p in predictions], [p.finished for p in predictions])
+    values = {"rougeL": rouge, "exact_match": exact, "distinct_2": distinct}
+    scores = {name: float(metric.compute()) for name, metric in values.items()}
+    return scores | {name: float(value) for name, value in length.compute().items()}

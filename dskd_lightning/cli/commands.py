@@ -1,0 +1,158 @@
+"""Commands beside the trainer's own: each function is one, its arguments are the options."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dskd_lightning.errors import UserError
+
+__all__ = ["cache", "compare", "export", "generate", "study", "vocab"]
+
+
+def cache(config: list[str], output: str | None = None, dtype: str | None = None) -> None:
+    """Store the teachers' hidden states at response positions, once for all epochs.
+
+    Interrupted, it goes on where it stopped.
+
+    Args:
+        config: the YAML files of the run, as for ``dskd fit``.
+        output: folder of the cache, instead of the config's ``data.teacher_cache.folder``.
+        dtype: how states are stored, instead of the config's ``data.teacher_cache.dtype``.
+    """
+    from dskd_lightning.cli.cache_command import build_cache
+
+    build_cache(config, output, dtype)
+
+
+def compare(
+    runs: list[str],
+    metric: str = "rougeL",
+    fail_if: list[str] | None = None,
+    output: str = "comparison",
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    max_examples: int = 200,
+) -> int:
+    """Compare run folders over the same prompts, write an HTML report, and check conditions.
+
+    Args:
+        runs: two or more run folders, the baseline first; NAME=FOLDER renames one.
+        metric: rougeL, exact_match, length or finished.
+        fail_if: conditions that make the exit status 1, as "rougeL drops > 1".
+        output: folder of the report.
+        resamples: bootstrap resamples.
+        confidence: coverage of the intervals.
+        seed: of the resampling.
+        max_examples: most prompts shown in the report.
+    """
+    from dskd_lightning.evaluation.compare_runs import compare_runs
+
+    if len(runs) < 2:
+        raise UserError("dskd compare: give at least two run folders, the baseline first.")
+    return compare_runs(
+        runs,
+        metric=metric,
+        fail_if=fail_if or (),
+        output=output,
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+        max_examples=max_examples,
+    )
+
+
+def export(
+    config: list[str],
+    target: str,
+    ckpt_path: str = "best",
+    merge: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Write a trained student as a plain Hugging Face folder.
+
+    Args:
+        config: the run folder, or the YAML files the student was trained with.
+        target: folder to write.
+        ckpt_path: best, last, or a checkpoint's path.
+        merge: add the adapter to the weights; false writes a peft adapter instead.
+        overwrite: replace a folder that is not empty.
+    """
+    from dskd_lightning.cli.trained import load_trained
+    from dskd_lightning.models.export import export_student
+
+    model, tokenizer = load_trained(config, ckpt_path)
+    folder = export_student(model, tokenizer, target, merge=merge, overwrite=overwrite)
+    print(f"student written to {folder}; load it with AutoModelForCausalLM.from_pretrained")
+
+
+def generate(
+    model: str,
+    prompts: str,
+    output: str,
+    seed: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    limit: int | None = None,
+) -> None:
+    """Let a model answer a file of prompts: data for sequence-level distillation.
+
+    Args:
+        model: a Hub id, a local folder, a GGUF file, or demo.
+        prompts: an instruction file of any supported format; responses in it are ignored.
+        output: JSONL file of {"prompt", "response"} to write.
+        seed: sample with this seed; without one decoding is greedy.
+        max_new_tokens: most tokens of a response.
+        temperature: divides the logits when sampling.
+        top_p: probability that the sampled tokens must hold.
+        batch_size: prompts at once.
+        dtype: type of the weights.
+        limit: only so many prompts.
+    """
+    from dskd_lightning.cli.generate_command import generate_responses
+    from dskd_lightning.evaluation.generation import GenerationSettings
+
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
+    )
+    generate_responses(model, prompts, output, settings, seed, dtype, limit)
+
+
+def study(
+    config: str, output: str | None = None, overwrite: bool = False, only: list[str] | None = None
+) -> None:
+    """Train and test several variants of one configuration, and compare them in one table.
+
+    Args:
+        config: a study file: ``base`` (configs for all), ``variants`` (name to config), ``output``.
+        output: folder of the study, instead of the file's own.
+        overwrite: start over; without it, finished variants are kept.
+        only: run these variants only.
+    """
+    from dskd_lightning.study import Study
+
+    Study.read(config, output).run(overwrite=overwrite, only=only)
+
+
+def vocab(
+    teacher: str,
+    student: str,
+    data: str | None = None,
+    json_path: str | None = None,
+    heatmap: str | None = None,
+) -> None:
+    """Explain a pair of tokenizers: overlap, alignment on your data, and a recommended objective.
+
+    Args:
+        teacher: a model or tokenizer: Hub id, folder, tokenizer.json, GGUF file, or demo.
+        student: likewise.
+        data: an instruction file to measure on.
+        json_path: also write the numbers there.
+        heatmap: also draw the byte alignment of the first response to this PNG.
+    """
+    from dskd_lightning.vocab import run_vocab
+
+    run_vocab(teacher, student, data=data, json_path=json_path, heatmap=heatmap)

@@ -1,0 +1,53 @@
+"""`dskd generate`: a model's answers to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.preparation import PreparationSettings, read_examples
+from dskd_lightning.data.sources import resolve_sources
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.evaluation.generation import GenerationSettings, Generator
+from dskd_lightning.models.loading import load_model, load_tokenizer
+from dskd_lightning.models.spec import ModelSpec
+
+__all__ = ["generate_responses"]
+
+logger = logging.getLogger(__name__)
+
+
+def generate_responses(
+    model: str,
+    prompts: str,
+    output: str,
+    settings: GenerationSettings,
+    seed: int | None,
+    dtype: Any,
+    limit: int | None,
+) -> None:
+    """Answer every prompt and write ``{"messages": [...]}`` lines, atomically."""
+    spec = ModelSpec(source=model, dtype=dtype)
+    tokenizer = load_tokenizer(spec)
+    renderer = ChatRenderer.from_spec(tokenizer, spec)
+    reading = PreparationSettings(limit=limit, needs_response=False)
+    examples = list(read_examples(resolve_sources(prompts), reading, Counter()))
+    generator = Generator(load_model(spec), tokenizer, settings)
+    texts: dict[int, str] = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator.model.to(device)
+    for batch in generator([renderer.generation_prompt(e.prompt, e.place) for e in examples], seed=seed):
+        texts |= {generation.index: generation.text for generation in batch}
+        logger.info("%d of %d", len(texts), len(examples))
+    lines = []
+    for index, example in enumerate(examples):
+        turns = [{"role": m.role, "content": m.content} for m in example.prompt]
+        turns.append({"role": "assistant", "content": texts[index]})
+        lines.append(json.dumps({"messages": turns}, ensure_ascii=False))
+    write_atomic(Path(output), "\n".join(lines) + "\n")

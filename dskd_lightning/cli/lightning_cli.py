@@ -1,0 +1,159 @@
+"""`dskd fit|validate|test|predict`: Lightning's command line with a run folder and our defaults."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dskd_lightning.callbacks import (
+    CompletionsTable,
+    DistillationSummary,
+    ResponseEvaluation,
+    ResumableCSVLogger,
+    TrainingMonitor,
+)
+from dskd_lightning.data import InstructionDataModule
+from dskd_lightning.errors import UserError
+from dskd_lightning.module import DistillationModule
+
+__all__ = ["DistillationCLI"]
+
+logger = logging.getLogger(__name__)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps ``config.yaml`` of the run folder; a resumed run writes it again."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class DistillationCLI(LightningCLI):
+    """Reads composable YAML files and runs a `DistillationModule` on an `InstructionDataModule`.
+
+    Beside Lightning's own keys a config has ``output`` (the run folder), ``overwrite``,
+    ``save_every_n_steps``, ``completions`` (`CompletionsTable`), ``responses``
+    (`ResponseEvaluation`) and ``monitor`` (`TrainingMonitor`).
+    """
+
+    def __init__(self, args: Any = None, run: bool = True, **kwargs: Any) -> None:
+        super().__init__(
+            DistillationModule,
+            InstructionDataModule,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+            parser_kwargs={"prog": "dskd", "description": "Distil one language model into another."},
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output",
+            type=str,
+            default="runs/default",
+            help="Folder of this run: checkpoints, logs, results.",
+        )
+        parser.add_argument("--overwrite", type=bool, default=False, help="Start over in a used run folder.")
+        parser.add_argument(
+            "--save_every_n_steps",
+            type=int,
+            default=100,
+            help="Optimiser steps between checkpoints to resume from.",
+        )
+        parser.add_lightning_class_args(DistillationSummary, "summary")
+        parser.add_lightning_class_args(CompletionsTable, "completions")
+        parser.add_lightning_class_args(ResponseEvaluation, "responses")
+        parser.add_lightning_class_args(TrainingMonitor, "monitor")
+        parser.link_arguments("output", "responses.output")
+        parser.link_arguments("model.student_spec", "data.student", apply_on="instantiate")
+        parser.link_arguments("model.teacher_specs", "data.teacher", apply_on="instantiate")
+        parser.set_defaults({"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 1})
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        output = Path(config.output)
+        checkpoints = output / "checkpoints"
+        self._resolve_checkpoint(config, checkpoints)
+        if self.subcommand == "fit":
+            resuming = config.get("ckpt_path") is not None
+            if (
+                checkpoints.is_dir()
+                and any(checkpoints.glob("*.ckpt"))
+                and not (resuming or config.overwrite)
+            ):
+                raise UserError(
+                    f"--output: {output} already holds a run; resume it with `--ckpt_path last`, "
+                    "start over with `--overwrite true`, or name another folder."
+                )
+            config.trainer.default_root_dir = str(output)
+
+    def _resolve_checkpoint(self, config: Any, folder: Path) -> None:
+        name = config.get("ckpt_path")
+        if name in ("best", "last"):
+            path = folder / f"{name}.ckpt"
+            if not path.is_file():
+                raise UserError(
+                    f"--ckpt_path {name}: {path} does not exist; train first, or give a file's path."
+                )
+            config.ckpt_path = str(path)
+        elif name is not None and not Path(name).exists():
+            raise UserError(f"--ckpt_path: {name} does not exist; give best, last or a checkpoint's path.")
+        elif name is None and self.subcommand in ("validate", "test", "predict"):
+            if (folder / "best.ckpt").is_file():
+                config.ckpt_path = str(folder / "best.ckpt")
+                logger.info("evaluating %s", config.ckpt_path)
+            else:
+                logger.warning(
+                    "no checkpoint in %s: the student is evaluated as it is before training", folder
+                )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        output = Path(config.output)
+        if config.trainer.logger is None:
+            resuming = bool(config.get("ckpt_path"))
+            kwargs["logger"] = [
+                ResumableCSVLogger(output, resume=resuming or self.subcommand != "fit"),
+                TensorBoardLogger(output, name="", version="tensorboard"),
+            ]
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        outer = self.config[self.subcommand] if self.subcommand else self.config
+        folder = Path(outer.output) / "checkpoints"
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if (
+            not any(isinstance(callback, ModelCheckpoint) for callback in given)
+            and config.get("enable_checkpointing") is not False
+        ):
+            callbacks = [*callbacks, *self._checkpoints(folder, outer.save_every_n_steps)]
+        if config.get("enable_progress_bar") is not False:
+            callbacks = [*callbacks, RichProgressBar()]
+        if config.get("logger") is not False:
+            callbacks = [*callbacks, LearningRateMonitor("step")]
+        return super()._instantiate_trainer(config, callbacks)
+
+    @staticmethod
+    def _checkpoints(folder: Path, every: int) -> list[L.Callback]:
+        common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
+        return [
+            ModelCheckpoint(
+                filename="best", monitor="val/nll_per_token", save_on_train_epoch_end=False, **common
+            ),
+            ModelCheckpoint(
+                filename="last", every_n_train_steps=every, save_on_train_epoch_end=False, **common
+            ),
+            ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
+        ]

@@ -1,0 +1,66 @@
+"""The student of a finished run, from its config and checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.spec import LoraSpec, PruneSpec, StudentSpec
+from dskd_lightning.models.student import build_student
+
+__all__ = ["load_trained", "student_spec_from_dict"]
+
+
+def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
+    """A `StudentSpec` from the plain values that a checkpoint holds."""
+    values = dict(values)
+    prune, lora = values.pop("prune"), values.pop("lora")
+    return StudentSpec(
+        **values,
+        prune=None if prune is None else PruneSpec(**prune),
+        lora=None if lora is None else LoraSpec(**lora),
+    )
+
+
+def find_checkpoint(config: Sequence[str], ckpt_path: str) -> Path:
+    """The checkpoint file ``best`` or ``last`` of a run folder, or the given path.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if ckpt_path not in ("best", "last"):
+        path = Path(ckpt_path)
+    else:
+        folder = Path(config[0])
+        path = (folder if folder.is_dir() else folder.parent) / "checkpoints" / f"{ckpt_path}.ckpt"
+    if not path.exists():
+        raise UserError(f"No checkpoint at {path}: give the run folder, or --ckpt_path FILE.")
+    return path
+
+
+def load_trained(config: Sequence[str], ckpt_path: str = "best") -> tuple[Any, Any]:
+    """Student and tokenizer with the trained weights of a checkpoint.
+
+    Args:
+        config: the run folder (or a config file inside it).
+        ckpt_path: ``best``, ``last`` or a file.
+
+    Raises:
+        UserError: there is no such checkpoint or it was not written by `DistillationModule`.
+    """
+    path = find_checkpoint(config, ckpt_path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "student_spec" not in checkpoint:
+        raise UserError(f"{path} was not written by DistillationModule: it names no student.")
+    model, tokenizer = build_student(student_spec_from_dict(checkpoint["student_spec"]))
+    weights = {
+        key.removeprefix("student."): value
+        for key, value in checkpoint["state_dict"].items()
+        if key.startswith("student.")
+    }
+    model.load_state_dict(weights, strict=False)
+    return model.eval(), tokenizer

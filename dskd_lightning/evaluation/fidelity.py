@@ -1,0 +1,114 @@
+"""How well a student predicts the responses and follows its teacher, in sums that add up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskd_lightning.functional.chunking import chunk_tokens, chunked_sum
+from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
+
+__all__ = ["fidelity", "shared_tokens"]
+
+
+def shared_tokens(student: ModelSpace, teacher: ModelSpace) -> tuple[Tensor, Tensor] | None:
+    """Student ids and teacher ids ``[shared]`` of the tokens with the same bytes; None without any."""
+    from dskd_lightning.alignment.vocabulary import exact_token_map
+
+    if student.tokenizer is None or teacher.tokenizer is None:
+        return None
+    partner = torch.from_numpy(exact_token_map(student.tokenizer, teacher.tokenizer))
+    partner = partner[: student.vocab_size]
+    ids = torch.nonzero((partner >= 0) & (partner < teacher.vocab_size)).squeeze(-1)
+    return (ids, partner[ids]) if len(ids) else None
+
+
+def fidelity(
+    student: Side,
+    teacher: Side | None,
+    alignment: Alignment | None,
+    response_bytes: Tensor,
+    shared_tokens: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Ratio]:
+    """Likelihood of the gold responses, and closeness to the teacher at temperature 1.
+
+    Across vocabularies closeness is measured on exactly aligned pairs, over the tokens that both
+    vocabularies hold, renormalised; those numbers are named ``aligned_``.
+
+    Args:
+        student: ``n`` response positions.
+        teacher: its ``m`` positions, or None.
+        alignment: None where both read the same ids.
+        response_bytes: ``[batch]``, UTF-8 bytes of the responses.
+        shared_tokens: student ids and teacher ids ``[shared]`` of the same tokens; needed with
+            an alignment.
+
+    Returns:
+        ``nll_per_token``, ``nll_per_byte`` (nats), ``accuracy`` of the gold token, and with a teacher
+        ``kl`` (nats, teacher to student) and ``agreement`` of the two argmaxes.
+    """
+    with torch.no_grad():
+        sums = _likelihood(student)
+        count = torch.tensor(len(student), device=student.hidden.device)
+        ratios = {
+            "nll_per_token": Ratio(sums["nll"], count),
+            "nll_per_byte": Ratio(sums["nll"], response_bytes.sum()),
+            "accuracy": Ratio(sums["correct"], count),
+        }
+        if teacher is None:
+            return ratios
+        if alignment is None:
+            return ratios | _closeness(student.hidden, student.head, teacher.hidden, teacher.head)
+        if shared_tokens is None:
+            return ratios
+        pairs = alignment.pairs
+        student_ids, teacher_ids = (ids.to(pairs.device) for ids in shared_tokens)
+        closeness = _closeness(
+            student.hidden[pairs[:, 0]],
+            student.head.restrict(student_ids),
+            teacher.hidden[pairs[:, 1]],
+            teacher.head.restrict(teacher_ids),
+        )
+        aligned = Ratio(count.new_tensor(len(pairs)), count)
+        return ratios | {f"aligned_{k}": r for k, r in closeness.items()} | {"alignment_ratio": aligned}
+
+
+def _logits(head: Head, parameters: tuple[Any, ...], hidden: Tensor) -> Tensor:
+    return replace(head, weight=parameters[0], bias=parameters[1]).logits(hidden).float()
+
+
+def _likelihood(student: Side) -> dict[str, Tensor]:
+    def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden, labels = chunk
+        logits = _logits(student.head, parameters, hidden)
+        gold = logits.gather(-1, labels[:, None]).squeeze(-1)
+        nll = (logits.logsumexp(-1) - gold).double().sum()
+        return nll, {"nll": nll, "correct": (logits.argmax(-1) == labels).sum()}
+
+    size = chunk_tokens(student.head.vocab_size)
+    parameters = (student.head.weight, student.head.bias)
+    return chunked_sum(step, (student.hidden, student.labels), parameters, chunk_size=size)[1]
+
+
+def _closeness(
+    student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor, teacher_head: Head
+) -> dict[str, Ratio]:
+    vocabulary = min(student_head.vocab_size, teacher_head.vocab_size)  # padding differs in some families
+
+    def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        q = _logits(student_head, parameters[:2], chunk[0])[:, :vocabulary].log_softmax(-1)
+        p = _logits(teacher_head, parameters[2:], chunk[1])[:, :vocabulary].log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1).double().sum()
+        return kl, {"kl": kl, "agree": (p.argmax(-1) == q.argmax(-1)).sum()}
+
+    sums = chunked_sum(
+        step,
+        (student_hidden, teacher_hidden),
+        (student_head.weight, student_head.bias, teacher_head.weight, teacher_head.bias),
+        chunk_size=chunk_tokens(vocabulary),
+    )[1]
+    count = torch.tensor(student_hidden.shape[0], device=student_hidden.device)
+    return {"kl": Ratio(sums["kl"], count), "agreement": Ratio(sums["agree"], count)}

@@ -1,0 +1,284 @@
+"""`DistillationModule`: wires teachers, student and objectives into Lightning. No mathematics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.fidelity import fidelity, shared_tokens
+from dskd_lightning.models.loading import load_teacher, load_tokenizer
+from dskd_lightning.models.output import decoder_hidden, model_space, side
+from dskd_lightning.models.spec import StudentSpec, TeacherSpec
+from dskd_lightning.models.student import build_student
+from dskd_lightning.objectives.base import Objective, ObjectiveOutput
+from dskd_lightning.objectives.sft import SFTObjective
+from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
+from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
+
+__all__ = ["DistillationModule"]
+
+_TOKENS_PER_UNIT = 1024
+"""Losses are sums; backward runs on sums over this many tokens, which keeps fp16 in range."""
+
+
+def _drop_untrained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """State-dict hook: a checkpoint holds what was trained, never the teacher."""
+    kept = cast("DistillationModule", module).checkpoint_names
+    for key in [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in kept]:
+        del state_dict[key]
+
+
+class DistillationModule(L.LightningModule):
+    """A frozen teacher (or several) beside a student that trains on an objective.
+
+    The loss of an optimiser step is the sum over all its response tokens, on all ranks and in
+    all micro-batches, divided by their number (METHODS, "Notation"), so that accumulation and
+    data parallelism do not change the result.
+
+    Args:
+        student: the model to train.
+        objective: what to minimise; one per teacher where there are several teachers.
+        teacher: the model to learn from; None for plain supervised fine-tuning.
+        optimizer: makes the optimiser from parameter groups.
+        lr_scheduler: makes a per-step scheduler from the optimiser; None takes linear warm-up
+            and a cosine.
+        projector_lr: learning rate of projectors and other parts of the objective; None takes
+            the optimiser's.
+        warmup_ratio: share of the steps that warm up, with the default schedule.
+        min_lr_ratio: last learning rate over the peak, with the default schedule.
+    """
+
+    def __init__(
+        self,
+        student: StudentSpec,
+        objective: Objective | list[Objective],
+        teacher: TeacherSpec | list[TeacherSpec] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        projector_lr: float | None = 1e-3,
+        warmup_ratio: float = 0.1,
+        min_lr_ratio: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student_spec = student
+        self.teacher_specs = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
+        self.objectives = nn.ModuleList(objective if isinstance(objective, list) else [objective])
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self.projector_lr = projector_lr
+        self.warmup_ratio = warmup_ratio
+        self.min_lr_ratio = min_lr_ratio
+        self.student: nn.Module | None = None
+        self.teachers = nn.ModuleList()
+        self.checkpoint_names: frozenset[str] = frozenset()
+        self.strict_loading = False  # a checkpoint lacks frozen weights; see on_load_checkpoint
+        self._shared_tokens: tuple[Tensor, Tensor] | None = None
+        self._meter = RatioMeter()
+        self._evaluation_meter = RatioMeter()
+        self._validate_arguments()
+        self.register_state_dict_post_hook(_drop_untrained)
+
+    def _validate_arguments(self) -> None:
+        teachers, objectives = len(self.teacher_specs), len(self.objectives)
+        if teachers > 1 and objectives != teachers:
+            raise UserError(
+                f"model.objective: {teachers} teachers need as many objectives, in the same order, "
+                f"not {objectives}; give a list."
+            )
+        if teachers <= 1 and objectives != 1:
+            raise UserError("model.objective: a list of objectives needs a list of as many teachers.")
+        for objective in self._objectives():
+            if objective.needs_teacher and not teachers:
+                raise UserError(
+                    f"model.teacher: {type(objective).__name__} learns from a teacher; name one, "
+                    "or take SFTObjective."
+                )
+
+    def _objectives(self) -> Iterable[Objective]:
+        return cast("Iterable[Objective]", self.objectives)
+
+    # --- models -------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build student, teachers and the objectives' projectors; called by every strategy."""
+        if self.student is not None:
+            return
+        model, tokenizer = build_student(self.student_spec)
+        student_space = model_space(model, tokenizer)
+        needed = [o.needs_teacher for o in self._objectives()]
+        teachers: list[nn.Module] = []
+        spaces: list[ModelSpace] = []
+        for spec in self.teacher_specs:
+            teacher = load_teacher(spec)
+            teachers.append(teacher.requires_grad_(False).eval())
+            spaces.append(model_space(teacher, load_tokenizer(spec)))
+        for index, objective in enumerate(self._objectives()):
+            objective.configure(student_space, spaces[index] if needed[index] else None)
+        self.student, self.tokenizer = model, tokenizer
+        self.teachers = nn.ModuleList(teachers)
+        self._shared_tokens = shared_tokens(student_space, spaces[0]) if spaces else None
+        self.checkpoint_names = self._trained_names()
+
+    def _trained_names(self) -> frozenset[str]:
+        adapter_only = self.student_spec.lora is not None and not self.student_spec.random_init
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        kept = set(dict.fromkeys(name for name in super().state_dict() if name.startswith("objectives.")))
+        if not adapter_only:
+            kept |= {name for name in super().state_dict() if name.startswith("student.")}
+        return frozenset(trained | kept)
+
+    @property
+    def complete_teachers(self) -> bool:
+        """Whether whole teachers are loaded, as generation needs."""
+        return len(self.teachers) > 0
+
+    def train(self, mode: bool = True) -> DistillationModule:
+        """As `nn.Module.train`, but teachers always stay in eval mode."""
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def student_side(self, tokens: TokenBatch, padded_statistics: bool = False) -> Side:
+        """The student's hidden states at the response positions, with a gradient."""
+        assert self.student is not None
+        return side(
+            self.student, decoder_hidden(self.student, tokens), tokens, padded_statistics=padded_statistics
+        )
+
+    def teacher_side(
+        self, index: int, tokens: TokenBatch, hidden: Tensor | None = None, padded_statistics: bool = False
+    ) -> Side:
+        """A teacher's hidden states at the response positions, from its decoder or the cache.
+
+        Args:
+            index: which teacher.
+            tokens: its own token ids.
+            hidden: ``[m, hidden]`` from a cache; None runs the decoder.
+            padded_statistics: also compute `Side.padded` (not from a cache).
+        """
+        teacher = self.teachers[index]
+        with torch.no_grad():
+            values = decoder_hidden(teacher, tokens) if hidden is None else hidden
+            return side(teacher, values, tokens, padded_statistics=padded_statistics)
+
+    def distil(self, batch: DistillationBatch) -> ObjectiveOutput:
+        """The objective on one batch: teachers' outputs are averaged by their weights."""
+        objectives = list(self._objectives())
+        student = self.student_side(batch.student, any(o.needs_padded_statistics for o in objectives))
+        if not any(o.needs_teacher for o in objectives):
+            return objectives[0](student)
+        outputs = []
+        for index, objective in enumerate(objectives):
+            hidden = batch.teacher_hidden[index] if batch.teacher_hidden else None
+            tokens = batch.teachers[index]
+            teacher = self.teacher_side(index, tokens, hidden, objective.needs_padded_statistics)
+            outputs.append(objective(student, teacher, batch.alignments[index]))
+        return outputs[0] if len(outputs) == 1 else self._average(outputs)
+
+    def _average(self, outputs: list[ObjectiveOutput]) -> ObjectiveOutput:
+        weights = [spec.weight for spec in self.teacher_specs]
+        loss = sum(w * o.loss for w, o in zip(weights, outputs, strict=True)) / sum(weights)
+        terms = {f"{k}_{i}": r for i, o in enumerate(outputs) for k, r in o.terms.items()}
+        metrics = {f"{k}_{i}": r for i, o in enumerate(outputs) for k, r in o.metrics.items()}
+        return ObjectiveOutput(cast("Tensor", loss), outputs[0].tokens, terms, metrics)
+
+    def on_train_batch_start(self, batch: DistillationBatch, batch_idx: int) -> None:
+        """Seed dropout from the position in training: a resumed run draws what it would have."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        position = (self.current_epoch << 32) + (batch_idx << 10) + self.global_rank
+        torch.manual_seed(hash((seed, position)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
+        output = self.distil(batch)
+        if not torch.isfinite(output.loss):
+            raise UserError(
+                f"The loss is {output.loss.item()} at epoch {self.current_epoch}, batch {batch_idx} "
+                f"(examples {batch.examples.tolist()}); lower the learning rate, clip gradients with "
+                "trainer.gradient_clip_val, or train in bf16 instead of fp16."
+            )
+        loss = Ratio(output.loss.detach(), output.tokens)
+        padding = Ratio(loss.total.new_tensor(batch.padding_share), loss.count.new_tensor(1))
+        self._meter.update({"loss": loss, **output.terms, **output.metrics, "padding_share": padding})
+        return output.loss / _TOKENS_PER_UNIT
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn gradients of sums into gradients of the mean over the step's response tokens."""
+        ratios = self._meter.reduce(self._all_reduce)
+        tokens = ratios["loss"].count
+        # Lightning has divided by the accumulation window, data parallelism by the ranks.
+        averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        factor = averaged_over * _TOKENS_PER_UNIT / tokens.clamp(min=1)
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.dtype))
+        values = {f"train/{name}": ratio.value.float() for name, ratio in ratios.items()}
+        self.log_dict(values | {"train/tokens": tokens.float()}, batch_size=1)
+        self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=1)
+
+    def _all_reduce(self, sums: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return sums
+        return cast("Tensor", self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum"))
+
+    def _evaluation_step(self, batch: DistillationBatch) -> None:
+        student = self.student_side(batch.student)
+        teacher, alignment = None, None
+        if self.teachers and batch.teachers:
+            hidden = batch.teacher_hidden[0] if batch.teacher_hidden else None
+            teacher, alignment = self.teacher_side(0, batch.teachers[0], hidden), batch.alignments[0]
+        ratios = fidelity(student, teacher, alignment, batch.response_bytes, self._shared_tokens)
+        self._evaluation_meter.update(ratios)
+
+    def _log_evaluation(self, stage: str) -> None:
+        ratios = self._evaluation_meter.reduce(self._all_reduce)
+        values = {f"{stage}/{name}": ratio.value.float() for name, ratio in ratios.items()}
+        for kind in ("token", "byte"):
+            if (key := f"{stage}/nll_per_{kind}") in values:
+                values[f"{stage}/perplexity_per_{kind}"] = values[key].exp()
+        self.log_dict(values, batch_size=1)
+
+    def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def test_step(self, batch: DistillationBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    # --- optimiser and checkpoints ------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        assert self.student is not None
+        groups = parameter_groups(self.student, self.objectives, self.projector_lr)
+        optimizer = self._optimizer(cast("Any", groups))
+        if self._lr_scheduler is not None:
+            scheduler: Any = self._lr_scheduler(optimizer)
+        else:
+            steps = int(self.trainer.estimated_stepping_batches)
+            scheduler = cosine_with_warmup(optimizer, steps, self.warmup_ratio, self.min_lr_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["student_spec"] = asdict(self.student_spec)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        missing = sorted(self.checkpoint_names - checkpoint["state_dict"].keys())
+        if missing:
+            raise UserError(
+                f"The checkpoint lacks {len(missing)} trained tensors of this configuration, the first "
+                f"is {missing[0]!r}; resume with the model and objective it was trained with."
+            )

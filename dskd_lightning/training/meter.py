@@ -1,0 +1,48 @@
+"""Means that are exact over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dskd_lightning.structures import Ratio
+
+__all__ = ["RatioMeter"]
+
+
+class RatioMeter:
+    """Adds up `Ratio`\\ s by name until they are read.
+
+    A mean of per-batch means weighs a batch of one token like a batch of a thousand; sums and
+    counts do not.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def update(self, ratios: Mapping[str, Ratio]) -> None:
+        """Add totals and counts; a name may be missing from some updates."""
+        for name, ratio in ratios.items():
+            device = ratio.total.device
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            pair = torch.stack([ratio.total.detach().to(dtype), ratio.count.detach().to(device, dtype)])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Ratio]:
+        """Totals and counts so far, summed over ranks by ``all_reduce``; resets the meter.
+
+        Every rank must have seen the same names, as it does when all run the same objective.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        if all_reduce is not None:
+            sums = all_reduce(sums)
+        self._sums = {}
+        return {name: Ratio(total, count) for name, (total, count) in zip(names, sums, strict=True)}

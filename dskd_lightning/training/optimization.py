@@ -1,0 +1,58 @@
+"""Optimiser parameter groups and the default learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+__all__ = ["cosine_with_warmup", "parameter_groups"]
+
+
+def parameter_groups(
+    student: nn.Module, objectives: nn.Module, projector_lr: float | None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in up to four groups, named ``student`` and ``projector``.
+
+    Vectors (norms, biases) take no weight decay, as usual for transformers.
+
+    Args:
+        student: the student model.
+        objectives: modules whose parameters (projectors, critics) train beside it.
+        projector_lr: their learning rate; None takes the optimiser's.
+    """
+
+    def split(name: str, parameters: Iterable[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
+        trainable = [p for p in parameters if p.requires_grad]
+        matrices = [p for p in trainable if p.ndim >= 2]
+        vectors = [p for p in trainable if p.ndim < 2]
+        groups = [
+            {"name": name, "params": matrices, **options},
+            {"name": f"{name}_no_decay", "params": vectors, "weight_decay": 0.0, **options},
+        ]
+        return [group for group in groups if group["params"]]
+
+    options = {} if projector_lr is None else {"lr": projector_lr}
+    return split("student", student.parameters()) + split("projector", objectives.parameters(), **options)
+
+
+def cosine_with_warmup(
+    optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.1, min_lr_ratio: float = 0.0
+) -> LambdaLR:
+    """Linear warm-up over ``warmup_ratio`` of the steps, then a cosine to ``min_lr_ratio``.
+
+    The first step already has a learning rate above zero, the last one ``min_lr_ratio`` of the peak.
+    """
+    warmup = round(total_steps * warmup_ratio)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
