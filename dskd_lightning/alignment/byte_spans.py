@@ -187,8 +187,9 @@ def _spans(table: TokenBytes, text: str, ids: list[int], end_ids: Collection[int
     joined = b"".join(map(table.pieces.__getitem__, ids))
     normalized = False
     if joined != data and ids and ids[-1] in end_ids:
-        joined = joined[: len(joined) - int(lengths[-1])]
-        lengths[-1], added[-1], end[-1] = 0, True, True
+        body = joined[: len(joined) - int(lengths[-1])]
+        if data == (body if len(body) == len(data) else body.removeprefix(b" ")):
+            joined, lengths[-1], added[-1] = body, 0, True
     if joined != data and joined[:1] == b" " and joined[1:] == data:
         joined, lengths[0] = data, lengths[0] - 1
     if joined == data:
@@ -229,7 +230,7 @@ def _sections(
             position += len(section)
         if cut < len(ids):
             piece = table.pieces[ids[cut]]
-            if absent[cut] or not data.startswith(piece, position):
+            if not data.startswith(piece, position):
                 if ids[cut] not in table.special or ids[cut] == table.unknown:
                     return None
                 absent[cut], changed[cut], piece = True, 0, b""

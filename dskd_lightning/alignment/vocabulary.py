@@ -49,7 +49,9 @@ class SparseProjection:
         import torch
 
         indices = torch.from_numpy(np.stack((self.rows, self.columns)))
-        return torch.sparse_coo_tensor(indices, torch.from_numpy(self.weights), self.shape).coalesce()
+        return torch.sparse_coo_tensor(
+            indices, torch.from_numpy(self.weights), self.shape, check_invariants=True
+        ).coalesce()
 
 
 def vocabulary_bytes(tokenizer: Any) -> list[bytes | None]:
