@@ -54,7 +54,7 @@ def test_nearest_is_brute_force(queries: list[bytes], candidates: list[bytes]) -
 
 def test_long_strings_do_not_overflow_the_distance_type() -> None:
     candidates = [b"x" * 150, b"ab" * 350]
-    assert Levenshtein.distance(b"a" * 500, candidates[1]) == 450  # 194 in a byte
+    assert Levenshtein.distance(b"a" * 500, candidates[1]) == 350  # 94 in a byte
     assert nearest_strings([b"a" * 500, b"b" * 100], candidates).tolist() == [1, 0]
 
 
