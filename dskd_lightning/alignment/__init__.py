@@ -1,1 +1,35 @@
-"""TODO"""
+"""How the tokens of two tokenizers meet: byte-exact groups, soft attention, vocabulary maps."""
+
+from dskd_lightning.alignment.byte_spans import (
+    ByteSpans,
+    batch_byte_spans,
+    response_byte_spans,
+    token_byte_spans,
+)
+from dskd_lightning.alignment.exact import ExampleAlignment, align, align_many, batch_alignments
+from dskd_lightning.alignment.nearest import nearest_token_map
+from dskd_lightning.alignment.token_bytes import TokenBytes, token_bytes
+from dskd_lightning.alignment.vocabulary import (
+    SparseProjection,
+    exact_token_map,
+    token_projection,
+    vocabulary_bytes,
+)
+
+__all__ = [
+    "ByteSpans",
+    "ExampleAlignment",
+    "SparseProjection",
+    "TokenBytes",
+    "align",
+    "align_many",
+    "batch_alignments",
+    "batch_byte_spans",
+    "exact_token_map",
+    "nearest_token_map",
+    "response_byte_spans",
+    "token_byte_spans",
+    "token_bytes",
+    "token_projection",
+    "vocabulary_bytes",
+]

@@ -1,0 +1,102 @@
+"""A picture of how student tokens meet teacher tokens: attention against byte-exact groups."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dskd_lightning.alignment.exact import ExampleAlignment
+from dskd_lightning.evaluation.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.ft2font import FT2Font
+
+__all__ = ["group_overlap", "save_heatmap"]
+
+
+def group_overlap(alignment: ExampleAlignment) -> npt.NDArray[np.float64]:
+    """``[n, m]``: 1 where a student and a teacher token are in one byte-exact group."""
+    student, teacher = alignment.student_group[:, None], alignment.teacher_group[None, :]
+    return ((student == teacher) & (student >= 0)).astype(np.float64)
+
+
+def save_heatmap(
+    path: str | os.PathLike[str],
+    student_tokens: Sequence[str],
+    teacher_tokens: Sequence[str],
+    alignment: ExampleAlignment,
+    attention: npt.ArrayLike | None = None,
+    *,
+    title: str = "",
+    limit: int = 64,
+) -> None:
+    """Draw ``attention`` with the byte-exact groups outlined, as PNG.
+
+    Args:
+        path: file to write.
+        student_tokens: ``n`` token texts, shown as they are (no mathtext).
+        teacher_tokens: ``m`` token texts.
+        alignment: the byte-exact groups.
+        attention: ``[n, m]`` from the student's to the teacher's tokens, such as one example of
+            ``CrossModelAttention``'s ``t2s``; None shades the groups themselves.
+        title: shown above.
+        limit: most tokens to draw on a side; the title says if there are more.
+
+    Raises:
+        ValueError: sizes don't fit each other, or a side has no token.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.patches import Rectangle
+
+    sizes = len(student_tokens), len(teacher_tokens)
+    values = group_overlap(alignment) if attention is None else np.asarray(attention, np.float64)
+    if values.shape != sizes or sizes != (len(alignment.student_group), len(alignment.teacher_group)):
+        raise ValueError(
+            f"{sizes[0]} student and {sizes[1]} teacher tokens need a matrix of that shape, not "
+            f"{values.shape}, and an alignment of the same tokens"
+        )
+    if 0 in sizes:
+        raise ValueError("a side has no token: there is nothing to draw")
+    shown = min(sizes[0], limit), min(sizes[1], limit)
+    figure = Figure(figsize=(2.2 + 0.24 * shown[1], 1.8 + 0.24 * shown[0]), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    top = values[: shown[0], : shown[1]]
+    image = axes.imshow(top, cmap="Blues", vmin=0, vmax=max(float(top.max(initial=0)), 1e-9), aspect="auto")
+    for group in range(alignment.groups):
+        rows = np.flatnonzero(alignment.student_group[: shown[0]] == group)
+        columns = np.flatnonzero(alignment.teacher_group[: shown[1]] == group)
+        if len(rows) and len(columns):
+            corner = columns[0] - 0.5, rows[0] - 0.5
+            axes.add_patch(
+                Rectangle(corner, len(columns), len(rows), fill=False, edgecolor="C1", linewidth=1)
+            )
+    font = get_font(findfont("DejaVu Sans"))
+    axes.set_xticks(range(shown[1]), [_drawable(t, font) for t in teacher_tokens[: shown[1]]], rotation=90)
+    axes.set_yticks(range(shown[0]), [_drawable(t, font) for t in student_tokens[: shown[0]]])
+    axes.set_xlabel("teacher")
+    axes.set_ylabel("student")
+    cut = "" if shown == sizes else f" (first {shown[0]} x {shown[1]} of {sizes[0]} x {sizes[1]} tokens)"
+    axes.set_title(_drawable(title, font) + cut, fontsize=9)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title):
+        label.set_parse_math(False)
+        label.set_fontsize(8)
+    if attention is not None:
+        figure.colorbar(image, ax=axes, label="attention", shrink=0.6)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _drawable(text: str, font: FT2Font) -> str:
+    """``text`` with characters that the font lacks as escapes."""
+    return "".join(
+        char if font.get_char_index(ord(char)) else char.encode("unicode_escape").decode() for char in text
+    )
