@@ -1,0 +1,189 @@
+"""The ``dskd compare`` command: runs in, verdict, report and exit code out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.compare import Comparison, compare_all
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.evaluation.gate import Condition, Measured, parse_condition
+from dskd_lightning.evaluation.report import GateResult, ReportData, write_report
+from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
+from dskd_lightning.evaluation.text import shorten, visible
+
+__all__ = ["check_gates", "compare_runs"]
+
+
+def compare_runs(
+    runs: Sequence[str | os.PathLike[str]],
+    *,
+    metric: str = "rougeL",
+    fail_if: Sequence[str] = (),
+    output: str | os.PathLike[str] = "comparison",
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    max_examples: int = 200,
+    console: Console | None = None,
+) -> int:
+    """Compare runs with the first of them, write the report, check the conditions.
+
+    Writes ``report.html``, ``plots/``, ``comparison.json`` and ``regressions.jsonl`` under ``output``.
+
+    Args:
+        runs: run folders, the baseline first; ``NAME=FOLDER`` gives a run another name.
+        metric: one of the metrics with a value per prompt (`scores.PROMPT_METRICS`).
+        fail_if: conditions as in `gate`.
+        output: folder of the report.
+        resamples: bootstrap and permutation resamples.
+        confidence: coverage of the interval.
+        seed: of the resampling.
+        max_examples: most prompts shown in the report.
+        console: where the summary is printed.
+
+    Returns:
+        0, or 1 where a condition of ``fail_if`` holds.
+
+    Raises:
+        UserError: a condition, a metric or a run is unusable, or runs answer different prompts.
+    """
+    conditions = [parse_condition(text) for text in fail_if]
+    chosen = prompt_metric(metric)
+    folders = [_open(run) for run in runs]
+    options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    comparisons = compare_all(folders, chosen, **options)
+    gates = check_gates(conditions, folders, comparisons, options)
+    output = Path(output)
+    report = write_report(ReportData(folders, comparisons, gates, max_examples=max_examples), output)
+    write_atomic(output / "comparison.json", json.dumps(_summary(comparisons, gates), indent=2) + "\n")
+    write_atomic(output / "regressions.jsonl", _regressions(comparisons, folders))
+    _print(console or Console(), comparisons, gates, report)
+    return int(any(gate.failed for gate in gates))
+
+
+def check_gates(
+    conditions: Sequence[Condition],
+    runs: Sequence[RunFolder],
+    comparisons: Sequence[Comparison],
+    options: dict[str, Any],
+) -> list[GateResult]:
+    """Every condition on every candidate; ``options`` go to `compare_all` for other metrics.
+
+    Raises:
+        UserError: a condition names a metric that a run does not have.
+    """
+    tested = {comparisons[0].metric.name.lower(): list(comparisons)}
+    results = []
+    for condition in conditions:
+        name = condition.metric.lower()
+        if name not in tested and name in {metric.name.lower() for metric in PROMPT_METRICS}:
+            tested[name] = compare_all(runs, prompt_metric(name), **options)
+        for position, run in enumerate(runs[1:]):
+            if name in tested:
+                item = tested[name][position]
+                means = item.baseline_scores.mean, item.candidate_scores.mean
+                measured = Measured(*means, item.adjusted_p_value)
+            else:
+                measured = Measured(runs[0].metrics.get(condition.metric), _final(run, condition))
+            results.append(GateResult(condition, run.name, condition.holds(measured)))
+    return results
+
+
+def _final(run: RunFolder, condition: Condition) -> float:
+    if condition.metric not in run.metrics:
+        known = ", ".join(sorted([*(metric.name for metric in PROMPT_METRICS), *run.metrics]))
+        raise UserError(
+            f"--fail-if {condition.text!r}: {run.path} has no {condition.metric}; it has {known}."
+        )
+    return run.metrics[condition.metric]
+
+
+def _open(run: str | os.PathLike[str]) -> RunFolder:
+    name, separator, folder = os.fspath(run).partition("=")
+    if separator and not Path(run).is_dir():
+        return RunFolder.read(folder, name)
+    return RunFolder.read(run)
+
+
+def _summary(comparisons: Sequence[Comparison], gates: Sequence[GateResult]) -> dict[str, Any]:
+    return {
+        "metric": comparisons[0].metric.name,
+        "baseline": comparisons[0].baseline,
+        "baseline_mean": comparisons[0].baseline_scores.mean,
+        "candidates": [
+            {
+                "name": item.candidate,
+                "mean": item.candidate_scores.mean,
+                "seed_deviation": item.candidate_scores.seed_deviation,
+                "difference": asdict(item.test),
+                "adjusted_p_value": item.adjusted_p_value,
+                "outcome": item.outcome,
+                "wins": item.wins,
+                "ties": item.ties,
+                "losses": item.losses,
+            }
+            for item in comparisons
+        ],
+        "gates": [
+            {"condition": g.condition.text, "candidate": g.candidate, "failed": g.failed} for g in gates
+        ],
+    }
+
+
+def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
+    seed = next(iter(runs[0].predictions))
+    before = {p.index: p for p in runs[0].predictions[seed]}
+    lines = []
+    for item, run in zip(comparisons, runs[1:], strict=True):
+        after = {p.index: p for p in run.predictions[seed]}
+        for change in item.regressions:
+            record = {
+                "candidate": item.candidate,
+                **asdict(change),
+                "prompt": before[change.index].prompt,
+                "references": before[change.index].references,
+                "baseline_response": before[change.index].response,
+                "candidate_response": after[change.index].response,
+            }
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def _print(
+    console: Console, comparisons: Sequence[Comparison], gates: Sequence[GateResult], report: Path
+) -> None:
+    first = comparisons[0]
+    table = Table(
+        title=Text(
+            f"{first.metric.label} against {visible(first.baseline)} ({first.baseline_scores.mean:.2f})"
+        )
+    )
+    difference = f"difference ({first.test.confidence:.0%})"
+    for heading in ("run", "mean", difference, "p", "win/tie/loss", ""):
+        table.add_column(heading, no_wrap=heading != "run")
+    styles = {"better": "green", "worse": "red", "undecided": "dim"}
+    for item in comparisons:
+        table.add_row(
+            Text(shorten(visible(item.candidate), 40)),
+            f"{item.candidate_scores.mean:.2f}",
+            f"{item.test.mean:+.2f} ({item.test.low:+.2f}, {item.test.high:+.2f})",
+            f"{item.adjusted_p_value:.2g}",
+            f"{item.wins}/{item.ties}/{item.losses}",
+            Text(item.outcome, style=styles[item.outcome]),
+        )
+    console.print(table)
+    for gate in gates:
+        word = Text("failed", style="bold red") if gate.failed else Text("passed", style="green")
+        console.print(Text.assemble(word, f"  {visible(gate.candidate)}: {visible(gate.condition.text)}"))
+    console.print(Text(f"Report: {report}"))

@@ -1,0 +1,196 @@
+"""Text metrics as `torchmetrics.Metric`: sums that add up over batches and ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rouge_score.tokenizers import Tokenizer
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.rouge import rouge_l
+
+__all__ = [
+    "DistinctN",
+    "ExactMatch",
+    "Perplexity",
+    "ResponseLength",
+    "RougeL",
+    "exact_match",
+    "normalize_answer",
+]
+
+_SUM = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no float64
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, single spaces: how the papers compare answers."""
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 where the normalised prediction equals a normalised reference, else 0.0."""
+    answer = normalize_answer(prediction)
+    return float(any(answer == normalize_answer(reference) for reference in references))
+
+
+class _MeanScore(Metric):
+    """Mean over predictions of a score in [0, 1], in percent."""
+
+    full_state_update = False
+    higher_is_better = True
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=_SUM), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        raise NotImplementedError
+
+    def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Add predictions, each with its list of references."""
+        if len(predictions) != len(references):
+            raise UserError(f"{len(predictions)} predictions but {len(references)} lists of references.")
+        self.total += sum(self.score(*pair) for pair in zip(predictions, references, strict=True))
+        self.count += len(predictions)
+
+    def compute(self) -> Tensor:
+        """Mean in percent; 0 where nothing was counted."""
+        return 100 * self.total / self.count.clamp(min=1)
+
+
+class RougeL(_MeanScore):
+    """Mean ROUGE-L F-measure in percent, the best over each prediction's references.
+
+    Args:
+        tokenizer: see `rouge_l`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        return rouge_l(prediction, references, self.tokenizer)
+
+
+class ExactMatch(_MeanScore):
+    """Share in percent of predictions that equal a reference after `normalize_answer`."""
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        return exact_match(prediction, references)
+
+
+class DistinctN(Metric):
+    """Distinct n-grams over all n-grams of all predictions (arXiv 1510.03055), in [0, 1].
+
+    N-grams of words are kept as 64-bit hashes, so that ranks can pool them.
+
+    Args:
+        n: length of the n-grams.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    hashes: list[Tensor]
+    count: Tensor
+
+    def __init__(self, n: int = 2) -> None:
+        super().__init__()
+        if n < 1:
+            raise UserError(f"DistinctN: n must be at least 1, not {n}.")
+        self.n = n
+        self.add_state("hashes", [], dist_reduce_fx="cat")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, predictions: Sequence[str]) -> None:
+        """Add predictions."""
+        for prediction in predictions:
+            words = re.findall(r"\w+", prediction.lower())
+            grams = [" ".join(words[start : start + self.n]) for start in range(len(words) - self.n + 1)]
+            self.count += len(grams)
+            if grams:
+                hashes = torch.tensor([_hash(gram) for gram in set(grams)], device=self.device)
+                self.hashes.append(hashes)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """As `Metric.sync`; a rank without predictions takes part with integers, as the others do."""
+        if not self.hashes:
+            self.hashes.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> Tensor:
+        """Share of distinct n-grams; 0 where there are none."""
+        if not int(self.count):
+            return torch.zeros((), device=self.device)
+        return dim_zero_cat(self.hashes).unique().numel() / self.count.clamp(min=1)
+
+
+class ResponseLength(Metric):
+    """Mean response tokens, share of empty and share of unfinished responses."""
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, tokens: Sequence[int], finished: Sequence[bool]) -> None:
+        """Add responses by their token counts and whether they ended by themselves."""
+        empty = sum(count == 0 for count in tokens)
+        unfinished = sum(not done for done in finished)
+        self.sums += torch.tensor([sum(tokens), empty, unfinished, len(tokens)], device=self.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``response_tokens``, ``empty_share`` and ``unfinished_share``."""
+        tokens, empty, unfinished, count = self.sums.double()
+        count = count.clamp(min=1)
+        return {
+            "response_tokens": tokens / count,
+            "empty_share": empty / count,
+            "unfinished_share": unfinished / count,
+        }
+
+
+class Perplexity(Metric):
+    """``exp(nll / units)``: per token with token counts, per byte with byte counts.
+
+    Only the value per byte compares models with different tokenizers.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    nll: Tensor
+    units: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros((), dtype=_SUM), dist_reduce_fx="sum")
+        self.add_state("units", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor | float, units: Tensor | int) -> None:
+        """Add a **sum** of negative log-likelihoods (nats) and the tokens or bytes it covers."""
+        self.nll += torch.as_tensor(nll, dtype=_SUM, device=self.device).detach().sum()
+        self.units += torch.as_tensor(units, device=self.device).sum()
+
+    def compute(self) -> Tensor:
+        """Perplexity; 1 where nothing was counted."""
+        return torch.exp(self.nll / self.units.clamp(min=1))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
+    )

@@ -1,0 +1,140 @@
+"""Predictions of a run: every prompt under every seed, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.evaluation.generation import Generator
+from dskd_lightning.evaluation.predictions import Prediction, prediction_file, read_predictions
+from dskd_lightning.evaluation.writer import PredictionWriter
+
+__all__ = ["PAPER_SEEDS", "PromptRecord", "predict"]
+
+SETTINGS_FILE = "settings.json"
+
+PAPER_SEEDS = (10, 20, 30, 40, 50)
+"""Sampling seeds of the papers' protocol."""
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """What is generated for: position in the dataset, prompt text, its token ids, references."""
+
+    index: int
+    prompt: str
+    ids: Sequence[int]
+    references: tuple[str, ...]
+
+
+def predict(
+    generator: Generator,
+    records: Sequence[PromptRecord],
+    folder: str | os.PathLike[str],
+    *,
+    model_id: str,
+    seeds: Sequence[int | None] = PAPER_SEEDS,
+    progress: Callable[[int | None, int, int], None] | None = None,
+) -> dict[int | None, list[Prediction]]:
+    """Generate what is not on disk yet, into ``FOLDER/seed_10.jsonl`` and so on.
+
+    Under `torch.distributed` every rank takes its share of the prompts and all return everything.
+
+    Args:
+        generator: the model with its settings.
+        records: the prompts, with unique indices.
+        folder: where the files go.
+        model_id: names the weights; a partial file of another model is refused.
+        seeds: sampling seeds; None among them decodes greedily.
+        progress: called with (seed, prompts done, prompts of this rank).
+
+    Raises:
+        UserError: partial results of other settings are in the way, or indices repeat.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    _check_settings(generator, records, Path(folder) / SETTINGS_FILE, model_id, write=rank == 0)
+    indices = [record.index for record in records]
+    results: dict[int | None, list[Prediction]] = {}
+    for seed in seeds:
+        path = Path(folder) / prediction_file(seed)
+        if not path.exists():
+            with PredictionWriter(path, rank=rank) as writer:
+                _barrier()
+                todo = [record for record in records if record.index not in writer.done]
+                _generate(generator, todo[rank::world], seed, writer, progress)
+            _barrier()
+            if rank == 0:
+                writer.finish(indices)
+        _barrier()
+        results[seed] = read_predictions(path, indices)
+    return results
+
+
+def _check_settings(
+    generator: Generator, records: Sequence[PromptRecord], path: Path, model_id: str, write: bool
+) -> None:
+    prompts = json.dumps([[r.index, list(r.ids), *r.references] for r in records]).encode()
+    lengths = {
+        key: value for key, value in asdict(generator.settings).items() if not key.startswith("batch_")
+    }
+    settings = {"model": model_id, "prompts": hashlib.sha256(prompts).hexdigest(), **lengths}
+    if path.exists():
+        previous = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in {*settings, *previous} if settings.get(key) != previous.get(key))
+        if changed:
+            raise UserError(
+                f"{path.parent}: holds predictions made with other settings ({', '.join(changed)} changed); "
+                "choose another folder, or delete this one to start over."
+            )
+    _barrier()
+    if write:
+        write_atomic(path, json.dumps(settings, indent=2) + "\n")
+    _barrier()
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _barrier() -> None:
+    if _distributed():
+        dist.barrier()
+
+
+def _generate(
+    generator: Generator,
+    records: Sequence[PromptRecord],
+    seed: int | None,
+    writer: PredictionWriter,
+    progress: Callable[[int | None, int, int], None] | None,
+) -> None:
+    by_index = {record.index: record for record in records}
+    done = 0
+    for batch in generator(
+        [record.ids for record in records], seed=seed, indices=[record.index for record in records]
+    ):
+        writer.append(
+            [
+                Prediction(
+                    index=generation.index,
+                    prompt=by_index[generation.index].prompt,
+                    references=by_index[generation.index].references,
+                    response=generation.text,
+                    seed=seed,
+                    tokens=generation.tokens,
+                    finished=generation.finished,
+                )
+                for generation in batch
+            ]
+        )
+        done += len(batch)
+        if progress is not None:
+            progress(seed, done, len(records))

@@ -1,0 +1,148 @@
+"""Generated responses on disk: one JSON line each, resumable while they are written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dskd_lightning.errors import UserError
+
+__all__ = ["Prediction", "check_complete", "describe_problems", "prediction_file", "read_predictions"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One generated response and what it is judged against.
+
+    Args:
+        index: position of the prompt in its dataset.
+        prompt: the prompt as shown to people.
+        references: the accepted responses; scores take the best of them.
+        response: the generated text.
+        seed: the sampling seed, or None for greedy decoding.
+        tokens: generated tokens, the end token not counted.
+        finished: whether the model ended the response itself, within the length limit.
+    """
+
+    index: int
+    prompt: str
+    references: tuple[str, ...]
+    response: str
+    seed: int | None = None
+    tokens: int = 0
+    finished: bool = True
+
+    @classmethod
+    def from_json(cls, line: str, where: str) -> Prediction:
+        """Parse one line of a predictions file; ``where`` names it in errors.
+
+        Raises:
+            UserError: the line is no JSON object or a field is missing, unknown or of a wrong type.
+        """
+        try:
+            values: dict[str, Any] = json.loads(line)
+            values["references"] = tuple(values["references"])
+            prediction = cls(**values)
+            texts = (prediction.prompt, prediction.response, *prediction.references)
+            if not isinstance(prediction.index, int) or not all(isinstance(text, str) for text in texts):
+                raise TypeError("index must be an integer; prompt, response and references text")
+        except (ValueError, KeyError, TypeError) as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise UserError(
+                f"{where}: not a prediction ({error}); each line must be a JSON object with {names}."
+            ) from error
+        return prediction
+
+    def to_json(self) -> str:
+        """One line of JSON, without the line break."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def prediction_file(seed: int | None) -> str:
+    """Name of the file of one seed: ``seed_10.jsonl``, or ``greedy.jsonl``."""
+    return "greedy.jsonl" if seed is None else f"seed_{seed}.jsonl"
+
+
+def read_predictions(path: str | os.PathLike[str], expected: Iterable[int] | None = None) -> list[Prediction]:
+    """All predictions of a finished file, by ascending index.
+
+    Args:
+        path: the file.
+        expected: indices that must all be there; None checks for duplicates only.
+
+    Raises:
+        UserError: the file is unreadable, a line malformed, a prediction missing or duplicated.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as predictions ({error}).") from error
+    predictions = [
+        Prediction.from_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not predictions:
+        raise UserError(f"{path}: holds no predictions; generate them again with `dskd predict`.")
+    predictions.sort(key=lambda prediction: prediction.index)
+    check_complete(predictions, expected, str(path))
+    return predictions
+
+
+def check_complete(predictions: Sequence[Prediction], expected: Iterable[int] | None, where: str) -> None:
+    """Every prompt answered exactly once.
+
+    Raises:
+        UserError: a prediction is duplicated, missing or not asked for.
+    """
+    indices = [prediction.index for prediction in predictions]
+    seen: set[int] = set()
+    duplicates = sorted({index for index in indices if index in seen or seen.add(index)})  # type: ignore[func-returns-value]
+    if duplicates:
+        raise UserError(
+            f"{where}: {len(duplicates)} prompts are answered more than once (index {_list(duplicates)}); "
+            "delete the file and generate it again."
+        )
+    if expected is None:
+        return
+    wanted = set(expected)
+    missing, unknown = sorted(wanted - seen), sorted(seen - wanted)
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} of {len(wanted)} predictions are missing (index {_list(missing)}); "
+            "run `dskd predict` again, which resumes where it stopped."
+        )
+    if unknown:
+        raise UserError(
+            f"{where}: {len(unknown)} predictions belong to no prompt (index {_list(unknown)}); "
+            "they come from another dataset: delete the file and generate it again."
+        )
+
+
+def describe_problems(predictions: Sequence[Prediction]) -> list[str]:
+    """Sentences about empty and endless responses; an empty list where there are none."""
+    total = len(predictions)
+    empty = sum(not prediction.response.strip() for prediction in predictions)
+    endless = sum(not prediction.finished for prediction in predictions)
+    problems = []
+    if empty:
+        problems.append(
+            f"{empty} of {total} responses are empty: the model ends at once; check its prompt template."
+        )
+    if endless:
+        problems.append(
+            f"{endless} of {total} responses hit the length limit: raise max_new_tokens, or check that the "
+            "model learnt its end-of-sequence token."
+        )
+    return problems
+
+
+def _list(indices: Sequence[int], limit: int = 5) -> str:
+    shown = ", ".join(str(index) for index in indices[:limit])
+    return shown + (", ..." if len(indices) > limit else "")

@@ -1,0 +1,135 @@
+"""Renders the report and writes it with its plots."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dskd_lightning.evaluation.compare import Comparison
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.evaluation.report import content, plots
+from dskd_lightning.evaluation.report.examples import collect_examples
+from dskd_lightning.evaluation.report.svg import inline_svg
+from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.evaluation.text import visible
+
+__all__ = ["ReportData", "write_report"]
+
+_PACKAGE = "dskd_lightning.evaluation.report"
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What goes into a report.
+
+    Args:
+        runs: the baseline first, then the candidates in the order of ``comparisons``.
+        comparisons: every candidate against the baseline.
+        gates: conditions that were checked.
+        judge: candidate -> counts of ``JudgeSummary``, where a judge was asked.
+        title: title of the page.
+        max_examples: most prompts shown with their responses.
+        max_curves: most curves shown, validation first.
+    """
+
+    runs: Sequence[RunFolder]
+    comparisons: Sequence[Comparison]
+    gates: Sequence[content.GateResult] = ()
+    judge: dict[str, dict[str, int]] | None = None
+    title: str = "Run comparison"
+    max_examples: int = 200
+    max_curves: int = 12
+
+
+def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
+    """Write ``FOLDER/report.html`` and ``FOLDER/plots/*.svg|png``; returns the HTML file.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    difference = [plots.difference_plot(data.comparisons)]
+    curves, curves_left = _curves(data)
+    scatter = _scatter(data)
+    maps = [
+        (run.name, plots.heatmap(f"alignment_{i}_{j}", alignment))
+        for i, run in enumerate(data.runs)
+        for j, alignment in enumerate(run.alignments)
+    ]
+    for plot in (*difference, *curves, *scatter, *(plot for _, plot in maps)):
+        write_atomic(folder / "plots" / f"{plot.name}.svg", plot.svg)
+        write_atomic(folder / "plots" / f"{plot.name}.png", plot.png)
+    examples, example_count = collect_examples(data.comparisons, data.runs, data.max_examples)
+    html = render(
+        data=data,
+        headline=content.headline(data.comparisons),
+        warnings=content.warnings_of(data.runs),
+        difference=difference,
+        curves=curves,
+        curves_left=curves_left,
+        scatter=scatter,
+        maps=maps,
+        tables=content.run_tables(data.runs),
+        examples=examples,
+        example_count=example_count,
+        seed=next(iter(data.runs[0].predictions)),
+        changes={run.name: content.config_changes(data.runs[0], run) for run in data.runs[1:]},
+    )
+    path = folder / "report.html"
+    write_atomic(path, html)
+    return path
+
+
+def render(**context: Any) -> str:
+    """The page as text; every value is escaped unless it is `Markup`."""
+    resources = files(_PACKAGE)
+    script = (resources / "script.js").read_text(encoding="utf-8")
+    style = (resources / "style.css").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader(_PACKAGE, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    environment.filters["number"] = content.number
+    environment.filters["inline_svg"] = inline_svg
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("template.html")
+    return template.render(script=Markup(script), style=Markup(style), script_digest=digest, **context)
+
+
+def _curves(data: ReportData) -> tuple[list[plots.Plot], int]:
+    names = sorted(
+        {name for run in data.runs for name in run.curves}, key=lambda name: ("val" not in name, name)
+    )
+    shown = names[: data.max_curves]
+    drawn = [
+        plots.curve_plot(f"curve_{i}", name, {run.name: run.curves.get(name, []) for run in data.runs})
+        for i, name in enumerate(shown)
+    ]
+    return drawn, len(names) - len(shown)
+
+
+def _scatter(data: ReportData) -> list[plots.Plot]:
+    points: dict[str, tuple[float, float] | None] = {}
+    scores = [
+        data.comparisons[0].baseline_scores,
+        *(comparison.candidate_scores for comparison in data.comparisons),
+    ]
+    for run, score in zip(data.runs, scores, strict=True):
+        cost = (run.efficiency or {}).get("parameters")
+        points[run.name] = (float(cost), score.mean) if cost else None
+    if sum(point is not None for point in points.values()) < 2:
+        return []
+    return [plots.quality_cost_plot(data.comparisons[0].metric.label, "parameters", points)]

@@ -1,0 +1,121 @@
+"""What the report says, as plain data for the template."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dskd_lightning.evaluation.compare import Comparison
+from dskd_lightning.evaluation.gate import Condition
+from dskd_lightning.evaluation.metrics import DistinctN
+from dskd_lightning.evaluation.predictions import describe_problems
+from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.evaluation.scores import PROMPT_METRICS, score_run
+
+__all__ = ["GateResult", "Table", "config_changes", "headline", "number", "run_tables", "warnings_of"]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """A ``--fail-if`` condition checked on one candidate."""
+
+    condition: Condition
+    candidate: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text and numbers; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+
+
+def number(value: object) -> str:
+    """A value as tables show it: four significant digits, thousands grouped, a dash for None."""
+    if value is None:
+        return "–"  # noqa: RUF001
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if value != value or abs(value) == float("inf"):
+        return str(value)
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}"
+
+
+def headline(comparisons: Sequence[Comparison]) -> str:
+    """The verdict in one sentence."""
+    metric = comparisons[0].metric
+    sign = 1 if metric.higher_is_better else -1
+    best = max(comparisons, key=lambda comparison: sign * comparison.test.mean)
+    better = [comparison for comparison in comparisons if comparison.outcome == "better"]
+    if better:
+        best = max(better, key=lambda comparison: sign * comparison.test.mean)
+        return f"{best.candidate} is better than {best.baseline}: {metric.label} {best.test.mean:+.2f}"
+    if all(comparison.outcome == "worse" for comparison in comparisons):
+        subject = best.candidate if len(comparisons) == 1 else "Every other run"
+        return f"{subject} is worse than {best.baseline} on {metric.label}"
+    return f"No run can be told to be better than {best.baseline} on {metric.label}"
+
+
+def warnings_of(runs: Iterable[RunFolder]) -> list[str]:
+    """Sentences about empty or endless responses of each run, over all its seeds."""
+    return [
+        f"{run.name}: {problem}"
+        for run in runs
+        for problem in describe_problems([p for predictions in run.predictions.values() for p in predictions])
+    ]
+
+
+def run_tables(runs: Sequence[RunFolder]) -> list[Table]:
+    """Generated responses, final numbers, and efficiency where it was measured."""
+    columns = ["run"]
+    for metric in PROMPT_METRICS:
+        columns += [metric.label] + (
+            [f"± over {len(runs[0].predictions)} seeds"] if metric.name == "rougeL" else []
+        )
+    rows = []
+    for run in runs:
+        row: list[object] = [run.name]
+        for metric in PROMPT_METRICS:
+            scores = score_run(run, metric)
+            row += [scores.mean] + ([scores.seed_deviation] if metric.name == "rougeL" else [])
+        rows.append((*row, _distinct(run, 1), _distinct(run, 2)))
+    tables = [Table("Generated responses", (*columns, "distinct-1", "distinct-2"), tuple(rows))]
+    names = sorted({name for run in runs for name in run.metrics})
+    if names:
+        values = tuple((name, *(run.metrics.get(name) for run in runs)) for name in names)
+        tables.append(Table("Final numbers", ("metric", *(run.name for run in runs)), values))
+    measured = [(run.name, run.efficiency) for run in runs if run.efficiency]
+    if measured:
+        keys = [key for key, value in measured[0][1].items() if not isinstance(value, (list, tuple, dict))]
+        titles = [key.replace("_bytes", " MB").replace("_", " ") for key in keys]
+        table = tuple((name, *(_unit(key, values.get(key)) for key in keys)) for name, values in measured)
+        tables.append(Table("Efficiency", ("run", *titles), table))
+    return tables
+
+
+def config_changes(baseline: RunFolder, run: RunFolder) -> list[str]:
+    """Lines of the configuration that differ from the baseline's, in unified-diff form."""
+    if baseline.config is None or run.config is None:
+        return []
+    before, after = baseline.config.splitlines(), run.config.splitlines()
+    lines = difflib.unified_diff(before, after, baseline.name, run.name, lineterm="", n=2)
+    return list(lines)
+
+
+def _unit(key: str, value: object) -> object:
+    return value / 1e6 if key.endswith("_bytes") and isinstance(value, (int, float)) else value
+
+
+def _distinct(run: RunFolder, n: int) -> float:
+    metric = DistinctN(n)
+    for predictions in run.predictions.values():
+        metric.update([prediction.response for prediction in predictions])
+    return round(float(metric.compute()), 4)
