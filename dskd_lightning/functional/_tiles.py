@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dskd_lightning.functional._softmax_rows import Scaling, Scratch, SoftmaxRows
 from dskd_lightning.functional.divergences import Divergence
 
 __all__ = ["LossWeights", "TileLosses", "tile_rows"]
 
 # Float32 bytes of one tile of logits on a CPU: a handful of such tensors shares the last-level cache.
-_TILE_BYTES = 4 * 2**20
-
-Scaling = tuple[float, float | None]
+_TILE_BYTES = 2 * 2**20
 
 
 def tile_rows(vocab_size: int, device: torch.device) -> int:
@@ -60,6 +59,7 @@ class TileLosses:
         labels: Tensor | None,
         teacher_labels: Tensor | None,
         kd_mask: Tensor | None,
+        scratch: Scratch,
         *,
         student_grad: bool,
         teacher_grad: bool,
@@ -72,93 +72,73 @@ class TileLosses:
             labels: ``[rows]``, negative where there is none.
             teacher_labels: ``[rows]``, likewise.
             kd_mask: ``[rows]``, factor on each row's divergence.
+            scratch: buffers to work in, the same for every tile.
             student_grad: overwrite ``student``.
             teacher_grad: overwrite ``teacher``.
         """
-        s = _scaled(student, self.student_scale)
-        t = None if teacher is None else _scaled(teacher, self.teacher_scale)
-        stats: dict[str, Tensor] = {}
-        loss = s.new_zeros(())
+        if student.shape[0] == 0:
+            return self._empty(student, teacher, labels, teacher_labels)
+        s = SoftmaxRows(student, self.student_scale, self.masked, scratch, "s")
+        stats = {"student_choice": s.choice}
+        loss = s.logits.new_zeros(())
         gradient: Tensor | None = None
-        if s.shape[0] == 0:
-            return self._empty(s, t, labels, teacher_labels)
-        if t is not None:
-            confidence, choice = t.max(-1)
-            stats["teacher_choice"] = choice
+        if teacher is not None:
+            t = SoftmaxRows(teacher, self.teacher_scale, self.masked, scratch, "t")
+            stats["teacher_choice"] = t.choice
             if self.divergence is not None:
                 mask = kd_mask
                 if self.agreeing_only and teacher_labels is not None:
-                    agrees = torch.eq(choice, teacher_labels).to(s.dtype)
+                    agrees = torch.eq(t.choice, teacher_labels).to(loss.dtype)
                     mask = agrees if mask is None else mask * agrees
-                kd, gradient = self._divergence(t, s, mask, student_grad)
-                stats["kd"] = kd
-                loss = loss + self.weights.kd * kd
-            teacher_ce, teacher_entropy, log_norm, d_teacher = self._cross_entropy(
-                t, teacher_labels, self.weights.teacher_ce, teacher_grad
-            )
-            stats["teacher_entropy"] = teacher_entropy
-            confidence = (confidence - log_norm).exp()
+                stats["kd"], gradient = self._divergence(t, s, mask, student_grad)
+                loss = loss + self.weights.kd * stats["kd"]
+            stats["teacher_entropy"], confidence = t.entropy().sum(), t.total.reciprocal()
             if teacher_labels is not None:
                 confidence = confidence * (teacher_labels >= 0)
+                stats["teacher_ce"] = t.cross_entropy(teacher_labels)
+                loss = loss + self.weights.teacher_ce * stats["teacher_ce"]
+                if teacher_grad:
+                    t.write(t.cross_entropy_grad(teacher_labels, self.weights.teacher_ce))
             stats["teacher_confidence"] = confidence.sum()
-            if teacher_labels is not None:
-                stats["teacher_ce"] = teacher_ce
-                loss = loss + self.weights.teacher_ce * teacher_ce
-            if d_teacher is not None and teacher is not None:
-                _write(teacher, d_teacher, t, self.teacher_scale)
-        stats["student_choice"] = s.argmax(-1)
         if labels is not None:
-            ce, stats["student_entropy"], _, d_student = self._cross_entropy(
-                s, labels, self.weights.ce, student_grad
-            )
-            stats["ce"] = ce
-            loss = loss + self.weights.ce * ce
-            if d_student is not None:
+            stats["ce"], stats["student_entropy"] = s.cross_entropy(labels), s.entropy().sum()
+            loss = loss + self.weights.ce * stats["ce"]
+            if student_grad:
+                d_ce = s.cross_entropy_grad(labels, self.weights.ce)
                 if gradient is not None:
-                    d_student[:, : gradient.shape[1]].add_(gradient)
-                gradient = d_student
+                    d_ce[:, : gradient.shape[1]].add_(gradient)
+                gradient = d_ce
         if student_grad:
-            _write(student, gradient, s, self.student_scale)
+            s.write(gradient)
         stats["loss"] = loss
         return stats
 
     def _divergence(
-        self, t: Tensor, s: Tensor, mask: Tensor | None, need: bool
+        self, t: SoftmaxRows, s: SoftmaxRows, mask: Tensor | None, need: bool
     ) -> tuple[Tensor, Tensor | None]:
-        assert self.divergence is not None
-        shared = min(t.shape[1], s.shape[1])
-        t, s = t[:, :shared], s[:, :shared]
+        """Sum over the rows, and the weighted gradient to the student's logits."""
+        divergence, temperature = self.divergence, self.temperature
+        assert divergence is not None
+        shared = min(t.logits.shape[1], s.logits.shape[1])
+        whole = t.logits.shape[1] == s.logits.shape[1]
+        if whole and divergence.has_closed_form and not self.masked:
+            (log_p, p), (log_q, q) = t.at(temperature), s.at(temperature)
+            value, gradient = divergence.value_and_grad_of(log_p, log_q, p, q, temperature)
+        else:
+            value, gradient = divergence.value_and_grad(
+                t.logits[:, :shared], s.logits[:, :shared], temperature, self.masked
+            )
+        total = (value if mask is None else value * mask).sum()
         if not need:
-            value = self.divergence(t, s, self.temperature)
-            return (value if mask is None else value * mask).sum(), None
-        value, gradient = self.divergence.value_and_grad(t, s, self.temperature, self.masked)
-        factor = self.weights.kd if mask is None else (self.weights.kd * mask).unsqueeze(-1)
-        return (value if mask is None else value * mask).sum(), gradient.mul_(factor)
-
-    def _cross_entropy(
-        self, logits: Tensor, labels: Tensor | None, weight: float | Tensor, need: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """``(sum of CE, sum of entropies, log normaliser [rows], weighted gradient)``."""
-        log_norm = logits.logsumexp(-1, keepdim=True)
-        log_prob = logits - log_norm
-        prob = log_prob.exp()
-        if self.masked:
-            log_prob.masked_fill_(log_prob.isneginf(), 0.0)
-        entropy = -torch.linalg.vecdot(prob, log_prob).sum()
-        if labels is None:
-            return entropy.new_zeros(()), entropy, log_norm.squeeze(-1), None
-        valid = (labels >= 0).to(logits.dtype).unsqueeze(-1)
-        index = labels.clamp(min=0).unsqueeze(-1)
-        ce = ((log_norm - logits.gather(-1, index)) * valid).sum()
-        if not need:
-            return ce, entropy, log_norm.squeeze(-1), None
-        prob.scatter_add_(-1, index, prob.new_full((), -1.0).expand_as(index))
-        return ce, entropy, log_norm.squeeze(-1), prob.mul_(valid * weight)
+            return total, None
+        return total, gradient.mul_(
+            self.weights.kd if mask is None else (self.weights.kd * mask).unsqueeze(-1)
+        )
 
     def _empty(
         self, s: Tensor, t: Tensor | None, labels: Tensor | None, teacher_labels: Tensor | None
     ) -> dict[str, Tensor]:
-        zero = s.new_zeros(())
+        zero = s.new_zeros((), dtype=torch.promote_types(s.dtype, torch.float32))
         names = ["loss"]
         none = torch.zeros(0, dtype=torch.long, device=s.device)
         if labels is not None:
@@ -168,27 +148,3 @@ class TileLosses:
             names += ["teacher_ce"] * (teacher_labels is not None) + ["kd"] * (self.divergence is not None)
         choices = {"student_choice": none} | ({} if t is None else {"teacher_choice": none})
         return dict.fromkeys(names, zero) | choices
-
-
-def _scaled(products: Tensor, scaling: Scaling) -> Tensor:
-    """Float32 (or 64) logits ``softcap(scale * products)``."""
-    scale, softcap = scaling
-    logits = products if products.dtype == torch.float64 else products.float()
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-def _write(products: Tensor, gradient: Tensor | None, logits: Tensor, scaling: Scaling) -> None:
-    """Overwrite ``products`` by the gradient to them, given the gradient to the logits."""
-    if gradient is None:
-        products.zero_()
-        return
-    scale, softcap = scaling
-    if softcap is not None:
-        gradient = gradient * (1 - (logits / softcap).square())
-    if scale != 1.0:
-        gradient = gradient * scale
-    if gradient.shape[1] < products.shape[1]:
-        products[:, gradient.shape[1] :] = 0
-    products[:, : gradient.shape[1]] = gradient

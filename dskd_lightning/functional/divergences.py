@@ -74,6 +74,12 @@ def _check(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -
         raise ValueError(f"temperature must be positive, not {temperature}")
 
 
+def _through_softmax(gradient: Tensor, q: Tensor, temperature: float) -> Tensor:
+    """Gradient to the logits of ``q``, given that to ``log q``; overwrites both."""
+    gradient.sub_(q.mul_(gradient.sum(-1, keepdim=True)))
+    return gradient if temperature == 1.0 else gradient.mul_(1 / temperature)
+
+
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """``log(share p + (1 - share) q)`` without underflow."""
     if share == 0.0:
@@ -189,13 +195,17 @@ class Divergence(nn.Module):
         """
         raise NotImplementedError
 
-    def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor] | None:
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the gradient is known without autograd."""
+        return type(self)._pointwise is not Divergence._pointwise
+
+    def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """``(f, df / d log q)``, where the divergence is the sum of ``f`` over the vocabulary.
 
-        ``f`` may be reduced already (``[..., 1]``). The arguments may be overwritten, but for
-        ``q``. None: no closed form.
+        ``f`` may be reduced already (``[..., 1]``). The arguments may be overwritten, but for ``q``.
         """
-        return None
+        raise NotImplementedError
 
     @torch.no_grad()
     def value_and_grad(
@@ -212,25 +222,38 @@ class Divergence(nn.Module):
         Returns:
             Value ``[tokens]`` and gradient ``[tokens, vocab]``, float32 or float64.
         """
-        if type(self)._pointwise is Divergence._pointwise:
+        _check(teacher_logits, student_logits, temperature)
+        if not self.has_closed_form:
             return self._value_and_autograd(teacher_logits, student_logits, temperature)
         if masked:
             masked = bool(torch.isneginf(teacher_logits).any() or torch.isneginf(student_logits).any())
         if masked:
             # q of tokens that only the teacher masks still moves with the student's logits.
             log_p, log_q, p, q_visible = _distributions(teacher_logits, student_logits, temperature)
-            parts = self._pointwise(log_p, log_q, p, q_visible)
             q = _log_softmax(student_logits, temperature).exp_()
         else:
             log_p = torch.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
             log_q = torch.log_softmax(_wide(student_logits) / temperature, dim=-1)
-            q = log_q.exp()
-            parts = self._pointwise(log_p, log_q, log_p.exp(), q)
-        if parts is None:
-            return self._value_and_autograd(teacher_logits, student_logits, temperature)
-        value, grad = parts
-        grad = torch.addcmul(grad, q, grad.sum(-1, keepdim=True), value=-1)
-        return value.sum(-1), grad if temperature == 1.0 else grad.div_(temperature)
+            p, q = log_p.exp(), log_q.exp()
+            q_visible = q
+        value, gradient = self._pointwise(log_p, log_q, p, q_visible)
+        return value.sum(-1), _through_softmax(gradient, q, temperature)
+
+    @torch.no_grad()
+    def value_and_grad_of(
+        self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`value_and_grad`, given both distributions, which are overwritten.
+
+        Args:
+            log_p: ``[tokens, vocab]``, the teacher's log-probabilities at ``temperature``, all finite.
+            log_q: the student's.
+            p: the exponentials of ``log_p``.
+            q: the exponentials of ``log_q``.
+            temperature: that the student's logits were divided by.
+        """
+        value, gradient = self._pointwise(log_p, log_q, p, q)
+        return value.sum(-1), _through_softmax(gradient, q, temperature)
 
     def _value_and_autograd(
         self, teacher_logits: Tensor, student_logits: Tensor, temperature: float

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dskd_lightning.functional._softmax_rows import Scratch
 from dskd_lightning.functional._tiles import LossWeights, TileLosses, tile_rows
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, chunk_tokens, spans
 from dskd_lightning.functional.divergences import Divergence
@@ -206,17 +207,20 @@ class _FusedDistillation(torch.autograd.Function):
         vocab = max(side.weight.shape[0] for side in (student, teacher) if side is not None)
         rows = tile_rows(vocab, device)
         collected: dict[str, list[Tensor]] = {}
+        scratch = Scratch()
         with torch.autocast(device.type, enabled=False):
             for span in spans(tokens, chunk_size):
                 s = student.logits(span)
                 t = None if teacher is None else teacher.logits(span)
                 for inner in spans(s.shape[0], rows):
                     cut = slice(span.start + inner.start, span.start + inner.stop)
-                    chosen = [None if x is None else x[cut] for x in (labels, teacher_labels, kd_mask)]
                     found = losses(
                         s[inner],
                         None if t is None else t[inner],
-                        *chosen,
+                        None if labels is None else labels[cut],
+                        None if teacher_labels is None else teacher_labels[cut],
+                        None if kd_mask is None else kd_mask[cut],
+                        scratch,
                         student_grad=student.needs,
                         teacher_grad=teacher is not None and teacher.needs,
                     )
