@@ -18,8 +18,8 @@ from dskd_lightning.models.loading import load_teacher, load_tokenizer
 from dskd_lightning.models.output import decoder_hidden, model_space, side
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
+from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
-from dskd_lightning.objectives.sft import SFTObjective
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
 
@@ -76,7 +76,7 @@ class DistillationModule(L.LightningModule):
         self.projector_lr = projector_lr
         self.warmup_ratio = warmup_ratio
         self.min_lr_ratio = min_lr_ratio
-        self.student: nn.Module | None = None
+        self.student: Any = None
         self.teachers = nn.ModuleList()
         self.checkpoint_names: frozenset[str] = frozenset()
         self.strict_loading = False  # a checkpoint lacks frozen weights; see on_load_checkpoint
@@ -150,7 +150,6 @@ class DistillationModule(L.LightningModule):
 
     def student_side(self, tokens: TokenBatch, padded_statistics: bool = False) -> Side:
         """The student's hidden states at the response positions, with a gradient."""
-        assert self.student is not None
         return side(
             self.student, decoder_hidden(self.student, tokens), tokens, padded_statistics=padded_statistics
         )
@@ -166,7 +165,7 @@ class DistillationModule(L.LightningModule):
             hidden: ``[m, hidden]`` from a cache; None runs the decoder.
             padded_statistics: also compute `Side.padded` (not from a cache).
         """
-        teacher = self.teachers[index]
+        teacher: Any = self.teachers[index]
         with torch.no_grad():
             values = decoder_hidden(teacher, tokens) if hidden is None else hidden
             return side(teacher, values, tokens, padded_statistics=padded_statistics)
@@ -247,11 +246,21 @@ class DistillationModule(L.LightningModule):
                 values[f"{stage}/perplexity_per_{kind}"] = values[key].exp()
         self.log_dict(values, batch_size=1)
 
+    def on_fit_start(self) -> None:
+        """Refuse packed rows for a model that would mix their examples."""
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            verify_packing(self.student, self.student_spec.source)
+            for spec, teacher in zip(self.teacher_specs, self.teachers, strict=True):
+                verify_packing(cast("Any", teacher), spec.source)
+
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self._evaluation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
+
+    def predict_step(self, batch: DistillationBatch, batch_idx: int) -> None:
+        """Nothing per batch: `ResponseEvaluation` generates for all prompts, sorted by length."""
 
     def test_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self._evaluation_step(batch)
@@ -262,7 +271,6 @@ class DistillationModule(L.LightningModule):
     # --- optimiser and checkpoints ------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        assert self.student is not None
         groups = parameter_groups(self.student, self.objectives, self.projector_lr)
         optimizer = self._optimizer(cast("Any", groups))
         if self._lr_scheduler is not None:

@@ -63,7 +63,7 @@ class CompletionsTable(L.Callback):
                     logger.experiment.add_text("completions", table.markdown(), trainer.global_step)
 
     def _answer(self, model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
-        texts = {}
+        texts: dict[int, str] = {}
         for batch in Generator(model, tokenizer, self.settings)(prompts):
             texts |= {generation.index: generation.text for generation in batch}
         return [texts[index] for index in range(len(prompts))]

@@ -92,7 +92,7 @@ class TrainingMonitor(L.Callback):
 
 
 def effective_rank(weight: torch.Tensor) -> float:
-    """``exp`` of the entropy of the normalised singular values of ``[rows, columns]`` (Roy and Vetterli 2007)."""
+    """``exp`` of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
     values = torch.linalg.svdvals(weight.float())
     share = values / values.sum().clamp(min=1e-12)
     return float((-(share * share.clamp(min=1e-12).log()).sum()).exp())

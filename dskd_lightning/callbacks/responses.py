@@ -16,9 +16,9 @@ from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.evaluation.environment import collect_environment
 from dskd_lightning.evaluation.files import write_atomic
 from dskd_lightning.evaluation.generation import GenerationSettings, Generator
+from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
 from dskd_lightning.evaluation.predict import predict
 from dskd_lightning.evaluation.predictions import Prediction
-from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
 from dskd_lightning.models.fingerprint import weights_fingerprint
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ResponseEvaluation(L.Callback):
             )
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write({k: v for k, v in self.evaluate(trainer, pl_module, "predict").items()})
+        self._write(self.evaluate(trainer, pl_module, "predict"))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}

@@ -34,7 +34,6 @@ class DistillationSummary(L.Callback):
             table.add_column(column, justify="right")
         parts: list[tuple[str, nn.Module]] = []
         parts += [(f"teacher {i}" if i else "teacher", t) for i, t in enumerate(module.teachers)]
-        assert module.student is not None
         parts.append(("student", module.student))
         for name, part in parts:
             _add_rows(table, name, part)

@@ -63,7 +63,7 @@ def compare(
 
 
 def export(
-    config: list[str],
+    run: str,
     target: str,
     ckpt_path: str = "best",
     merge: bool = True,
@@ -72,7 +72,7 @@ def export(
     """Write a trained student as a plain Hugging Face folder.
 
     Args:
-        config: the run folder, or the YAML files the student was trained with.
+        run: the run folder.
         target: folder to write.
         ckpt_path: best, last, or a checkpoint's path.
         merge: add the adapter to the weights; false writes a peft adapter instead.
@@ -81,7 +81,7 @@ def export(
     from dskd_lightning.cli.trained import load_trained
     from dskd_lightning.models.export import export_student
 
-    model, tokenizer = load_trained(config, ckpt_path)
+    model, tokenizer = load_trained(run, ckpt_path)
     folder = export_student(model, tokenizer, target, merge=merge, overwrite=overwrite)
     print(f"student written to {folder}; load it with AutoModelForCausalLM.from_pretrained")
 

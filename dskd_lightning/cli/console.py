@@ -18,21 +18,21 @@ _EXPECTED = (
 )
 
 
-class _WithoutAdverts(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "Tip:" not in record.getMessage()
+class _StandardError(logging.StreamHandler):
+    """Writes to whatever ``sys.stderr`` is at the time, which notebooks and tests replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "Tip:" not in record.getMessage():  # Lightning advertises
+            self.stream = sys.stderr
+            super().emit(record)
 
 
 def configure_output() -> None:
-    """Show our own log messages plainly on standard error, and hide expected warnings."""
-    logger = logging.getLogger("dskd_lightning")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer"):
-        logging.getLogger(name).addFilter(_WithoutAdverts())
+    """Show log messages plainly on standard error, and hide expected warnings."""
+    for name in ("dskd_lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [_StandardError()]
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message)

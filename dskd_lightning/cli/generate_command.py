@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,7 +41,7 @@ def generate_responses(
     generator = Generator(load_model(spec), tokenizer, settings)
     texts: dict[int, str] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator.model.to(device)
+    cast("Any", generator.model).to(device)
     for batch in generator([renderer.generation_prompt(e.prompt, e.place) for e in examples], seed=seed):
         texts |= {generation.index: generation.text for generation in batch}
         logger.info("%d of %d", len(texts), len(examples))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dskd_lightning import __version__
+from dskd_lightning.cli.arguments import run_function
 from dskd_lightning.cli.console import configure_output
 from dskd_lightning.errors import UserError
 
@@ -47,9 +48,7 @@ def _run(arguments: list[str]) -> int:
     commands = _commands()
     if command not in commands:
         raise UserError(f"There is no command {command!r}; `dskd --help` lists them.")
-    from jsonargparse import auto_cli
-
-    result = auto_cli(commands[command], args=arguments[1:], prog=f"dskd {command}", as_positional=True)
+    result = run_function(commands[command], arguments[1:], prog=f"dskd {command}")
     return result if isinstance(result, int) else 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
     )
 
 
-def find_checkpoint(config: Sequence[str], ckpt_path: str) -> Path:
+def find_checkpoint(run: str | Path, ckpt_path: str) -> Path:
     """The checkpoint file ``best`` or ``last`` of a run folder, or the given path.
 
     Raises:
@@ -35,24 +34,23 @@ def find_checkpoint(config: Sequence[str], ckpt_path: str) -> Path:
     if ckpt_path not in ("best", "last"):
         path = Path(ckpt_path)
     else:
-        folder = Path(config[0])
-        path = (folder if folder.is_dir() else folder.parent) / "checkpoints" / f"{ckpt_path}.ckpt"
+        path = Path(run) / "checkpoints" / f"{ckpt_path}.ckpt"
     if not path.exists():
         raise UserError(f"No checkpoint at {path}: give the run folder, or --ckpt_path FILE.")
     return path
 
 
-def load_trained(config: Sequence[str], ckpt_path: str = "best") -> tuple[Any, Any]:
+def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
     """Student and tokenizer with the trained weights of a checkpoint.
 
     Args:
-        config: the run folder (or a config file inside it).
+        run: the run folder.
         ckpt_path: ``best``, ``last`` or a file.
 
     Raises:
         UserError: there is no such checkpoint or it was not written by `DistillationModule`.
     """
-    path = find_checkpoint(config, ckpt_path)
+    path = find_checkpoint(run, ckpt_path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if "student_spec" not in checkpoint:
         raise UserError(f"{path} was not written by DistillationModule: it names no student.")

@@ -161,7 +161,8 @@ class Study:
         process.join()
         if process.exitcode != 0:
             raise UserError(
-                f"study: variant {variant.name!r} failed (exit status {process.exitcode}); see its messages above."
+                f"study: variant {variant.name!r} failed with exit status {process.exitcode}; "
+                "its messages are above."
             )
 
 

@@ -17,7 +17,7 @@ DONE = "variant.json"
 
 
 def run_variant(arguments: list[str], folder: str, train: bool, test: bool) -> None:
-    """Train and test as ``dskd fit`` and ``dskd test`` with ``arguments`` would; exits 2 on a user's mistake."""
+    """Train and test as ``dskd fit`` and ``dskd test`` would; exits 2 on a user's mistake."""
     from dskd_lightning.cli.console import configure_output
 
     configure_output()

@@ -1,0 +1,242 @@
+"""`dskd` as a user runs it: train, resume, evaluate, export, and every mistake's sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from runs import dskd, environment, write_config, write_data
+from transformers import AutoModelForCausalLM
+
+from dskd_lightning.cli import main
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_folder):
+    """A finished LoRA run."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_config(
+        folder, model_folder(seed=1), model_folder(hidden=24, seed=2), **{"model.student.lora": {"rank": 2}}
+    )
+    dskd("fit", "--config", str(config))
+    return folder
+
+
+def test_fit_leaves_a_complete_run_folder(trained):
+    run = trained / "run"
+    assert {"best.ckpt", "last.ckpt"} == {path.name for path in (run / "checkpoints").iterdir()}
+    assert (run / "config.yaml").is_file()
+    assert (run / "tensorboard").is_dir()
+    with (run / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for name in ("train/loss", "train/t2s_kd", "train/s2t_kd", "train/tokens", "val/kl", "val/nll_per_byte"):
+        assert any(row.get(name) for row in rows), name
+
+
+def test_checkpoints_hold_what_was_trained_alone(trained):
+    checkpoint = torch.load(trained / "run/checkpoints/last.ckpt", weights_only=True)
+    names = checkpoint["state_dict"].keys()
+    assert names
+    assert all("lora_" in name or name.startswith("objectives.") for name in names)
+
+
+def test_test_scores_the_best_checkpoint(trained):
+    dskd("test", "--config", str(trained / "run/config.yaml"))
+    metrics = json.loads((trained / "run/metrics.json").read_text())
+    assert metrics["perplexity_per_token"] == pytest.approx(
+        torch.tensor(metrics["nll_per_token"]).exp().item(), rel=1e-4
+    )
+    assert {"kl", "agreement", "rougeL", "exact_match"} <= metrics.keys()
+    lines = (trained / "run/predictions/greedy.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+
+
+def test_export_is_a_plain_folder(trained, tmp_path):
+    dskd("export", str(trained / "run"), str(tmp_path / "student"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert not any("lora" in name for name in model.state_dict())
+    assert not any(
+        "dskd" in file.read_text(errors="ignore") for file in (tmp_path / "student").glob("*.json")
+    )
+
+
+def test_a_second_run_needs_another_folder(trained):
+    result = dskd("fit", "--config", str(trained / "config.yaml"), check=False)
+    assert result.returncode == 2
+    assert "already holds a run" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "dropout": 0.1}], ids=["full", "lora"])
+def test_killed_run_resumes_bit_for_bit(tmp_path, model_folder, lora):
+    changes = {"model.student.lora": lora, "trainer.accumulate_grad_batches": 2, "trainer.max_epochs": 3}
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
+    arguments = ["fit", "--config", str(config)]
+    dskd(*arguments, "--output", str(tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    slow = {**environment(), "DSKD_TEST_DELAY": "0.4", "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slow_dskd", *arguments, "--output", str(cut)],
+        env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        log = cut / "progress.txt"
+        if log.is_file() and log.read_text().splitlines()[-1:] == ["1 1"]:  # epoch 1, batch 1: mid-epoch
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torch.load(cut / "checkpoints/last.ckpt", weights_only=True)["global_step"] < 9
+    dskd(*arguments, "--output", str(cut), "--ckpt_path", "last")
+    whole, resumed = final_weights(tmp_path / "whole"), final_weights(cut)
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.train": "missing.jsonl"}, "missing.jsonl' doesn't exist"),
+        ({"data.max_prompt_length": 96}, "leaves no room for a response"),
+        ({"model.student.lora": {"targets": ["nothing_like_this"]}}, "nothing_like_this"),
+        ({"model.student.source": "no/such/folder/at/all"}, "no/such/folder/at/all"),
+        ({"model.teacher": None}, "learns from a teacher"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, model_folder, capsys, changes, sentence):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
+    assert main(["fit", "--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{not json", "data.jsonl:2"),
+        ('{"prompt": "Hi.", "response": ""}', "data.jsonl:2"),
+        ('{"messages": [{"role": "wizard", "content": "x"}]}', "data.jsonl:2"),
+    ],
+)
+def test_bad_records_name_file_and_line(tmp_path, model_folder, capsys, line, sentence):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    good = (tmp_path / "data.jsonl").read_text().splitlines()[0]
+    (tmp_path / "data.jsonl").write_text(f"{good}\n{line}\n")
+    assert main(["fit", "--config", str(config)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_different_vocabularies_are_refused(tmp_path, model_folder, capsys):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(tokenizer="sentencepiece", hidden=24))
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "vocabular" in capsys.readouterr().err
+
+
+def test_nan_loss_stops_training(tmp_path, model_folder, capsys):
+    changes = {"model.optimizer.init_args.lr": 1e30, "model.warmup_ratio": 0.0}
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "The loss is" in capsys.readouterr().err
+
+
+def test_full_disk_is_one_sentence(tmp_path, model_folder, capsys, monkeypatch):
+    import errno
+
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "last.ckpt")
+
+    monkeypatch.setattr(SingleDeviceStrategy, "save_checkpoint", full)
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    assert main(["fit", "--config", str(config)]) == 3
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_unknown_command(capsys):
+    assert main(["distill"]) == 2
+    assert "dskd --help" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0
+    assert "fit" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+
+
+def test_users_own_objective_needs_no_registration(tmp_path, model_folder, monkeypatch):
+    (tmp_path / "my_objectives.py").write_text(
+        "from dskd_lightning.objectives import DSKDObjective\n"
+        "class Mine(DSKDObjective):\n"
+        "    def __init__(self, extra: float = 1.0, kd_ratio: float = 0.5) -> None:\n"
+        "        super().__init__(kd_ratio=kd_ratio)\n"
+        "        self.extra = extra\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    objective = {"class_path": "my_objectives.Mine", "init_args": {"extra": 2.0}}
+    config = write_config(
+        tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **{"model.objective": objective}
+    )
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "1"]) == 0
+
+
+def test_composed_configs_and_printed_config(tmp_path, model_folder):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    (tmp_path / "more.yaml").write_text("model:\n  student:\n    lora:\n      rank: 3\n")
+    printed = dskd(
+        "fit", "--config", str(config), "--config", str(tmp_path / "more.yaml"), "--print_config"
+    ).stdout
+    values = yaml.safe_load(printed)
+    assert values["model"]["student"]["lora"]["rank"] == 3
+    assert values["model"]["teacher"]["source"] == model_folder(hidden=24, seed=2)
+
+
+def test_study_compares_variants(tmp_path, model_folder):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    sft = {"model": {"objective": {"class_path": "dskd_lightning.objectives.SFTObjective"}}}
+    study = {
+        "output": str(tmp_path / "study"),
+        "base": [config.name],
+        "variants": {
+            "before": {"train": False},
+            "sft": {"config": sft, "grid": {"model.optimizer.init_args.lr": [1e-3, 1e-2]}},
+            "dskd": None,
+        },
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    dskd("study", str(tmp_path / "study.yaml"))
+    rows = json.loads((tmp_path / "study/table.json").read_text())
+    assert list(rows) == ["before", "sft", "dskd"]
+    assert rows["before"]["perplexity_per_token"] > rows["dskd"]["perplexity_per_token"]
+    assert "training_seconds" not in rows["before"]
+    grid = json.loads((tmp_path / "study/grid/sft/grid.json").read_text())
+    assert grid["chosen"] in grid["points"]
+    assert (tmp_path / "study/curves.png").stat().st_size > 1000
+    assert (tmp_path / "study/report/report.html").is_file()
+
+
+def test_generate_writes_an_instruction_file(tmp_path, model_folder):
+    data = write_data(tmp_path / "data.jsonl", 3)
+    arguments = ["--max_new_tokens", "4"]
+    dskd("generate", model_folder(seed=1), str(data), str(tmp_path / "out.jsonl"), *arguments)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["messages"][0]["content"] for line in lines] == [f"Say the number {i}." for i in range(3)]
+    assert all(line["messages"][-1]["role"] == "assistant" for line in lines)
