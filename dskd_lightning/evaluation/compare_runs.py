@@ -185,5 +185,7 @@ def _print(
     console.print(table)
     for gate in gates:
         word = Text("failed", style="bold red") if gate.failed else Text("passed", style="green")
-        console.print(Text.assemble(word, f"  {visible(gate.candidate)}: {visible(gate.condition.text)}"))
+        console.print(
+            Text.assemble(word, f"  {visible(gate.candidate)}: fail if {visible(gate.condition.text)}")
+        )
     console.print(Text(f"Report: {report}"))

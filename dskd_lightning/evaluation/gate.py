@@ -29,7 +29,8 @@ _CHANGE = re.compile(
     re.IGNORECASE,
 )
 _ABSOLUTE = re.compile(
-    rf"\s*(?P<metric>[\w./-]+?)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>{_NUMBER})\s*", re.IGNORECASE
+    rf"\s*(?!(?:drops|rises)\b)(?P<metric>[\w./-]+?)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>{_NUMBER})\s*",
+    re.IGNORECASE,
 )
 _COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 

@@ -82,7 +82,7 @@ def read_predictions(path: str | os.PathLike[str], expected: Iterable[int] | Non
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as predictions ({error}).") from error
     predictions = [

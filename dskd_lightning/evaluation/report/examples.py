@@ -99,6 +99,8 @@ def _answer(
         segments = [Segment("equal", text)]
     elif text == before:
         segments, notes = [Segment("equal", text)], [*notes, "same as the baseline"]
+    elif not text.strip() or not before.strip():
+        segments = [Segment("equal", text)]
     elif shared_share(before, text) < _REWRITTEN:
         segments, notes = (
             [Segment("equal", text)],

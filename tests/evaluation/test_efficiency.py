@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.efficiency import measure_efficiency
+from dskd_lightning.evaluation.energy import EnergyMeter
+from dskd_lightning.evaluation.harness import run_harness
+
+
+def test_measures_a_model(tmp_path) -> None:
+    model = make_model(200)
+    model.save_pretrained(tmp_path)
+    cost = measure_efficiency(model, folder=tmp_path, prompt_tokens=16, new_tokens=4, repeats=2)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.weight_bytes == 4 * cost.parameters
+    assert cost.disk_bytes == (tmp_path / "model.safetensors").stat().st_size
+    assert cost.prefill_tokens_per_second == pytest.approx(16 / cost.time_to_first_token)
+    assert cost.decode_tokens_per_second > 0
+    assert cost.device == "cpu"
+    assert cost.peak_bytes is None
+    json.dumps(cost.to_dict())
+
+
+def test_bad_lengths() -> None:
+    model = make_model(50)
+    with pytest.raises(UserError, match="exceed the model's context of 512"):
+        measure_efficiency(model, prompt_tokens=500, new_tokens=13)
+    with pytest.raises(UserError, match="at least 1"):
+        measure_efficiency(model, repeats=0)
+
+
+def test_energy_from_rapl_with_a_counter_that_wraps(tmp_path) -> None:
+    for name, value in (("intel-rapl:0", 1_000_000), ("intel-rapl:1", 9_000_000), ("intel-rapl:0:0", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("10000000\n")
+    with EnergyMeter(rapl=tmp_path) as meter:
+        (tmp_path / "intel-rapl:0" / "energy_uj").write_text("3500000\n")
+        (tmp_path / "intel-rapl:1" / "energy_uj").write_text("500000\n")
+    assert meter.joules == pytest.approx(2.5 + 1.5)
+    assert meter.sources == ["RAPL"]
+
+
+def test_no_energy_where_nothing_is_readable(tmp_path) -> None:
+    with EnergyMeter(rapl=tmp_path) as meter:
+        torch.ones(1)
+    assert meter.joules is None
+    assert meter.sources == []
+
+
+def test_harness(tmp_path, monkeypatch) -> None:
+    with pytest.raises(UserError, match="at least one task"):
+        run_harness(tmp_path, [])
+    with pytest.raises(UserError, match="no exported model"):
+        run_harness(tmp_path, ["arc_easy"])
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("dskd_lightning.evaluation.harness.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'lm_eval\[hf\]'"):
+        run_harness(tmp_path, ["arc_easy"])
+    calls = []
+
+    def simple_evaluate(**options):
+        calls.append(options)
+        return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setattr("dskd_lightning.evaluation.harness.find_spec", lambda name: object())
+    assert run_harness(tmp_path, ["arc_easy"], limit=5) == {"arc_easy/acc,none": 0.25}
+    assert calls[0]["model_args"] == f"pretrained={tmp_path}"
+    assert calls[0]["limit"] == 5

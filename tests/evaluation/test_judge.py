@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.endpoint import ChatEndpoint
+from dskd_lightning.evaluation.judge import CostLimit, judge_pairs
+from dskd_lightning.evaluation.predictions import Prediction
+
+Answer = Callable[[str, int], tuple[int, str]]
+
+
+class FakeServer:
+    """An OpenAI-compatible server on this machine; ``answer(question, number)`` gives status and text."""
+
+    def __init__(self) -> None:
+        self.answer: Answer = lambda question, number: (200, "VERDICT: TIE")
+        self.requests: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(body)
+                outer.headers.append({"path": self.path, **dict(self.headers)})
+                status, text = outer.answer(body["messages"][1]["content"], len(outer.requests))
+                reply = {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 50}}
+                data = json.dumps(reply).encode() if text != "garbage" else b"<html>"
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/"
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+    thread = threading.Thread(target=fake.server.serve_forever, daemon=True)
+    thread.start()
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+    thread.join()
+
+
+def endpoint(server: FakeServer, **options) -> ChatEndpoint:
+    return ChatEndpoint(server.url, "judge", sleep=lambda seconds: None, **options)
+
+
+def pairs(count: int = 4) -> tuple[list[Prediction], list[Prediction]]:
+    made = [
+        [Prediction(i, f"prompt {i}", (), f"{name} {i}") for i in range(count)] for name in ("old", "new")
+    ]
+    return made[0], made[1]
+
+
+def prefers(word: str) -> Answer:
+    def answer(question: str, number: int) -> tuple[int, str]:
+        first = question.partition("<response_a>")[2].partition("</response_a>")[0]
+        return 200, f"Thinking VERDICT: B... no.\nVERDICT: {'A' if word in first else 'B'}"
+
+    return answer
+
+
+def test_both_orders_count(server, tmp_path) -> None:
+    server.answer = prefers("new")
+    summary = judge_pairs(endpoint(server), *pairs(), tmp_path / "judge.jsonl")
+    assert summary.counts == {"candidate": 4, "tie": 0, "baseline": 0, "inconsistent": 0, "unreadable": 0}
+    assert len(server.requests) == 8
+    assert server.headers[0]["path"] == "/v1/chat/completions"
+
+
+def test_a_judge_that_prefers_a_position_gives_ties(server, tmp_path) -> None:
+    server.answer = lambda question, number: (200, "VERDICT: A")
+    summary = judge_pairs(endpoint(server), *pairs(), tmp_path / "judge.jsonl")
+    assert (summary.counts["tie"], summary.counts["inconsistent"]) == (4, 4)
+
+
+def test_unreadable_verdicts_are_counted(server, tmp_path) -> None:
+    server.answer = lambda question, number: (200, "I cannot say")
+    assert judge_pairs(endpoint(server), *pairs(2), tmp_path / "j").counts["unreadable"] == 4
+
+
+def test_retries_then_succeeds(server, tmp_path) -> None:
+    waits: list[float] = []
+    replies = {1: (503, ""), 2: (429, ""), 3: (200, "garbage")}
+    server.answer = lambda question, number: replies.get(number, (200, "VERDICT: TIE"))
+    chat = ChatEndpoint(server.url, "judge", sleep=waits.append)
+    assert judge_pairs(chat, *pairs(1), tmp_path / "j").counts["tie"] == 1
+    assert waits == [1.0, 2.0, 4.0]
+
+
+def test_an_endpoint_that_fails_midway_keeps_what_was_judged(server, tmp_path, caplog) -> None:
+    good = prefers("old")
+    server.answer = lambda question, number: good(question, number) if number <= 5 else (500, "")
+    path = tmp_path / "judge.jsonl"
+    summary = judge_pairs(endpoint(server, retries=1), *pairs(), path)
+    assert len(summary.judgements) == 2
+    assert "failed after 2 attempts (HTTP 500" in str(summary.stopped)
+    assert "stopped after 2 of 4 prompts" in caplog.text
+    server.answer, asked = good, len(server.requests)
+    summary = judge_pairs(endpoint(server), *pairs(), path)
+    assert summary.stopped is None
+    assert summary.counts["baseline"] == 4
+    assert len(server.requests) - asked == 4
+
+
+def test_a_refused_key_is_not_retried(server, tmp_path) -> None:
+    server.answer = lambda question, number: (401, "")
+    summary = judge_pairs(endpoint(server), *pairs(), tmp_path / "j")
+    assert "HTTP 401" in str(summary.stopped)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "judged"), [(CostLimit(requests=5), 2), (CostLimit(tokens=150), 2), (CostLimit(requests=1), 0)]
+)
+def test_cost_limits(server, tmp_path, limit, judged) -> None:
+    summary = judge_pairs(endpoint(server), *pairs(), tmp_path / "j", limit=limit)
+    assert len(summary.judgements) == judged
+    assert "is reached" in str(summary.stopped)
+    assert len(server.requests) == 2 * judged
+
+
+def test_the_key_comes_from_the_environment(server, tmp_path, monkeypatch) -> None:
+    with pytest.raises(UserError, match="JUDGE_KEY is not set"):
+        endpoint(server, api_key_variable="JUDGE_KEY")
+    monkeypatch.setenv("JUDGE_KEY", "value")
+    judge_pairs(endpoint(server, api_key_variable="JUDGE_KEY"), *pairs(1), tmp_path / "j")
+    assert server.headers[0]["Authorization"] == "Bearer value"
+
+
+def test_bad_input(server, tmp_path) -> None:
+    with pytest.raises(UserError, match="must start with http"):
+        ChatEndpoint("file:///etc", "judge")
+    with pytest.raises(UserError, match="different prompts"):
+        judge_pairs(endpoint(server), pairs(2)[0], pairs(3)[1], tmp_path / "j")
+    (tmp_path / "j").write_text("{}\n")
+    with pytest.raises(UserError, match=":1: not a verdict"):
+        judge_pairs(endpoint(server), *pairs(2), tmp_path / "j")
