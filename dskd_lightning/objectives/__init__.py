@@ -2,7 +2,7 @@
 
 from dskd_lightning.objectives.alm import ALMObjective
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
-from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective, PairedObjective
+from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
 from dskd_lightning.objectives.dskd import DSKDObjective
 from dskd_lightning.objectives.dskd_cma import DSKDCrossAttentionObjective
 from dskd_lightning.objectives.dskd_eta import DSKDTokenAlignmentObjective
@@ -10,6 +10,7 @@ from dskd_lightning.objectives.dskd_v2 import DSKDv2Objective
 from dskd_lightning.objectives.gold import GOLDObjective
 from dskd_lightning.objectives.logit_kd import LogitKDObjective
 from dskd_lightning.objectives.min_edit import MinEditObjective
+from dskd_lightning.objectives.paired import PairedObjective
 from dskd_lightning.objectives.sft import SFTObjective
 from dskd_lightning.objectives.shared_vocabulary import SharedVocabularyObjective
 from dskd_lightning.objectives.uld import ULDObjective

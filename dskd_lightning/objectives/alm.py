@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import chunked_map
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._vocabulary import extension_ranges
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
@@ -46,7 +47,7 @@ class ALMObjective(CrossTokenizerObjective):
         divergence: ``bernoulli_kl``, or ``log_difference``, the absolute difference of logs.
         bias_threshold: largest bias of a chunk; None keeps all chunks and needs no tokenizers.
         weight: factor on KD, whose size falls as one over the temperature.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     needs_vocabulary_map = False
@@ -58,9 +59,9 @@ class ALMObjective(CrossTokenizerObjective):
         divergence: Literal["bernoulli_kl", "log_difference"] = "bernoulli_kl",
         bias_threshold: float | None = 0.1,
         weight: float = 1.0,
-        chunk_size: int | None = None,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         if divergence not in ("bernoulli_kl", "log_difference"):
             raise UserError(
                 f"divergence of ALMObjective must be 'bernoulli_kl' or 'log_difference', not {divergence!r}."

@@ -47,7 +47,7 @@ class Objective(nn.Module, ABC):
     same_vocabulary: bool = False
     """True where student and teacher must read the same token ids."""
 
-    def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:  # noqa: B027
+    def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         """Make the parameters that depend on the two models; called once, before training.
 
         Raises:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dskd_lightning.alignment.cross_model_attention import AttentionMap, CrossModelAttention
 from dskd_lightning.alignment.key_query_matching import KeyQueryMatching
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import Divergence, ForwardKL
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
+from dskd_lightning.projection import LinearProjector
 from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
 
 __all__ = ["DSKDCrossAttentionObjective"]
@@ -32,7 +36,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         kq_ratio: weight of ``matching`` within KD.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in the divergences.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     needs_vocabulary_map = False
@@ -45,9 +49,9 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         kq_ratio: float = 0.1,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
-        chunk_size: int | None = None,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         if kq_ratio < 0:
             raise UserError(
                 f"kq_ratio of DSKDCrossAttentionObjective must not be negative, but is {kq_ratio}."
@@ -57,8 +61,8 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         self.matching = matching
         self.kq_ratio = kq_ratio
         self.needs_padded_statistics = self.attention.needs_padded_statistics
-        self.t2s: nn.Linear
-        self.s2t: nn.Linear
+        self.t2s: LinearProjector
+        self.s2t: LinearProjector
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
@@ -70,8 +74,8 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
                 "take another objective."
             )
         self.attention.configure(student, teacher)
-        self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size)
-        self.s2t = nn.Linear(student.hidden_size, teacher.hidden_size)
+        self.t2s = LinearProjector(teacher.hidden_size, student.hidden_size)
+        self.s2t = LinearProjector(student.hidden_size, teacher.hidden_size)
         if self.matching is not None:
             self.matching.configure(2 * teacher.embeddings.shape[1])
 
@@ -82,8 +86,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         if alignment is None and torch.equal(student.labels, teacher.labels):
             alignment = self._alignment(student, teacher, None)
         attention: AttentionMap = self.attention(student, teacher, alignment)
-        dtype = self.t2s.weight.dtype
-        values = self.t2s(self.attention.teacher_values(teacher).to(dtype))
+        values = self.t2s(self.attention.teacher_values(teacher))
         reads, chunk = attention.student_reads, self._chunk(student, teacher)
         ratio = self.kd_ratio
         loss, stats = student_space(
@@ -95,9 +98,9 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             SpaceWeights(1 - ratio, ratio, ratio),
             chunk_size=chunk,
         )
-        # Teacher positions that read nothing follow their own student-free projection's bias: leave them out.
+        # A teacher position that reads nothing has no projected student.
         answers = attention.teacher_reads.nonzero().squeeze(1)
-        projected = attention.to_teacher(self.s2t(student.hidden.to(dtype)))[answers]
+        projected = attention.to_teacher(self.s2t(student.hidden))[answers]
         answering = _take(teacher, answers)
         s2t_loss, s2t_stats = teacher_space(
             answering, projected, ForwardKL(), self.temperature, ratio, chunk_size=chunk
@@ -160,8 +163,6 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
 
 def _take(side: Side, rows: Tensor) -> Side:
     """The positions ``rows`` of a side."""
-    from dataclasses import replace
-
     return replace(
         side,
         hidden=side.hidden[rows],

@@ -6,14 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import Divergence, ForwardKL, chunked_sum
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
 from dskd_lightning.objectives._vocabulary import mutual_tokens
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
+from dskd_lightning.projection import HeadMap, LinearProjector
 from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
 
 __all__ = ["DSKDTokenAlignmentObjective"]
@@ -38,11 +40,11 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         topk_vocab: shared tokens that initialise the projectors, the first of them; None takes all.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in the divergences.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
-    shared_student: Tensor
-    teacher_inverse: Tensor
+    t2s: LinearProjector
+    s2t: HeadMap
 
     def __init__(
         self,
@@ -51,9 +53,9 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         topk_vocab: int | None = None,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
-        chunk_size: int | None = None,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         if not 0.0 <= agreement_threshold <= 1.0:
             raise UserError(
                 f"agreement_threshold of DSKDTokenAlignmentObjective must lie in [0, 1], "
@@ -67,33 +69,17 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         self.divergence = ForwardKL() if divergence is None else divergence
         self.agreement_threshold = agreement_threshold
         self.topk_vocab = topk_vocab
-        self.t2s: nn.Linear
-        self._s2t: Tensor | None = None
 
-    @torch.no_grad()
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
         assert teacher is not None
         assert self.student_to_teacher is not None
         assert self.teacher_to_student is not None
         shared = mutual_tokens(self.student_to_teacher, self.teacher_to_student)[: self.topk_vocab]
-        rows_s = _wide(student.head.weight[shared])
-        rows_t = _wide(teacher.head.weight[self.student_to_teacher[shared].to(teacher.head.weight.device)])
-        self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size, bias=False, dtype=rows_s.dtype)
-        self.t2s.to(rows_s.device)
-        # h_t T S^+ with T = rows_t.T, S = rows_s.T; a linear layer holds the transposed matrix.
-        self.t2s.weight.copy_(torch.linalg.pinv(rows_s) @ rows_t.to(rows_s.device))
-        self.register_buffer("shared_student", shared, persistent=False)
-        self.register_buffer("teacher_inverse", torch.linalg.pinv(rows_t.T), persistent=False)
-
-    def _to_teacher(self, hidden: Tensor, head: Head) -> Tensor:
-        """``h_s S T^+`` ``[pairs, teacher_hidden]``; a gradient flows to ``h_s`` alone."""
-        inverse = self.teacher_inverse
-        rows = head.weight.detach()[self.shared_student].to(inverse.dtype)
-        hidden = hidden.to(inverse.dtype)
-        if len(hidden) < rows.shape[1]:
-            return (hidden @ rows.T) @ inverse
-        return hidden @ (rows.T @ inverse)
+        partners = self.student_to_teacher[shared]
+        self.t2s = LinearProjector.between_heads(teacher.head, student.head, partners, shared)
+        self.t2s.to(student.head.weight.device)
+        self.s2t = HeadMap(teacher.head, shared, partners)
 
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
@@ -103,7 +89,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         aligned = self._alignment(student, teacher, alignment)
         chunk, tokens = self._chunk(student, teacher), len(student)
         i, j = aligned.pairs.unbind(1)
-        projected = self.t2s(teacher.hidden.detach()[j].to(self.t2s.weight.dtype))
+        projected = self.t2s(teacher.hidden.detach()[j])
         choice, guess = _choices(teacher, j, student.head, projected.detach(), chunk)
         labels = self.teacher_to_student[choice]
         kept = (labels >= 0).nonzero().squeeze(1)
@@ -131,7 +117,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             labels=teacher.labels[j],
             sequence=teacher.sequence[j],
         )
-        back = self._to_teacher(student.hidden[i], student.head)
+        back = self.s2t(student.hidden[i], student.head, teacher.head)
         s2t_loss, s2t = teacher_space(
             paired, back, self.divergence, self.temperature, scale, chunk_size=chunk
         )
@@ -190,7 +176,3 @@ def _choices(
 
     _, stats = chunked_sum(step, (teacher.hidden[positions], projected), (), chunk_size=chunk_size)
     return stats["choice"], stats["guess"]
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import chunk_tokens, token_log_prob
-from dskd_lightning.objectives.cross_tokenizer import PairedObjective, Pairs, Partners
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.objectives.uld import sorted_l1
 from dskd_lightning.structures import Alignment, ModelSpace, Side
 
@@ -65,7 +66,7 @@ class GOLDObjective(PairedObjective):
             vocabulary that is matched.
         unmatched_weight: weight of the unmatched part; None takes one minus that share.
         skip_eos: leave out groups at which the student must predict the end of sequence.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     student_matched: Tensor
@@ -81,9 +82,9 @@ class GOLDObjective(PairedObjective):
         matched_weight: float | None = 1.0,
         unmatched_weight: float | None = 1.0,
         skip_eos: bool = False,
-        chunk_size: int | None = None,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         if not 0.0 <= beta <= 1.0:
             raise UserError(f"beta of {type(self).__name__} must lie in [0, 1], not {beta}.")
         self.beta = beta
@@ -143,7 +144,7 @@ class GOLDObjective(PairedObjective):
             side.head,
             side.labels[rows],
             temperature=self.temperature,
-            chunk_size=self.chunk_size or chunk_tokens(side.head.vocab_size),
+            chunk_size=chunk_tokens(side.head.vocab_size, self.memory_budget_mb),
         )
         return log_prob.new_zeros(max(groups, 1)).index_add(0, group[rows], log_prob)
 

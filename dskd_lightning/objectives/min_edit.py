@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from dskd_lightning.alignment.min_edit import align_tokens
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import Divergence, ForwardKL
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._vocabulary import nearest_map, token_strings
-from dskd_lightning.objectives.cross_tokenizer import PairedObjective, Pairs, Partners
+from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.objectives.shared_vocabulary import pair_positions
 from dskd_lightning.structures import Alignment, ModelSpace, Side
 
@@ -39,7 +40,7 @@ class MinEditObjective(PairedObjective):
         cache_dir: folder that keeps the nearest-token map between runs; None makes it anew.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in KD.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class MinEditObjective(PairedObjective):
         cache_dir: str | None = None,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
-        chunk_size: int | None = None,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         if alignment not in ("edit_distance", "bytes"):
             raise UserError(
                 f"alignment of MinEditObjective must be 'edit_distance' or 'bytes', not {alignment!r}."

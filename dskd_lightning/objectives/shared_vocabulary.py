@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dskd_lightning.functional import Divergence, ForwardKL
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._vocabulary import mutual_tokens
-from dskd_lightning.objectives.cross_tokenizer import PairedObjective, Pairs, Partners
+from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.structures import Alignment, ModelSpace, Side
 
 __all__ = ["SharedVocabularyObjective", "pair_positions"]
@@ -30,7 +31,7 @@ class SharedVocabularyObjective(PairedObjective):
         divergence: compares the two restricted distributions; forward KL by default.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in KD.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     student_ids: Tensor
@@ -41,9 +42,9 @@ class SharedVocabularyObjective(PairedObjective):
         divergence: Divergence | None = None,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
-        chunk_size: int | None = None,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         self.divergence = ForwardKL() if divergence is None else divergence
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dskd_lightning.objectives.cross_tokenizer import PairedObjective, Pairs, Partners
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.structures import Alignment, Side
 
 __all__ = ["ULDObjective", "sorted_l1"]
@@ -33,15 +34,15 @@ class ULDObjective(PairedObjective):
     Args:
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits; 1 in the paper.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     needs_vocabulary_map = False
 
     def __init__(
-        self, kd_ratio: float = 0.5, temperature: float = 1.0, chunk_size: int | None = None
+        self, kd_ratio: float = 0.5, temperature: float = 1.0, memory_budget_mb: float = DEFAULT_BUDGET_MB
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
 
     reads_alignment = False
 

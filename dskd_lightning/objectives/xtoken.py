@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._vocabulary import sparse_projection
-from dskd_lightning.objectives.cross_tokenizer import PairedObjective, Pairs, Partners
 from dskd_lightning.objectives.gold import GOLDObjective, group_starts
+from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.structures import Alignment, ModelSpace, Side
 
 __all__ = ["XTokenHybridObjective", "XTokenProjectionObjective"]
@@ -26,16 +27,16 @@ class XTokenProjectionObjective(PairedObjective):
     Args:
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in KD.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     reached: Tensor
     projection: Tensor
 
     def __init__(
-        self, kd_ratio: float = 0.5, temperature: float = 1.0, chunk_size: int | None = None
+        self, kd_ratio: float = 0.5, temperature: float = 1.0, memory_budget_mb: float = DEFAULT_BUDGET_MB
     ) -> None:
-        super().__init__(kd_ratio, temperature, chunk_size)
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
@@ -83,7 +84,7 @@ class XTokenHybridObjective(GOLDObjective):
         matched_weight: as for GOLD.
         unmatched_weight: as for GOLD.
         skip_eos: as for GOLD.
-        chunk_size: tokens whose logits exist at once; None takes it from a memory budget.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class XTokenHybridObjective(GOLDObjective):
         matched_weight: float | None = 1.0,
         unmatched_weight: float | None = 1.0,
         skip_eos: bool = False,
-        chunk_size: int | None = None,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__(kd_ratio, temperature, beta, matched_weight, unmatched_weight, skip_eos, chunk_size)
+        super().__init__(
+            kd_ratio, temperature, beta, matched_weight, unmatched_weight, skip_eos, memory_budget_mb
+        )
         if not 0.0 < min_weight <= 1.0:
             raise UserError(f"min_weight of XTokenHybridObjective must lie in (0, 1], not {min_weight}.")
         self.min_weight = min_weight

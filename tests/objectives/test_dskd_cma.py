@@ -50,13 +50,13 @@ def reference_side(case, name, weight, hidden):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize("chunk_size", [4, 1000])
-def test_matches_published_numbers(reference_dir, name, chunk_size):
+@pytest.mark.parametrize("memory_budget_mb", [0.001, 1024])
+def test_matches_published_numbers(reference_dir, name, memory_budget_mb):
     prefix = f"dskd_cma/{name}/"
     stored = load_file(reference_dir / "dskd_v1.safetensors")
     case = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
     objective = DSKDCrossAttentionObjective(
-        DIVERGENCES[name], CrossModelAttention(statistics="padded"), chunk_size=chunk_size
+        DIVERGENCES[name], CrossModelAttention(statistics="padded"), memory_budget_mb=memory_budget_mb
     )
     hidden = case["student_hidden"].requires_grad_()
     weight = case["student_head"].requires_grad_()
@@ -125,11 +125,11 @@ def naive(case: Case, objective: DSKDCrossAttentionObjective, causal: bool):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("chunk_size", [3, 500])
-def test_matches_the_formula(causal, chunk_size):
+@pytest.mark.parametrize("memory_budget_mb", [0.001, 1024])
+def test_matches_the_formula(causal, memory_budget_mb):
     case = make_case()
     objective = DSKDCrossAttentionObjective(
-        attention=CrossModelAttention(causal=causal), chunk_size=chunk_size
+        attention=CrossModelAttention(causal=causal), memory_budget_mb=memory_budget_mb
     )
     output = case.run(objective)
     expected = naive(case, objective, causal)

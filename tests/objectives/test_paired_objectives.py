@@ -271,10 +271,10 @@ def related_heads() -> Case:
 
 
 @PARAMETERS
-@pytest.mark.parametrize("chunk_size", [7, 1000])
-def test_matches_the_formula(name, chunk_size):
+@pytest.mark.parametrize("memory_budget_mb", [0.001, 1024])
+def test_matches_the_formula(name, memory_budget_mb):
     case = related_heads() if name.startswith("eta") else make_case()
-    objective = OBJECTIVES[name](chunk_size=chunk_size)
+    objective = OBJECTIVES[name](memory_budget_mb=memory_budget_mb)
     output = case.run(objective)
     ce = F.cross_entropy(logits(case)[0], case.student.labels, reduction="sum")
     kd = NAIVE[name](case, objective)
@@ -361,7 +361,7 @@ def test_uld_matches_published_numbers(reference_dir):
         keep = case[f"{name}_labels"] != -100
         ids, labels = case[f"{name}_input_ids"][keep], case[f"{name}_labels"][keep]
         sides.append(Side(h[keep], Head(w), case[f"{name}_embed"], ids, labels, keep.nonzero()[:, 0]))
-    objective = ULDObjective(chunk_size=4)
+    objective = ULDObjective(memory_budget_mb=0.001)
     spaces = [ModelSpace(side.head, side.embeddings) for side in sides]
     objective.configure(*spaces)
     output = objective(*sides)
@@ -429,7 +429,7 @@ def test_missing_tokenizers_and_strangers_are_named():
     [
         (lambda: SharedVocabularyObjective(kd_ratio=2), "kd_ratio"),
         (lambda: ULDObjective(temperature=0), "temperature"),
-        (lambda: ULDObjective(chunk_size=0), "chunk_size"),
+        (lambda: ULDObjective(memory_budget_mb=0), "memory_budget_mb"),
         (lambda: GOLDObjective(beta=-1), "beta"),
         (lambda: ALMObjective(divergence="x"), "divergence"),  # type: ignore[arg-type]
         (lambda: ALMObjective(bias_threshold=3), "bias_threshold"),

@@ -1,0 +1,138 @@
+"""Objectives that compare each student position with at most one teacher position."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dskd_lightning.functional import chunked_sum
+from dskd_lightning.objectives.base import ObjectiveOutput
+from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
+from dskd_lightning.structures import Alignment, Head, Ratio, Side
+
+__all__ = ["PairedObjective", "Pairs", "Partners"]
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Which teacher position each student position is compared with.
+
+    Args:
+        position: ``[n]``, a teacher position, -1 where there is none.
+        extras: more tensors ``[n, ...]`` that the comparison reads, with a gradient or without.
+    """
+
+    position: Tensor
+    extras: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Logits of the compared positions of one chunk.
+
+    Args:
+        teacher: ``[pairs, teacher vocab]``, no gradient, no temperature.
+        student: ``[pairs, student vocab]``, with gradient.
+        labels: ``[pairs]``, what the student must predict.
+        extras: rows of `Partners.extras`.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    labels: Tensor
+    extras: tuple[Tensor, ...] = field(default=())
+
+
+class PairedObjective(CrossTokenizerObjective):
+    """Objectives that compare a student position with at most one teacher position.
+
+    One pass over the student's positions in chunks: its head is read once for cross-entropy and
+    KD, the teacher's only where there is a partner, and no logits outlive their chunk.
+    """
+
+    @abstractmethod
+    def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
+        """Which positions are compared."""
+
+    @abstractmethod
+    def compare(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Terms of KD, each already weighted and summed over the pairs of a chunk."""
+
+    def unpaired(self, student_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Terms of KD at positions without a partner; none unless overridden."""
+        return {}
+
+    def forward(
+        self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
+    ) -> ObjectiveOutput:
+        assert teacher is not None
+        partners = self.partners(student, teacher, self._alignment(student, teacher, alignment))
+        position = partners.position
+        # A row without a partner points at position 0, which nothing reads.
+        hidden = teacher.hidden.detach()
+        if not len(teacher):
+            hidden = hidden.new_zeros(1, hidden.shape[1])
+        inputs = (student.hidden, student.labels, hidden[position.clamp(min=0)], position, *partners.extras)
+        heads = (student.head.weight, student.head.bias, teacher.head.weight, teacher.head.bias)
+
+        def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+            weight, bias, teacher_weight, teacher_bias = parameters
+            return self._step(
+                chunk,
+                replace(student.head, weight=weight, bias=bias),
+                replace(teacher.head, weight=teacher_weight, bias=teacher_bias),
+            )
+
+        loss, stats = chunked_sum(step, inputs, heads, chunk_size=self._chunk(student, teacher))
+        tokens = student.labels.new_tensor(len(student))
+        pairs = (position >= 0).sum()
+        counts = {"student_accuracy": tokens, "student_entropy": tokens}
+        names = ("teacher_accuracy", "teacher_entropy", "agreement")
+        counts |= {name: pairs for name in names if name in stats}
+        metrics = {name: Ratio(stats.pop(name), count) for name, count in counts.items()}
+        metrics |= self.alignment_metrics(student, alignment, position >= 0)
+        terms = {name: Ratio(total, tokens) for name, total in stats.items()}
+        return ObjectiveOutput(loss, tokens, terms, metrics)
+
+    def _step(self, chunk: tuple[Any, ...], student: Head, teacher: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden, labels, teacher_hidden, position, *extras = chunk
+        paired = position >= 0
+        logits = _wide(student.logits(hidden))
+        ce = F.cross_entropy(logits, labels, reduction="sum")
+        rows = paired.nonzero().squeeze(1)
+        with torch.no_grad():
+            teacher_logits = _wide(teacher.logits(teacher_hidden[rows]))
+        pairs = Pairs(teacher_logits, logits[rows], labels[rows], tuple(extra[rows] for extra in extras))
+        terms = self.compare(pairs)
+        for name, value in self.unpaired(logits, labels.masked_fill(paired, -1)).items():
+            terms[name] = terms[name] + value
+        kd = torch.stack(list(terms.values())).sum()
+        loss = (1 - self.kd_ratio) * ce + self.kd_ratio * kd
+        stats = {"ce": ce, "kd": kd, **(terms if len(terms) > 1 else {})}
+        with torch.no_grad():
+            stats |= self._diagnose(logits, labels, pairs, rows)
+        return loss, {name: value.detach() for name, value in stats.items()}
+
+    def _diagnose(self, logits: Tensor, labels: Tensor, pairs: Pairs, rows: Tensor) -> dict[str, Tensor]:
+        choice = logits.argmax(-1)
+        stats = {"student_accuracy": (choice == labels).sum(), "student_entropy": _entropy(logits)}
+        stats["teacher_entropy"] = _entropy(pairs.teacher)
+        if self.teacher_to_student is not None:
+            mapped = self.teacher_to_student[pairs.teacher.argmax(-1)]
+            stats["teacher_accuracy"] = (mapped == pairs.labels).sum()
+            stats["agreement"] = (mapped == choice[rows]).sum()
+        return stats
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Sum over rows of the entropy of ``softmax(logits)``, in nats."""
+    return torch.special.entr(logits.softmax(-1)).sum()
