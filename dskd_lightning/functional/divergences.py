@@ -39,9 +39,6 @@ __all__ = [
     "total_variation",
 ]
 
-# Descending prefixes of the vocabulary tried before a full sort finds the head of a distribution.
-_HEAD_SIZES = (256, 8192)
-
 
 def _wide(logits: Tensor) -> Tensor:
     """``logits`` in float32 at least."""
@@ -158,21 +155,31 @@ def total_variation(teacher_logits: Tensor, student_logits: Tensor, temperature:
 def _head_weight(p: Tensor, q: Tensor, alpha: float) -> Tensor:
     """Share ``[...]`` of ``|p - q|`` that lies on the head of ``p`` (:func:`adaptive_kl`).
 
-    Sorted ascending, an entry is in the tail while the cumulative mass up to it is at most
-    ``alpha``; sorted descending, it is in the head while the mass *before* it is below
-    ``total - alpha``. The head is short in practice, so that a top-k finds it without sorting
-    the vocabulary.
+    Sorted ascending, an entry is in the tail while the mass up to it is at most ``alpha``; that is,
+    it is in the head while the mass of all *larger* entries is below ``bound = total - alpha``.
+    No sort: bisection over the floating-point numbers, whose bit patterns are ordered as they
+    are, finds the smallest entry of the head. Entries equal to it belong to the head in part;
+    which of them is arbitrary, so that their mean gap stands for theirs.
     """
-    vocab = p.shape[-1]
     bound = p.sum(-1, keepdim=True) - alpha
-    for size in (*(size for size in _HEAD_SIZES if size < vocab), vocab):
-        top, index = p.topk(size, dim=-1)
-        mass = top.cumsum(-1)
-        if size == vocab or bool((mass[..., -1:] >= bound).all()):
-            break
-    gap = (p - q).abs()
-    head_gap = gap.gather(-1, index).masked_fill(mass - top >= bound, 0.0).sum(-1)
-    return head_gap / gap.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+    integer, steps = (torch.int64, 63) if p.dtype == torch.float64 else (torch.int32, 31)
+    high = p.amax(-1, keepdim=True).view(integer) + 1
+    low = torch.zeros_like(high)
+    work = torch.empty_like(p)  # comparisons as 0. and 1.: boolean masks are several times slower
+    for _ in range(steps):  # mass(p >= low) >= bound > mass(p >= high)
+        middle = low + (high - low) // 2
+        mass = torch.ge(p, middle.view(p.dtype), out=work).mul_(p).sum(-1, keepdim=True)
+        enough = mass >= bound
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    threshold, tiny = low.view(p.dtype), torch.finfo(p.dtype).tiny
+    gap = torch.sub(p, q).abs_()
+    tied = torch.eq(p, threshold, out=work).sum(-1, keepdim=True)
+    tied_gap = work.mul_(gap).sum(-1, keepdim=True)
+    above = torch.gt(p, threshold, out=work)
+    missing = bound - torch.linalg.vecdot(above, p).unsqueeze(-1)
+    taken = (missing / threshold.clamp(min=tiny)).ceil().clamp(min=0).minimum(tied)
+    head_gap = above.mul_(gap).sum(-1, keepdim=True) + tied_gap * taken / tied.clamp(min=1)
+    return head_gap.squeeze(-1) / gap.sum(-1).clamp(min=tiny)
 
 
 class Divergence(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dskd_lightning.functional._chunked_head import ChunkedHead
 from dskd_lightning.functional._softmax_rows import Scratch
 from dskd_lightning.functional._tiles import LossWeights, TileLosses, tile_rows
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, chunk_tokens, spans
@@ -136,49 +137,6 @@ def _apply(
     )
 
 
-class _Linear:
-    """One side: its logits chunk by chunk, and the gradients that come back through its head."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
-    ) -> None:
-        device = hidden.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        self.hidden, self.weight = hidden, weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-        self.needs = any(needs)
-        # Many chunks' small contributions drown in a half-precision accumulator.
-        wide = torch.promote_types(dtype, torch.float32)
-        self.d_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
-        self.d_bias = torch.zeros_like(bias, dtype=wide) if needs[2] and bias is not None else None
-
-    def logits(self, span: slice) -> Tensor:
-        return torch.nn.functional.linear(self.hidden[span].to(self.weight.dtype), self.weight, self.bias)
-
-    def backward(self, span: slice, d_logits: Tensor) -> None:
-        if self.d_hidden is not None:
-            self.d_hidden[span] = d_logits @ self.weight
-        if self.d_weight is not None:
-            rows = self.hidden[span].to(self.weight.dtype)
-            if self.d_weight.dtype == rows.dtype:
-                self.d_weight.addmm_(d_logits.T, rows)
-            else:
-                self.d_weight.add_(d_logits.T @ rows)
-        if self.d_bias is not None:
-            self.d_bias.add_(d_logits.sum(0, dtype=self.d_bias.dtype))
-
-    def gradients(self) -> list[Tensor | None]:
-        buffers = (self.d_hidden, self.d_weight, self.d_bias)
-        return [
-            None if buffer is None else buffer.to(dtype)
-            for buffer, dtype in zip(buffers, self.dtypes, strict=True)
-        ]
-
-
 class _FusedDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -197,12 +155,12 @@ class _FusedDistillation(torch.autograd.Function):
     ) -> Tensor:
         losses, chunk_size, stats = settings
         needs = [need and grad_enabled for need in ctx.needs_input_grad]
-        student = _Linear(student_hidden, student_weight, student_bias, (needs[2], needs[3], needs[4]))
+        student = ChunkedHead(student_hidden, student_weight, student_bias, (needs[2], needs[3], needs[4]))
         teacher = None
         if teacher_hidden is not None and teacher_weight is not None:
             # Only its cross-entropy reaches the teacher's hidden states.
             train = needs[5] and teacher_labels is not None
-            teacher = _Linear(teacher_hidden, teacher_weight, teacher_bias, (train, False, False))
+            teacher = ChunkedHead(teacher_hidden, teacher_weight, teacher_bias, (train, False, False))
         tokens, device = student_hidden.shape[0], student_hidden.device
         vocab = max(side.weight.shape[0] for side in (student, teacher) if side is not None)
         rows = tile_rows(vocab, device)
