@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
+import tempfile
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+os.environ.setdefault("DSKD_CACHE_DIR", tempfile.mkdtemp(prefix="dskd-tests-"))
 
 from collections.abc import Callable
 from pathlib import Path

@@ -65,6 +65,7 @@ def test_full_training_checkpoints_the_whole_student(model_folder, tmp_path):
 def test_accumulation_does_not_change_the_step(model_folder, tmp_path):
     """Micro-batches of very different token counts, and a last window that is not full."""
     results = []
+    make(model_folder, tmp_path)  # makes the models, which draws random numbers
     for batch_size, accumulate in ((6, 1), (2, 3), (1, 6)):
         torch.manual_seed(0)  # the projectors' first weights
         module, data = make(model_folder, tmp_path, batch_size=batch_size)

@@ -28,13 +28,13 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     """
     source = resolve_source(spec.source)
     with load_errors("model", spec.source, _NEEDS):
-        return AutoConfig.from_pretrained(source.location, **_hub(spec), **source.arguments)
+        return AutoConfig.from_pretrained(source.location, **_hub(spec))
 
 
 def load_model(spec: ModelSpec, *, quantization: str | None = None) -> PreTrainedModel:
     """The causal language model of ``spec``, in eval mode, with plain trainable weights.
 
-    GGUF blocks are dequantised at load (``dtype: auto`` then means float32), so that heads,
+    GGUF blocks are dequantised (``dtype: auto`` then means float32), so that heads,
     pruning, adapters and export see ordinary ``nn.Linear`` weights.
 
     Args:
@@ -45,13 +45,11 @@ def load_model(spec: ModelSpec, *, quantization: str | None = None) -> PreTraine
         UserError: the source can't be loaded, lacks weights, or can't be quantised here.
     """
     source = resolve_source(spec.source)
-    arguments: dict[str, Any] = {"dtype": _dtype(spec), **_hub(spec), **source.arguments}
+    arguments: dict[str, Any] = {"dtype": _dtype(spec), **_hub(spec)}
     if spec.attn_implementation is not None:
         arguments["attn_implementation"] = spec.attn_implementation
     if quantization is not None:
         arguments |= _bitsandbytes(spec, source, quantization)
-    elif source.gguf_file is not None:
-        arguments |= _dequantize()
     with load_errors("model", spec.source, _NEEDS), quiet(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location, output_loading_info=True, **arguments
@@ -63,8 +61,8 @@ def load_model(spec: ModelSpec, *, quantization: str | None = None) -> PreTraine
             f"The checkpoint '{spec.source}' lacks {len(missing)} weights of a {type(model).__name__} "
             f"(first: {missing[0]}), which would stay random: give a complete causal language model."
         )
-    if source.gguf_file is not None:
-        model.name_or_path = model.config.name_or_path = ""  # what's stored is a free-form title, no address
+    if source.gguf is not None:
+        model.name_or_path = model.config.name_or_path = ""  # a cache folder is no address to export
     return model.eval()
 
 
@@ -94,20 +92,12 @@ def _dtype(spec: ModelSpec) -> str | torch.dtype:
     return "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
 
 
-def _dequantize() -> dict[str, Any]:
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # before packed loading existed, dequantising was all there was
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
 def _bitsandbytes(spec: ModelSpec, source: Source, quantization: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if quantization not in ("8bit", "4bit"):
         raise UserError(f"`quantization: {quantization}` is unknown: choose 8bit, 4bit or null.")
-    if source.gguf_file is not None:
+    if source.gguf is not None:
         raise UserError(
             f"`quantization: {quantization}` cannot apply to the GGUF file '{spec.source}', which is loaded "
             "dequantised: drop `quantization`, or give the original folder or Hub id."

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.gguf import converted_gguf
 
 __all__ = ["Source", "load_errors", "no_progress_bars", "quiet", "resolve_source"]
 
@@ -25,22 +25,17 @@ class Source:
 
     Args:
         location: a Hub id, or a folder that exists.
-        gguf_file: name of the GGUF file in that folder, or None.
+        gguf: the GGUF file that the folder was converted from, or None.
         local: whether `location` is a folder.
     """
 
     location: str
-    gguf_file: str | None = None
+    gguf: Path | None = None
     local: bool = True
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments that every ``from_pretrained`` understands."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
 def resolve_source(source: str) -> Source:
-    """Find out what ``source`` means, without loading anything.
+    """Find out what ``source`` means; a GGUF file is converted at its first use.
 
     Raises:
         UserError: the path is missing, isn't a GGUF file, or can't be a Hub id either.
@@ -85,7 +80,12 @@ def _gguf(path: Path) -> Source:
         )
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"Reading '{path}' needs the package gguf: pip install 'dskd-lightning[demo]'.")
-    return Source(str(path.parent), path.name)
+    try:
+        return Source(str(converted_gguf(path)), path)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, IndexError) as error:
+        raise UserError(f"Cannot load the model '{path}' ({error!r}): give a complete GGUF file.") from error
 
 
 @contextlib.contextmanager

@@ -56,7 +56,6 @@ def _load(spec: ModelSpec, source: str) -> PreTrainedTokenizerFast:
                 place.location,
                 revision=(spec.revision or "main") if source == spec.source else "main",
                 trust_remote_code=spec.trust_remote_code,
-                **place.arguments,
             )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
