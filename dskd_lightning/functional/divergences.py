@@ -79,10 +79,8 @@ def _through_softmax(gradient: Tensor, q: Tensor, temperature: float) -> Tensor:
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """``log(share p + (1 - share) q)`` without underflow."""
-    if share == 0.0:
-        return log_q
-    if share == 1.0:
-        return log_p
+    if share in (0.0, 1.0):
+        return (log_p if share else log_q).clone()  # callers overwrite their arguments
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 

@@ -42,6 +42,7 @@ class FusedLosses:
     stats: dict[str, Tensor]
 
 
+@torch.compiler.disable  # a graph break: the loop over chunks and its gradients aren't for tracing
 def fused_distillation(
     student_hidden: Tensor,
     student_head: Head,
@@ -119,7 +120,6 @@ def fused_distillation(
     return FusedLosses(loss, stats)
 
 
-@torch.compiler.disable
 def _apply(
     settings: tuple[TileLosses, int, dict[str, Tensor]],
     student: tuple[Tensor | None, ...],
