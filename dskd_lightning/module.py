@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from dskd_lightning.errors import UserError
@@ -21,6 +22,7 @@ from dskd_lightning.models.student import build_student
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
+from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
 
 __all__ = ["DistillationModule"]
@@ -110,22 +112,50 @@ class DistillationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Build student, teachers and the objectives' projectors; called by every strategy."""
         if self.student is not None:
+            self._load_teachers()  # another stage may need whole teachers, or find a cache
             return
         model, tokenizer = build_student(self.student_spec)
         student_space = model_space(model, tokenizer)
         needed = [o.needs_teacher for o in self._objectives()]
-        teachers: list[nn.Module] = []
+        self._load_teachers()
         spaces: list[ModelSpace] = []
-        for spec in self.teacher_specs:
-            teacher = load_teacher(spec)
-            teachers.append(teacher.requires_grad_(False).eval())
-            spaces.append(model_space(teacher, load_tokenizer(spec)))
+        for spec, teacher in zip(self.teacher_specs, self.teachers, strict=True):
+            spaces.append(model_space(cast("Any", teacher), load_tokenizer(spec)))
         for index, objective in enumerate(self._objectives()):
             objective.configure(student_space, spaces[index] if needed[index] else None)
         self.student, self.tokenizer = model, tokenizer
-        self.teachers = nn.ModuleList(teachers)
         self._shared_tokens = shared_tokens(student_space, spaces[0]) if spaces else None
         self.checkpoint_names = self._trained_names()
+
+    def _load_teachers(self) -> None:
+        """Whole teachers or, where the datamodule keeps their hidden states, their heads alone."""
+        if self.complete_teachers or not self.teacher_specs:
+            return
+        heads = self._cached_teachers()
+        if heads is None:
+            self.teachers = nn.ModuleList(
+                load_teacher(s).requires_grad_(False).eval() for s in self.teacher_specs
+            )
+        elif not self.teachers:
+            self.teachers = nn.ModuleList(heads)
+
+    def _cached_teachers(self) -> list[TeacherHead] | None:
+        """The heads, with complete caches behind them, or None to run whole teachers.
+
+        Training builds what is missing; evaluation takes a cache where there is one.
+        """
+        datamodule: Any = None if self._trainer is None else cast("Any", self._trainer).datamodule
+        if getattr(datamodule, "teacher_cache", None) is None:
+            return None
+        if any(o.needs_padded_statistics for o in self._objectives()):
+            raise UserError(
+                "data.teacher_cache: the objective reads statistics of the padded layout, which a cache "
+                "doesn't hold; set it to null or turn that option of the objective off."
+            )
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        learns = any(o.needs_teacher for o in self._objectives())
+        stages = [s for s in datamodule.stages() if s != "predict" and (learns or s != "train")]
+        return ensure_caches(datamodule, self.teacher_specs, stages, required=fitting)
 
     def _trained_names(self) -> frozenset[str]:
         adapter_only = self.student_spec.lora is not None and not self.student_spec.random_init
@@ -137,8 +167,8 @@ class DistillationModule(L.LightningModule):
 
     @property
     def complete_teachers(self) -> bool:
-        """Whether whole teachers are loaded, as generation needs."""
-        return len(self.teachers) > 0
+        """Whether whole teachers are loaded, as generation needs, not their heads alone."""
+        return len(self.teachers) > 0 and not any(isinstance(t, TeacherHead) for t in self.teachers)
 
     def train(self, mode: bool = True) -> DistillationModule:
         """As `nn.Module.train`, but teachers always stay in eval mode."""
@@ -250,7 +280,8 @@ class DistillationModule(L.LightningModule):
         """Refuse packed rows for a model that would mix their examples."""
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             verify_packing(self.student, self.student_spec.source)
-            for spec, teacher in zip(self.teacher_specs, self.teachers, strict=True):
+            whole = zip(self.teacher_specs, self.teachers, strict=True) if self.complete_teachers else ()
+            for spec, teacher in whole:
                 verify_packing(cast("Any", teacher), spec.source)
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:

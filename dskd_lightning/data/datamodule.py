@@ -26,6 +26,7 @@ from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loading import load_tokenizer
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
+from dskd_lightning.teacher_cache.settings import TeacherCacheSettings
 
 __all__ = ["InstructionDataModule", "Stage", "default_cache_dir"]
 
@@ -74,6 +75,8 @@ class InstructionDataModule(pl.LightningDataModule):
         pin_memory: page-locked batches, for CUDA.
         seed: of splits and of the order.
         cache_dir: where prepared tokens are kept; None for `default_cache_dir`.
+        teacher_cache: keep the teachers' hidden states on the disk, computed before the first
+            epoch; None runs the teachers in every step.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class InstructionDataModule(pl.LightningDataModule):
         pin_memory: bool = False,
         seed: int = 42,
         cache_dir: str | None = None,
+        teacher_cache: TeacherCacheSettings | None = None,
     ) -> None:
         super().__init__()
         _check(max_length, max_prompt_length, max_tokens_per_batch)
@@ -126,6 +130,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.teacher_cache = teacher_cache
         self.teacher_hidden: dict[Stage, Sequence[TeacherHidden | None]] = {}
         """Per stage, one store of hidden states (or None) per teacher; see `Collator`."""
         self._renderers: list[ChatRenderer] | None = None
@@ -180,12 +185,12 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the cache in one process, so that the others only map it."""
-        for stage in self._stages(None):
+        for stage in self.stages(None):
             self._prepared(stage)
 
     def setup(self, stage: str) -> None:
         """Map the prepared data of ``fit``, ``validate``, ``test`` or ``predict``."""
-        for part in self._stages(stage):
+        for part in self.stages(stage):
             self._prepare_stage(part)
 
     def train_dataloader(self) -> DistillationLoader:
@@ -203,7 +208,7 @@ class InstructionDataModule(pl.LightningDataModule):
     def _configured(self, stage: Stage) -> bool:
         return bool(self.sources[stage] or (self.sources["train"] and self.splits.get(stage)))
 
-    def _stages(self, function: str | None) -> list[Stage]:
+    def stages(self, function: str | None = None) -> list[Stage]:
         """Configured stages of a Trainer function: the given one, the Trainer's, else all."""
         if function is None and self.trainer is not None and self.trainer.state.fn is not None:
             function = {"fitting": "fit", "validating": "validate", "testing": "test"}.get(

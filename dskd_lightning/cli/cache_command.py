@@ -1,0 +1,39 @@
+"""`dskd cache`: the teachers' hidden states of a run, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from dskd_lightning.cli.lightning_cli import DistillationCLI
+from dskd_lightning.errors import UserError
+from dskd_lightning.teacher_cache.attach import cache_root, ensure_caches
+from dskd_lightning.teacher_cache.settings import TeacherCacheSettings
+
+__all__ = ["build_cache"]
+
+_DTYPES = ("bfloat16", "float32", "float16", "float8_e4m3", "int8")
+
+
+def build_cache(config: list[str], output: str | None, dtype: str | None) -> None:
+    """Build the caches of the training and validation data; no student is loaded.
+
+    Args:
+        config: YAML files of the run.
+        output: folder of the caches, instead of the config's.
+        dtype: how states are stored, instead of the config's.
+
+    Raises:
+        UserError: the config names no teacher, or the caches can't be built.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"--dtype: {dtype} is unknown; choose one of {', '.join(_DTYPES)}.")
+    arguments = [word for file in config for word in ("--config", file)]
+    run = DistillationCLI(run=False, args=[*arguments, "--trainer.logger=false"])
+    if not run.model.teacher_specs:
+        raise UserError("model.teacher: the config names no teacher, whose states could be stored.")
+    settings = run.datamodule.teacher_cache or TeacherCacheSettings()
+    changes: dict[str, Any] = {"folder": output, "dtype": dtype}
+    settings = replace(settings, build=True, **{k: v for k, v in changes.items() if v is not None})
+    ensure_caches(run.datamodule, run.model.teacher_specs, run.datamodule.stages("fit"), settings)
+    print(f"teacher cache complete in {cache_root(run.datamodule, settings)}")

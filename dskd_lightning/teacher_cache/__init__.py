@@ -1,0 +1,29 @@
+"""A teacher's last hidden states, computed once and read in every epoch.
+
+The head makes the logits again from them, exactly where they are stored in the teacher's own
+type, so that a token costs the hidden size on the disk instead of the vocabulary size.
+"""
+
+from dskd_lightning.teacher_cache.attach import cache_root, ensure_caches
+from dskd_lightning.teacher_cache.build import StateBuilder
+from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
+from dskd_lightning.teacher_cache.loss import StorageError
+from dskd_lightning.teacher_cache.manifest import Layout, Manifest
+from dskd_lightning.teacher_cache.settings import CacheDtype, TeacherCacheSettings
+from dskd_lightning.teacher_cache.store import TeacherStates, is_complete
+
+__all__ = [
+    "CacheDtype",
+    "Layout",
+    "Manifest",
+    "StateBuilder",
+    "StorageError",
+    "TeacherCacheSettings",
+    "TeacherHead",
+    "TeacherStates",
+    "cache_root",
+    "ensure_caches",
+    "head_fingerprint",
+    "is_complete",
+    "load_teacher_head",
+]

@@ -1,0 +1,263 @@
+"""Gives a run its teacher caches: finds them, builds what is missing, and hands out the heads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed
+from transformers import PreTrainedModel
+
+from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.fingerprint import weights_fingerprint
+from dskd_lightning.models.loading import load_teacher
+from dskd_lightning.models.output import input_embeddings, language_head
+from dskd_lightning.models.spec import TeacherSpec
+from dskd_lightning.teacher_cache.build import StateBuilder, shard_tokens
+from dskd_lightning.teacher_cache.codecs import bytes_per_token
+from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
+from dskd_lightning.teacher_cache.identity import Memory, cache_parts, response_tokens
+from dskd_lightning.teacher_cache.manifest import Layout, Manifest, cache_key, differing_parts
+from dskd_lightning.teacher_cache.settings import TeacherCacheSettings
+from dskd_lightning.teacher_cache.store import TeacherStates, is_complete
+
+if TYPE_CHECKING:
+    from dskd_lightning.data.datamodule import InstructionDataModule, Stage
+
+__all__ = ["cache_root", "ensure_caches"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One cache: a teacher's states of one prepared dataset."""
+
+    teacher: int
+    dataset: PreparedDataset
+    parts: dict[str, str]
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / cache_key(self.parts)
+
+
+def cache_root(datamodule: InstructionDataModule, settings: TeacherCacheSettings) -> Path:
+    """The folder that holds all teacher caches."""
+    if settings.folder is None:
+        return datamodule.cache_dir / "teacher-states"
+    return Path(settings.folder).expanduser()
+
+
+def ensure_caches(
+    datamodule: InstructionDataModule,
+    specs: Sequence[TeacherSpec],
+    stages: Sequence[Stage],
+    settings: TeacherCacheSettings | None = None,
+    *,
+    required: bool = True,
+) -> list[TeacherHead] | None:
+    """Make the caches of ``stages`` complete and let ``datamodule`` read them.
+
+    A teacher is loaded whole only where something is missing, and freed before the next. With
+    `torch.distributed` all ranks call this together and share the shards; the folder must then be
+    one that all of them see.
+
+    Args:
+        datamodule: whose ``teacher_hidden`` is set for ``stages``.
+        specs: its teachers.
+        stages: whose states are needed.
+        settings: None takes the datamodule's.
+        required: False gives None instead of building or complaining where something is missing.
+
+    Returns:
+        Each teacher's head, or None.
+
+    Raises:
+        UserError: a cache is missing and may not be built (and in what the nearest one differs), a
+            shard is damaged, the head isn't the one that the cache was built with, or the disk is
+            too small.
+    """
+    settings = settings or datamodule.teacher_cache or TeacherCacheSettings()
+    root = cache_root(datamodule, settings)
+    memory = Memory(root / "fingerprints.json")
+    wanted = {
+        (index, stage): _wanted(datamodule, spec, index, stage, settings, root, memory)
+        for index, spec in enumerate(specs)
+        for stage in stages
+    }
+    missing = [cache for cache in wanted.values() if not is_complete(cache.folder)]
+    if missing and not required:
+        return None
+    if missing and not settings.build:
+        raise UserError(_explanation(missing[0], specs[missing[0].teacher]))
+    _barrier()  # nobody builds before all have looked
+    heads = []
+    for index, spec in enumerate(specs):
+        caches = list({c.folder: c for (i, _), c in wanted.items() if i == index}.values())
+        absent = [cache for cache in caches if cache in missing]
+        if absent:
+            _log.info("%s", _explanation(absent[0], spec))
+            heads.append(_build(datamodule, spec, absent, settings))
+        else:
+            heads.append(load_teacher_head(spec))
+        stores = {cache.folder: TeacherStates(cache.folder) for cache in caches}
+        heads[index] = _checked(heads[index], spec, list(stores.values()))
+        rank, ranks = _ranks()
+        for store in stores.values():
+            store.verify(content=settings.verify, rank=rank, ranks=ranks)
+        for stage in stages:
+            previous = tuple(datamodule.teacher_hidden.get(stage, ()))[:index]
+            datamodule.teacher_hidden[stage] = (*previous, stores[wanted[index, stage].folder])
+    return heads
+
+
+def _wanted(
+    datamodule: InstructionDataModule,
+    spec: TeacherSpec,
+    index: int,
+    stage: Stage,
+    settings: TeacherCacheSettings,
+    root: Path,
+    memory: Memory,
+) -> _Wanted:
+    dataset = datamodule.examples(stage).dataset
+    renderer = datamodule.renderers[index + 1]
+    parts = cache_parts(spec, renderer, dataset, index + 1, settings.dtype, memory)
+    return _Wanted(index, dataset, parts, root)
+
+
+def _explanation(cache: _Wanted, spec: TeacherSpec) -> str:
+    """Why there is no cache: the nearest one differs in these parts, or there is none."""
+    others = [m for f in sorted(cache.root.glob("*/")) if (m := Manifest.read(f)) is not None]
+    nearest = min(others, key=lambda m: len(differing_parts(cache.parts, m.parts)), default=None)
+    if nearest is None:
+        found = "there is none"
+    elif nearest.parts == cache.parts:
+        found = "it is incomplete"
+    else:
+        shown = ("source", "max_length", "max_prompt_length")
+        notes = ", ".join(f"{name}: {nearest.notes.get(name)}" for name in shown)
+        parts = ", ".join(differing_parts(cache.parts, nearest.parts))
+        found = f"the nearest one differs in: {parts}; its {notes}"
+    return (
+        f"No complete teacher cache of '{spec.source}' in '{cache.root}' ({found}): `dskd cache` or "
+        "`teacher_cache.build: true` computes it."
+    )
+
+
+def _build(
+    datamodule: InstructionDataModule,
+    spec: TeacherSpec,
+    caches: Sequence[_Wanted],
+    settings: TeacherCacheSettings,
+) -> TeacherHead:
+    rank, ranks = _ranks()
+    with torch.device("cpu"):
+        teacher = load_teacher(spec)
+    if torch.cuda.is_available():
+        teacher.to(torch.device("cuda", torch.cuda.current_device()))  # type: ignore[arg-type]
+    weights = weights_fingerprint(teacher)
+    vocab = input_embeddings(teacher).shape[0]
+    for cache in caches:
+        builder = _builder(datamodule, spec, cache, settings, teacher, weights, rank)
+        builder.announce(vocab)
+        error = builder.build(teacher, rank, ranks)
+        _barrier()
+        _log.info("Teacher cache of '%s' as %s: %s.", spec.source, settings.dtype, error)
+    return TeacherHead.from_model(teacher).cpu()
+
+
+def _builder(
+    datamodule: InstructionDataModule,
+    spec: TeacherSpec,
+    cache: _Wanted,
+    settings: TeacherCacheSettings,
+    teacher: PreTrainedModel,
+    weights: str,
+    rank: int,
+) -> StateBuilder:
+    head = language_head(teacher)
+    manifest = Manifest(
+        parts=cache.parts,
+        hidden_size=head.hidden_size,
+        dtype=settings.dtype,
+        teacher_dtype=str(teacher.dtype).removeprefix("torch."),
+        shard_tokens=shard_tokens(bytes_per_token(head.hidden_size, settings.dtype)),
+        weights=weights,
+        head=head_fingerprint(teacher),
+        notes={
+            "source": spec.source,
+            "max_length": str(datamodule.max_length),
+            "max_prompt_length": str(datamodule.max_prompt_length),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+    )
+    tokens = response_tokens(cache.dataset, cache.teacher + 1)
+    if rank == 0:
+        _begin(cache.folder, manifest, tokens)
+    _barrier()
+    found = Manifest.read(cache.folder)
+    assert found is not None
+    if found.weights != weights:
+        raise UserError(
+            f"The unfinished teacher cache '{cache.folder}' was begun with other weights of '{spec.source}': "
+            "delete that folder."
+        )
+    renderer = datamodule.renderers[cache.teacher + 1]
+    pad = renderer.tokenizer.pad_token_id
+    pad_id = renderer.tokenizer.eos_token_id if pad is None else pad
+    return StateBuilder(
+        cache.folder, found, Layout(tokens, found.shard_tokens), cache.dataset, cache.teacher + 1, pad_id,
+        settings.tokens_per_batch,
+    )  # fmt: skip
+
+
+def _begin(folder: Path, manifest: Manifest, tokens: np.ndarray) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if Manifest.read(folder) is None:
+            np.save(folder / "tokens.npy", tokens)
+            manifest.write(folder)
+    except OSError as error:
+        raise UserError(
+            f"Can't write the teacher cache '{folder}' ({error.strerror or error}): set "
+            "`teacher_cache.folder`."
+        ) from error
+
+
+def _checked(head: TeacherHead, spec: TeacherSpec, stores: Sequence[TeacherStates]) -> TeacherHead:
+    """The head, in the type and with the content that the caches were built with.
+
+    Raises:
+        UserError: even the whole teacher has another head now.
+    """
+    for store in stores:
+        expected = store.manifest.head
+        if head_fingerprint(head) != expected:  # tied otherwise, or changed by an adapter
+            head = TeacherHead.from_model(load_teacher(spec))
+        if head_fingerprint(head) != expected:
+            raise UserError(
+                f"The head of '{spec.source}' isn't the one that the teacher cache '{store.folder}' was "
+                "built with: delete that folder, or restore the weights."
+            )
+    return head
+
+
+def _ranks() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _barrier() -> None:
+    if _ranks()[1] > 1:
+        torch.distributed.barrier()

@@ -1,0 +1,191 @@
+"""Computes a teacher's states and writes them shard by shard."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dskd_lightning.data.batching import BatchSettings, plan_batches
+from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
+from dskd_lightning.errors import UserError
+from dskd_lightning.models.output import decoder_hidden, language_head
+from dskd_lightning.structures import TokenBatch
+from dskd_lightning.teacher_cache.codecs import bytes_per_token, decode, encode
+from dskd_lightning.teacher_cache.loss import StorageError
+from dskd_lightning.teacher_cache.manifest import Layout, Manifest
+from dskd_lightning.teacher_cache.shards import check_shard, shard_name, write_shard
+
+__all__ = ["StateBuilder", "shard_tokens", "token_batch"]
+
+_log = logging.getLogger(__name__)
+
+_SHARD_TOKENS = 32_768
+_SHARD_BYTES = 128 * 2**20
+_SPARE_BYTES = 64 * 2**20
+_SECONDS_BETWEEN_REPORTS = 10
+_SAMPLED_ROWS = 64
+
+
+def shard_tokens(bytes_per_row: int) -> int:
+    """Most response tokens of a shard: what a killed build may lose."""
+    return max(1, min(_SHARD_TOKENS, _SHARD_BYTES // bytes_per_row))
+
+
+def token_batch(examples: Sequence[RenderedExample], pad_id: int, device: torch.device) -> TokenBatch:
+    """One example a row, right-padded, for one model."""
+    shape = (len(examples), max(map(len, examples)))
+    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, -100, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = example.input_ids
+        labels[row, : len(example)] = example.labels
+        mask[row, : len(example)] = 1
+    response = np.flatnonzero(labels != -100)
+    batch = TokenBatch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        attention_mask=torch.from_numpy(mask),
+        position_ids=torch.arange(shape[1]).expand(shape),
+        response=torch.from_numpy(response),
+        sequence=torch.from_numpy(response // shape[1]),
+    )
+    return batch.to(device)
+
+
+class StateBuilder:
+    """Fills one cache folder, whose manifest and index are written already.
+
+    Args:
+        folder: of the cache.
+        manifest: its manifest.
+        layout: its layout.
+        dataset: the prepared examples.
+        model_index: the teacher's number in them; the student is 0.
+        pad_id: the teacher's padding token.
+        tokens_per_batch: most tokens of a batch, padding included.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        layout: Layout,
+        dataset: PreparedDataset,
+        model_index: int,
+        pad_id: int,
+        tokens_per_batch: int,
+    ) -> None:
+        self.folder, self.manifest, self.layout = folder, manifest, layout
+        self.dataset, self.model_index, self.pad_id = dataset, model_index, pad_id
+        self.tokens_per_batch = tokens_per_batch
+        self._row_bytes = bytes_per_token(manifest.hidden_size, manifest.dtype)
+
+    def announce(self, vocab_size: int) -> None:
+        """Log what will be written, and refuse where the disk is too small for it.
+
+        Raises:
+            UserError: there isn't enough space.
+        """
+        missing = self.layout.missing(self.folder)
+        left = sum(self.layout.tokens(shard) for shard in missing)
+        needed = left * self._row_bytes
+        free = shutil.disk_usage(self.folder).free
+        _log.info(
+            "Teacher cache in '%s': %s examples, %s response tokens, %s (their logits in bfloat16 would be "
+            "%s). %s of %s shards are missing: %s, with %s free.",
+            self.folder, f"{len(self.dataset):,}", f"{self.layout.total:,}",
+            _size(self.layout.total * self._row_bytes), _size(self.layout.total * vocab_size * 2),
+            len(missing), self.layout.shards, _size(needed), _size(free),
+        )  # fmt: skip
+        if needed + _SPARE_BYTES > free:
+            raise UserError(
+                f"The teacher cache needs {_size(needed + _SPARE_BYTES)} in '{self.folder}', where "
+                f"{_size(free)} are free: free space, set `teacher_cache.folder` to another disk, or store "
+                "int8."
+            )
+
+    def build(self, teacher: PreTrainedModel, rank: int = 0, ranks: int = 1) -> StorageError:
+        """Compute the missing shards of this rank; finished ones stay.
+
+        Args:
+            teacher: in eval mode, on the device to run on.
+            rank: this process's.
+            ranks: number of processes that share the shards.
+
+        Returns:
+            What storing lost, measured on a few rows of each shard written here.
+
+        Raises:
+            UserError: a finished shard is damaged, or the disk is full.
+        """
+        missing = set(self.layout.missing(self.folder))
+        mine = [shard for shard in range(rank, self.layout.shards, ranks) if shard in missing]
+        for shard in range(rank, self.layout.shards, ranks):
+            if shard not in missing:
+                check_shard(self.folder / shard_name(shard), self.manifest.key, content=False)
+        self._remove_leftovers()
+        error, done, total = StorageError(), 0, sum(map(self.layout.tokens, mine))
+        begin = reported = time.monotonic()
+        head = language_head(teacher).detach()
+        for shard in mine:
+            hidden = self.states(teacher, shard)
+            stored = encode(hidden, self.manifest.dtype)
+            write_shard(self.folder / shard_name(shard), stored, self.manifest.key)
+            sample = slice(0, _SAMPLED_ROWS)
+            dtype = getattr(torch, self.manifest.teacher_dtype)
+            error.update(hidden[sample], decode(stored, sample, dtype), head)
+            done += self.layout.tokens(shard)
+            now = time.monotonic()
+            if now - reported > _SECONDS_BETWEEN_REPORTS or done == total:
+                reported, speed = now, done / (now - begin)
+                _log.info(
+                    "Teacher cache: %s of %s response tokens (%.0f %%), %s a second, %.0f s left.",
+                    f"{done:,}", f"{total:,}", 100 * done / total, f"{speed:,.0f}", (total - done) / speed,
+                )  # fmt: skip
+        return error
+
+    @torch.inference_mode()
+    def states(self, teacher: PreTrainedModel, shard: int) -> Tensor:
+        """``[tokens, hidden]`` of a shard's examples in their order, on the CPU."""
+        first = self.layout.examples(shard).start
+        rows = self.layout.tokens(shard)
+        hidden = torch.empty(
+            rows, self.manifest.hidden_size, dtype=getattr(torch, self.manifest.teacher_dtype)
+        )
+        for batch in self._batches(shard):
+            examples = [self.dataset.rendered(first + index, self.model_index) for index in batch]
+            tokens = token_batch(examples, self.pad_id, teacher.device)
+            found = tokens.select(decoder_hidden(teacher, tokens)).to("cpu", hidden.dtype)
+            places = [self.layout.place(first + index)[1] for index in batch]
+            for place, part in zip(places, found.split([p.stop - p.start for p in places]), strict=True):
+                hidden[place] = part
+        return hidden
+
+    def _batches(self, shard: int) -> Iterator[list[int]]:
+        examples = self.layout.examples(shard)
+        lengths = self.dataset.lengths[examples.start : examples.stop, self.model_index]
+        settings = BatchSettings(max_tokens=self.tokens_per_batch)
+        for batch in plan_batches(lengths, settings, shuffle=False):
+            yield [index for row in batch for index in row]
+
+    def _remove_leftovers(self) -> None:
+        """Unfinished files of a killed build; young ones may be another process's at work."""
+        for path in self.folder.glob(".shard-*"):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink(missing_ok=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,136 @@
+"""What a teacher's states depend on, found out without loading its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers.utils.hub import cached_file
+
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.models.sources import load_errors, resolve_source
+from dskd_lightning.models.spec import TeacherSpec
+from dskd_lightning.teacher_cache.manifest import VERSION
+from dskd_lightning.teacher_cache.settings import CacheDtype
+from dskd_lightning.tokenizers import tokenizer_fingerprint
+
+__all__ = ["Memory", "cache_parts", "response_tokens", "source_fingerprint"]
+
+_BLOCK = 8 * 2**20
+
+
+class Memory:
+    """Hashes of large files and of data, kept by path, size and time of change.
+
+    Args:
+        path: a JSON file; a damaged one is forgotten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self._known = {}
+
+    def file(self, path: Path) -> str:
+        """SHA-256 of a file's content."""
+        state = path.stat()
+        name = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+        if name not in self._known:
+            with path.open("rb") as file:
+                self._keep(name, hashlib.file_digest(file, "sha256").hexdigest())
+        return self._known[name]
+
+    def data(self, dataset: PreparedDataset, model: int) -> str:
+        """SHA-256 of every example's tokens for ``model`` and of which of them are responses."""
+        name = f"data {dataset.fingerprint} {model}"
+        if name not in self._known:
+            digest = hashlib.sha256()
+            for index in range(len(dataset)):
+                example = dataset.rendered(index, model)
+                digest.update(np.array([len(example)], "<i4").tobytes())
+                digest.update(
+                    example.input_ids.astype("<i4").tobytes() + example.labels.astype("<i4").tobytes()
+                )
+            self._keep(name, digest.hexdigest())
+        return self._known[name]
+
+    def _keep(self, name: str, value: str) -> None:
+        self._known[name] = value
+        write_atomic(self._path, json.dumps(self._known, indent=1))
+
+
+def response_tokens(dataset: PreparedDataset, model: int) -> npt.NDArray[np.int32]:
+    """``[examples]``, response positions of each example for ``model``."""
+    counts = (len(dataset.rendered(index, model).response) for index in range(len(dataset)))
+    return np.fromiter(counts, np.int32, len(dataset))
+
+
+def source_fingerprint(spec: TeacherSpec, memory: Memory) -> str:
+    """Hash of the teacher's weights as they are stored: equal files, equal fingerprint.
+
+    Local files are hashed whole, once until they change; a Hub model is its commit.
+    """
+    parts = [_place(spec.source, spec.revision, memory, "config.json")]
+    if spec.adapter is not None:
+        parts.append(_place(spec.adapter, None, memory, "adapter_config.json"))
+    return hashlib.sha256(json.dumps([*parts, spec.quantization]).encode()).hexdigest()
+
+
+def _place(name: str, revision: str | None, memory: Memory, config: str) -> object:
+    source = resolve_source(name)
+    if source.gguf is not None:
+        return memory.file(source.gguf)
+    if source.local:
+        return [[file.name, memory.file(file)] for file in _model_files(Path(source.location), config)]
+    with load_errors("model", name, f"a folder needs {config}"):
+        found = cached_file(source.location, config, revision=revision or "main")
+    if found is None:
+        raise UserError(f"'{name}' has no {config} on the Hub: check the id and the revision.")
+    return [source.location, Path(found).parent.name]  # .../snapshots/COMMIT/config.json
+
+
+def _model_files(folder: Path, config: str) -> Iterator[Path]:
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    yield from (path for path in (folder / config, *weights, *sorted(folder.glob("*.py"))) if path.is_file())
+
+
+def cache_parts(
+    spec: TeacherSpec,
+    renderer: ChatRenderer,
+    dataset: PreparedDataset,
+    model: int,
+    dtype: CacheDtype,
+    memory: Memory,
+) -> dict[str, str]:
+    """All that the cached states depend on, by names that an error message can use.
+
+    Truncation shows in the data: they are hashed as the teacher's tokens, so that students with
+    other tokenizers share a cache where the teacher reads the same.
+
+    Args:
+        spec: the teacher.
+        renderer: its tokenizer and template.
+        dataset: the prepared examples.
+        model: the teacher's number in them; the student is 0.
+        dtype: how states are stored.
+        memory: keeps hashes for the next time.
+    """
+    template = renderer.prompt_template or renderer.tokenizer.chat_template
+    return {
+        "teacher weights": source_fingerprint(spec, memory),
+        "teacher dtype": spec.dtype,
+        "tokenizer": tokenizer_fingerprint(renderer.tokenizer),
+        "template": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest(),
+        "data or truncation": memory.data(dataset, model),
+        "cache dtype": dtype,
+        "cache version": VERSION,
+    }

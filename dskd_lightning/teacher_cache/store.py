@@ -1,0 +1,90 @@
+"""Reads a complete cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.teacher_cache.codecs import decode
+from dskd_lightning.teacher_cache.manifest import Layout, Manifest
+from dskd_lightning.teacher_cache.shards import check_shard, open_shard, shard_name
+
+__all__ = ["TeacherStates", "is_complete"]
+
+
+def read_layout(folder: Path, manifest: Manifest) -> Layout:
+    """The layout of a cache folder.
+
+    Raises:
+        UserError: its index is absent or damaged.
+    """
+    path = folder / "tokens.npy"
+    try:
+        return Layout(np.load(path), manifest.shard_tokens)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The teacher cache index '{path}' is damaged ({error}): delete '{folder}'."
+        ) from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether ``folder`` holds a cache with all its shards (their content isn't looked at)."""
+    manifest = Manifest.read(folder)
+    return manifest is not None and not read_layout(folder, manifest).missing(folder)
+
+
+class TeacherStates:
+    """A teacher's last hidden states at response positions, memory-mapped; a `TeacherHidden`.
+
+    Args:
+        folder: of a complete cache.
+
+    Raises:
+        UserError: there is none, or its index is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            raise UserError(f"'{folder}' holds no teacher cache: make one with `dskd cache`.")
+        self.folder, self.manifest = folder, manifest
+        self.layout = read_layout(folder, manifest)
+        self._dtype: torch.dtype = getattr(torch, manifest.teacher_dtype)
+        self._shards: dict[int, dict[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": {}}  # each worker maps the files itself
+
+    def verify(self, *, content: bool = True, rank: int = 0, ranks: int = 1) -> None:
+        """Check every shard, or this rank's share of them.
+
+        Args:
+            content: also compare checksums, which reads everything.
+            rank: this process's.
+            ranks: number of processes that share the work.
+
+        Raises:
+            UserError: a shard is absent or damaged.
+        """
+        for shard in range(rank, self.layout.shards, ranks):
+            path = self.folder / shard_name(shard)
+            check_shard(path, self.manifest.key, content=content)
+            shape = tuple(open_shard(path)["hidden"].shape)
+            if shape != (self.layout.tokens(shard), self.manifest.hidden_size):
+                raise UserError(f"The teacher cache shard '{path}' has the wrong size: delete that file.")
+
+    def get(self, examples: Sequence[int]) -> list[Tensor]:
+        """Hidden states ``[m, hidden]`` of each example's response positions, in the teacher's type."""
+        states = []
+        for example in examples:
+            shard, rows = self.layout.place(example)
+            if shard not in self._shards:
+                self._shards[shard] = open_shard(self.folder / shard_name(shard))
+            states.append(decode(self._shards[shard], rows, self._dtype))
+        return states
