@@ -23,7 +23,8 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(MAKE) lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -40,13 +40,16 @@ def converted_gguf(path: Path) -> Path:
     folder = _cache_dir() / f"{path.stem}-{digest}-v{_VERSION}"
     if folder.is_dir():
         return folder
+    from dskd_lightning.models.sources import no_progress_bars
+
     model, tokenizer = _load(path)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=folder.parent, prefix=".converting-", ignore_cleanup_errors=True
         ) as new:
-            model.save_pretrained(new)
+            with no_progress_bars():
+                model.save_pretrained(new)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             target = Path(new) / "done"
