@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.fidelity import fidelity, shared_tokens
@@ -251,8 +253,18 @@ class DistillationModule(L.LightningModule):
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.dtype))
         values = {f"train/{name}": ratio.value.float() for name, ratio in ratios.items()}
+        values |= self._gradient_norms()
         self.log_dict(values | {"train/tokens": tokens.float()}, batch_size=1)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=1)
+
+    def _gradient_norms(self) -> dict[str, Tensor]:
+        """Norms before clipping, of the student's part and of the objectives' (projectors)."""
+        norms = {}
+        for name, part in (("student", self.student), ("projectors", self.objectives)):
+            gradients = [p.grad for p in part.parameters() if p.grad is not None]
+            if gradients and not any(isinstance(gradient, DTensor) for gradient in gradients):
+                norms[f"monitor/gradient_norm_{name}"] = get_total_norm(gradients).float()
+        return norms
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

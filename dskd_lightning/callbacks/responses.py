@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from dskd_lightning.callbacks.prompts import prompt_records
+from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.environment import collect_environment
 from dskd_lightning.evaluation.files import write_atomic
 from dskd_lightning.evaluation.generation import GenerationSettings, Generator
@@ -45,6 +46,7 @@ class ResponseEvaluation(L.Callback):
         top_p: probability that the sampled tokens must hold.
         batch_size: prompts generated at once.
         limit: generate for the first so many prompts only.
+        efficiency: after a test, also measure size, speed and energy of the student.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class ResponseEvaluation(L.Callback):
         top_p: float = 1.0,
         batch_size: int = 32,
         limit: int | None = None,
+        efficiency: bool = True,
     ) -> None:
         self.output = Path(output)
         self.enabled = enabled
         self.seeds: tuple[int | None, ...] = tuple(seeds) or (None,)
         self.limit = limit
+        self.efficiency = efficiency
         self.settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
             max_length=max_length,
@@ -83,6 +87,10 @@ class ResponseEvaluation(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}
         self._write(metrics)
+        if self.efficiency and trainer.is_global_zero and trainer.world_size == 1:
+            student: Any = cast("DistillationModule", pl_module).student
+            costs = measure_efficiency(student, prompt_tokens=64, new_tokens=32).to_dict()
+            write_atomic(self.output / "efficiency.json", json.dumps(costs, indent=2) + "\n")
 
     def evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> dict[str, float]:
         """Generate what is missing and score everything."""

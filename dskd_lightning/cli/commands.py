@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from json import dumps
 from typing import Literal
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["cache", "compare", "export", "generate", "study", "vocab"]
+__all__ = ["cache", "compare", "export", "generate", "harness", "judge", "study", "vocab"]
 
 
 def cache(config: list[str], output: str | None = None, dtype: str | None = None) -> None:
@@ -121,6 +122,53 @@ def generate(
     generate_responses(model, prompts, output, settings, seed, dtype, limit)
 
 
+def harness(folder: str, tasks: list[str], batch_size: str = "auto", output: str | None = None) -> None:
+    """Evaluate an exported student on tasks of lm-evaluation-harness.
+
+    Args:
+        folder: written by ``dskd export``.
+        tasks: task names of the harness.
+        batch_size: as the harness takes it.
+        output: also write the results to this JSON file.
+    """
+    from dskd_lightning.evaluation.files import write_atomic
+    from dskd_lightning.evaluation.harness import run_harness
+
+    results = dumps(run_harness(folder, tasks, batch_size=batch_size), indent=2)
+    if output is not None:
+        write_atomic(output, results + "\n")
+    print(results)
+
+
+def judge(
+    baseline: str,
+    candidate: str,
+    url: str,
+    model: str,
+    output: str = "judgements.jsonl",
+    api_key_variable: str | None = None,
+    max_requests: int | None = None,
+    max_tokens: int | None = None,
+) -> int:
+    """Let a model behind an OpenAI-compatible endpoint choose between two runs' responses.
+
+    Each prompt is asked in both orders; run again to go on where a failure or a limit stopped it.
+
+    Args:
+        baseline: a run folder with predictions.
+        candidate: another one, for the same prompts.
+        url: the endpoint up to and without /chat/completions.
+        model: the model to ask.
+        output: JSONL file of the verdicts.
+        api_key_variable: environment variable that holds the key.
+        max_requests: stop after so many requests.
+        max_tokens: stop after so many tokens.
+    """
+    from dskd_lightning.cli.judge_command import judge_runs
+
+    return judge_runs(baseline, candidate, url, model, output, api_key_variable, max_requests, max_tokens)
+
+
 def study(
     config: str, output: str | None = None, overwrite: bool = False, only: list[str] | None = None
 ) -> None:
@@ -141,7 +189,7 @@ def vocab(
     teacher: str,
     student: str,
     data: str | None = None,
-    json_path: str | None = None,
+    json: str | None = None,
     heatmap: str | None = None,
 ) -> None:
     """Explain a pair of tokenizers: overlap, alignment on your data, and a recommended objective.
@@ -150,9 +198,9 @@ def vocab(
         teacher: a model or tokenizer: Hub id, folder, tokenizer.json, GGUF file, or demo.
         student: likewise.
         data: an instruction file to measure on.
-        json_path: also write the numbers there.
+        json: also write the numbers there.
         heatmap: also draw the byte alignment of the first response to this PNG.
     """
     from dskd_lightning.vocab import run_vocab
 
-    run_vocab(teacher, student, data=data, json_path=json_path, heatmap=heatmap)
+    run_vocab(teacher, student, data=data, json_path=json, heatmap=heatmap)

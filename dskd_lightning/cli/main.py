@@ -25,6 +25,8 @@ _USAGE = """usage: dskd COMMAND [options]
   cache      store a teacher's hidden states for many epochs
   generate   let a model answer a file of prompts
   vocab      how two tokenizers overlap, and which objective suits the pair
+  judge      let a model choose between two runs' responses
+  harness    evaluate an exported student with lm-evaluation-harness
   compare    statistics over two or more runs, and a report
   export     write a trained student as a plain Hugging Face folder
 

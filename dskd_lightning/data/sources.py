@@ -104,8 +104,8 @@ def resolve_sources(sources: str | list[str], split: str = "train") -> list[Sour
     """Find out what each entry means, without reading it.
 
     Args:
-        sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted), datasets written by
-            ``save_to_disk``, or Hub datasets (``owner/name[@config][:split]``).
+        sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted),
+            datasets written by ``save_to_disk``, or Hub datasets (``owner/name[@config][:split]``).
         split: the split of a dataset that names none.
 
     Raises:
