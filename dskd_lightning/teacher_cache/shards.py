@@ -19,6 +19,7 @@ from dskd_lightning.errors import UserError
 
 __all__ = ["check_shard", "open_shard", "shard_name", "write_shard"]
 
+_NOTE = "teacher_cache"
 _READ_BYTES = 8 * 2**20
 _HEADER_BYTES = 8  # safetensors: the header's length as a little-endian 64-bit integer
 
@@ -43,7 +44,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], key: str) -> None:
     os.close(handle)
     try:
         checksums = {name: zlib.crc32(_content(tensor)) for name, tensor in tensors.items()}
-        save_file(dict(tensors), temporary, {"key": key, "crc32": json.dumps(checksums)})
+        note = json.dumps({"key": key, "crc32": checksums})
+        save_file(dict(tensors), temporary, {_NOTE: note})  # one entry: their order would be random
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -83,12 +85,12 @@ def check_shard(path: Path, key: str, *, content: bool) -> None:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            note = json.loads((file.metadata() or {}).get(_NOTE, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, str(error)) from error
-    if metadata.get("key") != key:
+    if note.get("key") != key:
         raise _damaged(path, "it belongs to another cache")
-    if content and json.loads(metadata.get("crc32", "null")) != _checksums(path):
+    if content and note.get("crc32") != _checksums(path):
         raise _damaged(path, "its checksum differs")
 
 
