@@ -23,6 +23,7 @@ from dskd_lightning.models.spec import StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
+from dskd_lightning.strategies import shard
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
@@ -128,6 +129,8 @@ class DistillationModule(L.LightningModule):
         self.student, self.tokenizer = model, tokenizer
         self._shared_tokens = shared_tokens(student_space, spaces[0]) if spaces else None
         self.checkpoint_names = self._trained_names()
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
 
     def _load_teachers(self) -> None:
         """Whole teachers or, where the datamodule keeps their hidden states, their heads alone."""
