@@ -1,0 +1,52 @@
+"""The CSV log over a resumed run, and the early warnings."""
+
+from __future__ import annotations
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dskd_lightning.callbacks import ResumableCSVLogger, TrainingMonitor
+from dskd_lightning.callbacks.monitor import effective_rank
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as stream:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(stream)]
+
+
+def test_resumed_log_keeps_earlier_rows(tmp_path):
+    first = ResumableCSVLogger(tmp_path)
+    first.log_metrics({"loss": 1.0}, 0)
+    first.save()
+    second = ResumableCSVLogger(tmp_path, resume=True)
+    second.log_metrics({"loss": 0.5, "new": 2.0}, 1)
+    second.save()
+    assert [row["loss"] for row in rows(tmp_path)] == ["1.0", "0.5"]
+    third = ResumableCSVLogger(tmp_path)
+    third.log_metrics({"loss": 3.0}, 0)
+    third.save()
+    assert [row["loss"] for row in rows(tmp_path)] == ["3.0"]
+
+
+def test_effective_rank():
+    assert effective_rank(torch.eye(5)) == pytest.approx(5.0, rel=1e-5)
+    assert effective_rank(torch.ones(5, 5)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_collapsed_projector_is_named_once():
+    module = torch.nn.ModuleDict({"objectives": torch.nn.ModuleList([torch.nn.Linear(64, 64)])})
+    with torch.no_grad():
+        module["objectives"][0].weight.fill_(1.0)
+    monitor = TrainingMonitor(min_projector_rank=0.05)
+    with pytest.warns(UserWarning, match=r"objectives\.0\.weight has collapsed"):
+        monitor._check_projectors(module)
+    monitor._check_projectors(module)  # a second warning would be an error here
+
+
+def test_vanished_entropy_warns():
+    trainer = SimpleNamespace(callback_metrics={"train/student_entropy": torch.tensor(0.001)})
+    with pytest.warns(UserWarning, match="near certainty"):
+        TrainingMonitor()._check_entropy(trainer)

@@ -1,0 +1,60 @@
+"""Exact means over batches and ranks, optimiser groups, and the schedule's shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dskd_lightning.structures import Ratio
+from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
+
+
+def ratio(total: float, count: int) -> Ratio:
+    return Ratio(torch.tensor(total), torch.tensor(count))
+
+
+def test_mean_of_unequal_batches_is_the_mean_over_tokens():
+    meter = RatioMeter()
+    meter.update({"loss": ratio(10.0, 1)})
+    meter.update({"loss": ratio(9.0, 9), "kd": ratio(1.0, 2)})
+    values = meter.reduce()
+    assert values["loss"].value == pytest.approx(1.9)  # not (10 + 1) / 2
+    assert values["kd"].value == pytest.approx(0.5)
+    assert not meter
+
+
+def test_reduction_adds_ranks():
+    meter = RatioMeter()
+    meter.update({"loss": ratio(3.0, 2)})
+    other = torch.tensor([[9.0, 4.0]], dtype=torch.float64)
+    assert meter.reduce(lambda sums: sums + other)["loss"].value == pytest.approx(2.0)
+
+
+def test_nothing_counted_is_zero():
+    assert ratio(0.0, 0).value == 0
+
+
+def test_groups_split_rates_and_decay():
+    student, objectives = torch.nn.Linear(3, 2), torch.nn.Linear(2, 4)
+    student.weight.requires_grad_(False)
+    groups = {g["name"]: g for g in parameter_groups(student, objectives, projector_lr=0.5)}
+    assert set(groups) == {"student_no_decay", "projector", "projector_no_decay"}
+    assert groups["student_no_decay"]["weight_decay"] == 0.0
+    assert "lr" not in groups["student_no_decay"]
+    assert groups["projector"]["lr"] == 0.5
+    assert groups["projector"]["params"] == [objectives.weight]
+
+
+def test_schedule_warms_up_and_ends_at_its_floor():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = cosine_with_warmup(optimizer, total_steps=20, warmup_ratio=0.2, min_lr_ratio=0.1)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] > 0
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4] == pytest.approx(2.0)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2)
