@@ -1,0 +1,197 @@
+"""Run each case in a process of its own, take turns, and set the medians side by side.
+
+A script that compares cases calls itself with ``--case NAME`` for every one of them; that process
+prints one line of JSON. Rounds interleave the cases, so that a busy spell of the machine falls on
+all of them. Memory is the process's resident high-water mark (``VmHWM``, reset before the
+measured part where the kernel allows it), or CUDA's peak of allocated memory. Cases run on one
+thread unless ``OMP_NUM_THREADS`` says otherwise: threads that wait for each other at every small
+operation measure the scheduler on a machine with other work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _status(key: str) -> float:
+    """MiB of a line of ``/proc/self/status``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(key)
+
+
+class Memory:
+    """Peak memory in MiB from now on, above what is held now (``extra``) and in all (``total``)."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / MIB
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts from VmRSS
+        except OSError:
+            print("the high-water mark can't be reset here: it includes preparation", file=sys.stderr)
+        self.before = _status("VmRSS")
+
+    @property
+    def total(self) -> float:
+        return torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_available() else _status("VmHWM")
+
+    @property
+    def extra(self) -> float:
+        return self.total - self.before
+
+
+def timed(function: Callable[[], object], repeat: int) -> list[float]:
+    """Wall-clock seconds of each of ``repeat`` calls."""
+    seconds = []
+    for _ in range(repeat):
+        synchronize()
+        begin = time.perf_counter()
+        function()
+        synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def report(seconds: Sequence[float], memory: Memory, **more: float) -> None:
+    """The line that a case's process ends with."""
+    result = {"seconds": list(seconds), "extra_mb": memory.extra, "total_mb": memory.total, **more}
+    print(json.dumps(result), flush=True)
+
+
+@dataclass
+class Measured:
+    """One case over all rounds.
+
+    Args:
+        seconds: wall clock of each measurement.
+        extra_mb: peak MiB above what was held before, the median of the rounds.
+        total_mb: peak MiB of the process, the median of the rounds.
+        more: the other figures that the case reported, of the last round.
+    """
+
+    seconds: list[float]
+    extra_mb: float
+    total_mb: float
+    more: dict[str, float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> str:
+        return f"{min(self.seconds):.2f} to {max(self.seconds):.2f}"
+
+
+def interleave(
+    script: str | Path,
+    cases: dict[str, Sequence[str]],
+    rounds: int,
+    python: dict[str, str] | None = None,
+) -> dict[str, Measured | str]:
+    """Each case's measurements over ``rounds``, or why it failed.
+
+    Args:
+        script: the file that understands ``--case NAME``.
+        cases: arguments of each case, by its name.
+        rounds: how often every case runs.
+        python: another interpreter for some cases.
+    """
+    lines: dict[str, list[dict]] = {name: [] for name in cases}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for name, arguments in cases.items():
+            if name in failed:
+                continue
+            interpreter = (python or {}).get(name, sys.executable)
+            command = [interpreter, str(script), "--case", name, *arguments]
+            variables = {"OMP_NUM_THREADS": THREADS, **os.environ}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+            if done.returncode:
+                lost = (done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
+                failed[name] = lost
+                print(f"{name}: {lost}", file=sys.stderr)
+            else:
+                lines[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    results: dict[str, Measured | str] = {}
+    for name, found in lines.items():
+        if name in failed:
+            results[name] = failed[name]
+            continue
+        results[name] = Measured(
+            [s for line in found for s in line["seconds"]],
+            statistics.median(line["extra_mb"] for line in found),
+            statistics.median(line["total_mb"] for line in found),
+            {k: v for k, v in found[-1].items() if k not in ("seconds", "extra_mb", "total_mb")},
+        )
+    return results
+
+
+def available_mb() -> float:
+    """MiB that a new process can take."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / MIB
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def environment() -> str:
+    """The machine and the versions, in one line."""
+    import lightning
+    import transformers
+
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    else:
+        names = [n for n in Path("/proc/cpuinfo").read_text().splitlines() if n.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else platform.machine()
+        load = os.getloadavg()[0]
+        where = f"{os.cpu_count()} CPU cores ({model}), {THREADS} thread(s) used, load {load:.1f}"
+    return (
+        f"{where}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, lightning {lightning.__version__}"
+    )
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table, padded to be read in a terminal too; all but the first column right-aligned."""
+    cells = [list(columns), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    print(f"\n**{title}**\n", line(cells[0]), line(rule), *map(line, cells[1:]), sep="\n", flush=True)
