@@ -5,7 +5,8 @@ prints one line of JSON. Rounds interleave the cases, so that a busy spell of th
 all of them. Memory is the process's resident high-water mark (``VmHWM``, reset before the
 measured part where the kernel allows it), or CUDA's peak of allocated memory. Cases run on one
 thread unless ``OMP_NUM_THREADS`` says otherwise: threads that wait for each other at every small
-operation measure the scheduler on a machine with other work.
+operation measure the scheduler on a machine with other work. Seconds on one thread are CPU seconds of the
+process, which on a free core are wall-clock seconds; on several threads and on CUDA, wall-clock.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock() -> float:
+    """Seconds now: see the module's docstring."""
+    synchronize()
+    return time.perf_counter() if torch.cuda.is_available() or THREADS != "1" else time.process_time()
 
 
 def synchronize() -> None:
@@ -68,14 +75,12 @@ class Memory:
 
 
 def timed(function: Callable[[], object], repeat: int) -> list[float]:
-    """Wall-clock seconds of each of ``repeat`` calls."""
+    """Seconds of each of ``repeat`` calls."""
     seconds = []
     for _ in range(repeat):
-        synchronize()
-        begin = time.perf_counter()
+        begin = clock()
         function()
-        synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
     return seconds
 
 
@@ -90,7 +95,7 @@ class Measured:
     """One case over all rounds.
 
     Args:
-        seconds: wall clock of each measurement.
+        seconds: of each measurement.
         extra_mb: peak MiB above what was held before, the median of the rounds.
         total_mb: peak MiB of the process, the median of the rounds.
         more: the other figures that the case reported, of the last round.
@@ -175,7 +180,8 @@ def environment() -> str:
         names = [n for n in Path("/proc/cpuinfo").read_text().splitlines() if n.startswith("model name")]
         model = names[0].split(":")[1].strip() if names else platform.machine()
         load = os.getloadavg()[0]
-        where = f"{os.cpu_count()} CPU cores ({model}), {THREADS} thread(s) used, load {load:.1f}"
+        used = "one thread used, CPU seconds" if THREADS == "1" else f"{THREADS} threads used, wall clock"
+        where = f"{os.cpu_count()} CPU cores ({model}), {used}, load {load:.1f}"
     return (
         f"{where}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, lightning {lightning.__version__}"

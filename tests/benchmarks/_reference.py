@@ -1,7 +1,7 @@
 """DSKD's loss computed plainly: every head's logits in full, softmax and log-softmax in float32.
 
-This is the computation of arXiv 2406.17328's implementation, written anew for the benchmarks: what a straightforward PyTorch program does and
-what the fused passes replace.
+This is the computation of arXiv 2406.17328's implementation, written anew for the benchmarks: what
+a straightforward PyTorch program does and what the fused passes replace.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _measure import Memory, device, report, synchronize
+from _measure import Memory, clock, device, report
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -90,13 +89,11 @@ class _Epochs(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 1:
-            synchronize()
-            self.memory, self.begin = Memory(), time.perf_counter()
+            self.memory, self.begin = Memory(), clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, idx: int) -> None:
         self.losses.append(float(trainer.callback_metrics["loss"]))
-        synchronize()
-        self.end = time.perf_counter()
+        self.end = clock()
 
 
 def train_with_lightning(module: dl.DistillationModule, found: list[DistillationBatch]) -> None:
@@ -144,12 +141,10 @@ def train_by_hand(
         losses.append(loss.item())
 
     step(found[0])
-    synchronize()
-    memory, begin = Memory(), time.perf_counter()
+    memory, begin = Memory(), clock()
     for batch in found:
         step(batch)
-    synchronize()
-    finish([time.perf_counter() - begin], memory, found, losses[0])
+    finish([clock() - begin], memory, found, losses[0])
 
 
 def finish(seconds: list[float], memory: Memory, found: Sequence[DistillationBatch], loss: float) -> None:

@@ -21,14 +21,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from _measure import Measured, Memory, device, environment, interleave, print_table  # noqa: E402
+from _measure import Measured, Memory, clock, device, environment, interleave, print_table  # noqa: E402
 from _training import (  # noqa: E402
     LR,
     add_arguments,
@@ -84,12 +83,10 @@ def _trl(a: argparse.Namespace) -> None:
     class Timer(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
             if state.global_step == 1:
-                self.memory, self.begin = Memory(), time.perf_counter()
+                self.memory, self.begin = Memory(), clock()
 
         def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-            if device().type == "cuda":
-                torch.cuda.synchronize()
-            self.end = time.perf_counter()
+            self.end = clock()
 
         def on_log(self, args, state, control, logs=None, **_):  # type: ignore[no-untyped-def]
             losses.append((logs or {}).get("loss", 0.0))
@@ -155,11 +152,10 @@ def main() -> None:
         row += [f"{ratio:.2f}" for ratio in ratios] or ["", ""]
         rows.append([*row, f"{m.more['first_loss']:.4f}"])
     columns = (
-        "training", "s", "range", "tokens/s", "peak MiB above models", "speed / TRL", "memory / TRL", "first loss",
+        "training", "s", "range", "tokens/s", "peak MiB above models", "speed / TRL",
+        "memory / TRL", "first loss",
     )  # fmt: skip
-    print_table(
-        f"Medians of {a.rounds} interleaved rounds; tokens are the student's, unpadded", columns, rows
-    )
+    print_table(f"Medians of {a.rounds} rounds; tokens are the student's, unpadded", columns, rows)
     print("", *(f"Skipped: {reason}" for reason in skipped), sep="\n")
 
 

@@ -102,9 +102,7 @@ def main() -> None:
         "training", "s", "range", "steps", "padding", "tokens/s", "time / reference", "peak MiB above models",
         "process MiB", "memory / reference",
     )  # fmt: skip
-    print_table(
-        f"Medians of {a.rounds} interleaved rounds; tokens are the student's, unpadded", columns, rows
-    )
+    print_table(f"Medians of {a.rounds} rounds; tokens are the student's, unpadded", columns, rows)
     first = [found[name] for name in (REFERENCE, "ours, same batches")]
     if all(isinstance(m, Measured) for m in first):
         ours, theirs = (m.more["first_loss"] for m in first)  # type: ignore[union-attr]
