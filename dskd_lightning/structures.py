@@ -143,7 +143,7 @@ class Side(_Movable):
         return self.hidden.shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Alignment(_Movable):
     """How the response tokens of two tokenisations of the same texts cover the same bytes.
 
@@ -169,7 +169,7 @@ class Alignment(_Movable):
     groups: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenBatch(_Movable):
     """One model's token ids of a batch, rendered with that model's own template.
 
@@ -199,7 +199,7 @@ class TokenBatch(_Movable):
         return values.flatten(0, 1).index_select(0, self.response)
 
 
-@dataclass(frozen=True)
+@dataclass
 class DistillationBatch(_Movable):
     """What the collator gives a training step.
 

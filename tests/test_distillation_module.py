@@ -107,6 +107,14 @@ def test_several_teachers_are_weighted(model_folder, tmp_path):
     assert losses[1.0, 3.0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_trains_in_true_bfloat16(model_folder, tmp_path):
+    """Lightning converts batches by setting their fields, which frozen dataclasses refuse."""
+    module, data = make(model_folder, tmp_path)
+    trainer = fit(module, data, precision="bf16-true", max_steps=2)
+    assert trainer.global_step == 2
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
 def test_wrong_number_of_objectives(model_folder, tmp_path):
     teachers = [dl.TeacherSpec(model_folder(seed=2)), dl.TeacherSpec(model_folder(seed=3))]
     with pytest.raises(dl.UserError, match="as many objectives"):
