@@ -1,0 +1,60 @@
+"""The benchmarks run at tiny sizes, agree with the plain computation, and print their tables.
+
+Cases run in this process instead of one each: starting Python is most of the time otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import fused_loss
+import training_step
+from _measure import Measured
+from _training import tiny_source
+
+
+def measure(case, name: str, arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> Measured:
+    case(name, arguments)
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    return Measured(line.pop("seconds"), line.pop("extra_mb"), line.pop("total_mb"), line)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("limit_mb", [100.0, 0.001])
+def test_fused_loss_compares_with_plain_or_says_why_not(
+    limit_mb: float, train_head: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = argparse.Namespace(
+        dtype=["float32"], vocabulary=[64], tokens=[16], hidden=8, teacher_hidden=16, train_head=train_head,
+        repeat=1, rounds=1, limit_mb=limit_mb,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        fused_loss,
+        "interleave",
+        lambda _, cases, rounds: {name: measure(fused_loss.case, name, sizes, capsys) for name in cases},
+    )
+    row = fused_loss.compare_one(sizes, "float32", 64, 16)
+    assert len(row) == 9
+    assert ("skipped" in row[3]) == (limit_mb < 1)
+
+
+def test_reference_layout_and_ours_start_from_one_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = tiny_source(tmp_path)
+    sizes = argparse.Namespace(
+        source=source, data=data, layers=1, examples=4, batch_size=2, max_length=64, rounds=1
+    )
+    found = {name: measure(training_step.case, name, sizes, capsys) for name in training_step.CASES}
+    ours, theirs = (found[n].more for n in ("ours, same batches", training_step.REFERENCE))
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=0.02)
+    assert ours["padding"] < theirs["padding"]
+    assert all(len(training_step.row(name, m, found)) == 10 for name, m in found.items())
