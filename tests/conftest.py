@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -143,7 +142,9 @@ def make_model(vocab_size: int, hidden: int = 16, layers: int = 2, kind: str = "
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A command line run in this process leaves its seed to later tests, whose forked ranks would take it.
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     torch.manual_seed(0)
 
 
