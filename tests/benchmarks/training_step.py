@@ -119,7 +119,9 @@ def row(name: str, m: Measured | str, found: dict[str, Measured | str]) -> list[
     cells.append(f"{m.more['tokens'] / m.median:,.0f}")
     cells.append(f"{m.median / base.median:.2f}" if isinstance(base, Measured) else "")
     cells += [f"{m.extra_mb:,.0f}", f"{m.total_mb:,.0f}"]
-    return [*cells, f"{m.extra_mb / base.extra_mb:.2f}" if isinstance(base, Measured) else ""]
+    # A tiny run may need no more memory than was there before it.
+    measured = isinstance(base, Measured) and base.extra_mb > 0
+    return [*cells, f"{m.extra_mb / base.extra_mb:.2f}" if measured else ""]  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":
