@@ -28,10 +28,6 @@ class ResumableCSVLogger(CSVLogger):
                 self._earlier = [{k: v for k, v in row.items() if v} for row in csv.DictReader(stream)]
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=flush_every)
 
-    def drop_after(self, step: int) -> None:
-        """Forget earlier rows from ``step`` on: a run resumed there logs them again."""
-        self._earlier = [row for row in self._earlier if float(row.get("step", 0)) < step]
-
     @rank_zero_only
     def save(self) -> None:
         if self._earlier:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dskd_lightning.evaluation.representation import effective_rank
 from dskd_lightning.structures import DistillationBatch
 
 __all__ = ["TrainingMonitor"]
@@ -78,7 +79,7 @@ class TrainingMonitor(L.Callback):
     def _check_projectors(self, module: L.LightningModule) -> None:
         for name, parameter in module.named_parameters():
             if name.startswith("objectives.") and parameter.ndim == 2 and min(parameter.shape) > 1:
-                rank = effective_rank(parameter.detach()) / min(parameter.shape)
+                rank = float(effective_rank(parameter.detach())) / min(parameter.shape)
                 if rank < self.min_projector_rank:
                     self._warn(
                         name,
@@ -89,13 +90,6 @@ class TrainingMonitor(L.Callback):
         if key not in self._warned:
             self._warned.add(key)
             rank_zero_warn(message)
-
-
-def effective_rank(weight: torch.Tensor) -> float:
-    """``exp`` of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
-    values = torch.linalg.svdvals(weight.float())
-    share = values / values.sum().clamp(min=1e-12)
-    return float((-(share * share.clamp(min=1e-12).log()).sum()).exp())
 
 
 def peak_memory_bytes() -> int:

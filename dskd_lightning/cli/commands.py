@@ -104,7 +104,7 @@ def generate(
     Args:
         model: a Hub id, a local folder, a GGUF file, or demo.
         prompts: an instruction file of any supported format; responses in it are ignored.
-        output: JSONL file of {"prompt", "response"} to write.
+        output: JSONL file of {"messages": [...]} records to write.
         seed: sample with this seed; without one decoding is greedy.
         max_new_tokens: most tokens of a response.
         temperature: divides the logits when sampling.

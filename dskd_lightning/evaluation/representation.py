@@ -74,7 +74,7 @@ def singular_values(weight: Tensor) -> Tensor:
 def effective_rank(weight: Tensor) -> Tensor:
     """``exp`` of the entropy of the normalised singular values; near 1 means a collapsed projector."""
     values = singular_values(weight)
-    shares = values / values.sum()
+    shares = values / values.sum().clamp(min=1e-12)  # a weight of zeros has collapsed, too
     return torch.exp(-torch.special.xlogy(shares, shares).sum())
 
 

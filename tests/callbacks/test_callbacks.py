@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dskd_lightning.callbacks import ResumableCSVLogger, TrainingMonitor
-from dskd_lightning.callbacks.monitor import effective_rank
+from dskd_lightning.evaluation.representation import effective_rank
 
 
 def rows(folder):
@@ -32,8 +32,8 @@ def test_resumed_log_keeps_earlier_rows(tmp_path):
 
 
 def test_effective_rank():
-    assert effective_rank(torch.eye(5)) == pytest.approx(5.0, rel=1e-5)
-    assert effective_rank(torch.ones(5, 5)) == pytest.approx(1.0, rel=1e-3)
+    assert float(effective_rank(torch.eye(5))) == pytest.approx(5.0, rel=1e-5)
+    assert float(effective_rank(torch.ones(5, 5))) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_collapsed_projector_is_named_once():
