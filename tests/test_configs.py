@@ -85,7 +85,7 @@ def config_arguments(*files: Path) -> list[str]:
 
 def layers(path: Path) -> list[Path]:
     """The files that a config's header says to combine."""
-    if path.parent.name in PAIRS:
+    if path.parent.name in (*PAIRS, "demo_to_gpt2"):
         base = path.parent / "base.yaml"
         return [base] if path == base else [base, path]
     return [QUICKSTART] if path == QUICKSTART else [QUICKSTART, path]
@@ -157,17 +157,26 @@ def test_header_tells_how_to_run_it(path) -> None:
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=name_of)
-def test_study_reads_and_its_files_exist(path) -> None:
+def test_study_reads_and_its_variants_parse(path, tmp_path) -> None:
     from dskd_lightning.study import Study
 
     study = Study.read(path)
-    files = [*study.base, *(CONFIGS / file for variant in study.variants for file in variant.configs)]
-    assert all(Path(file).is_file() for file in files)
+    for variant in study.variants:
+        overlay = tmp_path / "variant.yaml"
+        overlay.write_text(yaml.safe_dump(variant.config))
+        files = [*study.base, *map(Path, variant.configs), overlay]
+        point = variant.points()[-1]
+        options = [f"--{key}={value}" for key, value in point.items()]
+        cli = ParsedCLI(args=[*config_arguments(*files), *options], run=False)
+        for key, value in point.items():
+            assert _get(cli.config.as_dict(), tuple(key.split("."))) == value
 
 
 def test_every_folder_is_covered() -> None:
-    assert {path.parent.name for path in SHIPPED} == {"configs", "objective", "strategy", "logger", *PAIRS}
-    assert len(FRAGMENTS) + len(METHODS) + len(PAIRS) + 1 == len(SHIPPED)
+    assert {path.parent.name for path in SHIPPED} == {
+        "configs", "objective", "strategy", "logger", "demo_to_gpt2", *PAIRS,
+    }  # fmt: skip
+    assert len(FRAGMENTS) + len(METHODS) + len(PAIRS) + 2 == len(SHIPPED)
 
 
 def train(files: list[Path], output: Path, data: str, student: str, teacher: str | None) -> DistillationCLI:

@@ -14,7 +14,7 @@ from dskd_lightning.alignment.byte_spans import ByteSpans
 if TYPE_CHECKING:
     from dskd_lightning.structures import Alignment
 
-__all__ = ["ExampleAlignment", "align", "align_many", "batch_alignments"]
+__all__ = ["ExampleAlignment", "align", "align_many", "batch_alignments", "group_overlap"]
 
 _Ints = npt.NDArray[np.int32]
 _Bools = npt.NDArray[np.bool_]
@@ -84,6 +84,12 @@ def align_many(students: Sequence[ByteSpans], teachers: Sequence[ByteSpans]) -> 
     group_of = np.append(np.where(keep, np.cumsum(keep) - 1, -1), -1).astype(np.int32)
     before = np.concatenate(([0], np.cumsum(keep)))[np.append(regions[base[:-1]], count)].astype(np.int32)
     return _split(left, right, group_of, before, base)
+
+
+def group_overlap(alignment: ExampleAlignment) -> npt.NDArray[np.float64]:
+    """``[n, m]``: 1 where a student and a teacher token are in one byte-exact group."""
+    student, teacher = alignment.student_group[:, None], alignment.teacher_group[None, :]
+    return ((student == teacher) & (student >= 0)).astype(np.float64)
 
 
 def batch_alignments(alignments: Sequence[ExampleAlignment]) -> Alignment:

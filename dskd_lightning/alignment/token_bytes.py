@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dskd_lightning.tokenizers import backend_config, fast_backend
 
-__all__ = ["TokenBytes", "is_byte_token", "token_bytes"]
+__all__ = ["TokenBytes", "is_byte_token", "token_bytes", "token_text"]
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,9 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def token_text(piece: bytes) -> str:
+    """``piece`` on one line: spaces visible, control characters and broken bytes escaped."""
+    text = piece.decode(errors="backslashreplace").replace(" ", "␣")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

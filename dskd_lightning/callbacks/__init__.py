@@ -1,7 +1,9 @@
 """What runs beside training: tables, monitoring, generated responses."""
 
+from dskd_lightning.callbacks.analysis import RepresentationAnalysis
 from dskd_lightning.callbacks.completions import CompletionsTable
 from dskd_lightning.callbacks.csv_logger import ResumableCSVLogger
+from dskd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from dskd_lightning.callbacks.monitor import TrainingMonitor
 from dskd_lightning.callbacks.responses import ResponseEvaluation
 from dskd_lightning.callbacks.summary import DistillationSummary
@@ -9,6 +11,8 @@ from dskd_lightning.callbacks.summary import DistillationSummary
 __all__ = [
     "CompletionsTable",
     "DistillationSummary",
+    "LastCheckpoint",
+    "RepresentationAnalysis",
     "ResponseEvaluation",
     "ResumableCSVLogger",
     "TrainingMonitor",

@@ -105,7 +105,9 @@ class ResponseEvaluation(L.Callback):
             folder,
             model_id=weights_fingerprint(student),
             seeds=self.seeds,
-            progress=lambda seed, done, total: logger.info("seed %s: %d of %d responses", seed, done, total),
+            progress=lambda seed, done, total: logger.info(
+                "%s: %d of %d responses", "greedy" if seed is None else f"seed {seed}", done, total
+            ),
         )
         return response_scores(predictions)
 

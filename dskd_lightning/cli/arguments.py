@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser
 
-__all__ = ["run_function"]
+__all__ = ["option", "run_function"]
+
+
+def option(key: str, value: object) -> str:
+    """``--key=value`` as a parser reads ``value`` back; JSON's quotes would become part of a text."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def run_function(function: Callable[..., object], arguments: Sequence[str], prog: str) -> object:
@@ -18,7 +24,7 @@ def run_function(function: Callable[..., object], arguments: Sequence[str], prog
     ``--fail-if`` and ``--fail_if`` are the same option.
     """
     summary = (inspect.getdoc(function) or "").split("\n\n")[0]
-    parser = ArgumentParser(prog=prog, description=summary)
+    parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False)
     lists = _list_parameters(function)
     for name, required in lists.items():
         parser.add_argument(

@@ -34,6 +34,7 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
     max_examples: int = 200,
+    judge: list[str] | None = None,
 ) -> int:
     """Compare run folders over the same prompts, write an HTML report, and check conditions.
 
@@ -46,6 +47,7 @@ def compare(
         confidence: coverage of the intervals.
         seed: of the resampling.
         max_examples: most prompts shown in the report.
+        judge: CANDIDATE=FILE for verdicts of ``dskd judge`` against the baseline.
     """
     from dskd_lightning.evaluation.compare_runs import compare_runs
 
@@ -60,6 +62,7 @@ def compare(
         confidence=confidence,
         seed=seed,
         max_examples=max_examples,
+        judge=judge or (),
     )
 
 
@@ -191,6 +194,7 @@ def vocab(
     data: str | None = None,
     json: str | None = None,
     heatmap: str | None = None,
+    run: str | None = None,
 ) -> None:
     """Explain a pair of tokenizers: overlap, alignment on your data, and a recommended objective.
 
@@ -199,8 +203,9 @@ def vocab(
         student: likewise.
         data: an instruction file to measure on.
         json: also write the numbers there.
-        heatmap: also draw the byte alignment of the first response to this PNG.
+        heatmap: also draw the byte alignment of the first responses to this PNG and others beside it.
+        run: draw the cross-model attention of this run folder instead, byte-exact groups outlined.
     """
     from dskd_lightning.vocab import run_vocab
 
-    run_vocab(teacher, student, data=data, json_path=json, heatmap=heatmap)
+    run_vocab(teacher, student, data=data, json_path=json, heatmap=heatmap, run=run)

@@ -9,15 +9,18 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from dskd_lightning.callbacks import (
     CompletionsTable,
     DistillationSummary,
+    LastCheckpoint,
+    RepresentationAnalysis,
     ResponseEvaluation,
     ResumableCSVLogger,
     TrainingMonitor,
 )
+from dskd_lightning.cli.console import configure_output
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.module import DistillationModule
@@ -25,6 +28,16 @@ from dskd_lightning.module import DistillationModule
 __all__ = ["DistillationCLI"]
 
 logger = logging.getLogger(__name__)
+
+
+class _ProgressBar(RichProgressBar):
+    """Without the version of the first logger, which a run folder doesn't have."""
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -40,10 +53,11 @@ class DistillationCLI(LightningCLI):
 
     Beside Lightning's own keys a config has ``output`` (the run folder), ``overwrite``,
     ``save_every_n_steps``, ``completions`` (`CompletionsTable`), ``responses``
-    (`ResponseEvaluation`) and ``monitor`` (`TrainingMonitor`).
+    (`ResponseEvaluation`), ``analysis`` (`RepresentationAnalysis`) and ``monitor`` (`TrainingMonitor`).
     """
 
     def __init__(self, args: Any = None, run: bool = True, **kwargs: Any) -> None:
+        configure_output()  # again: importing Lightning has added its own handlers
         super().__init__(
             DistillationModule,
             InstructionDataModule,
@@ -53,7 +67,12 @@ class DistillationCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
             run=run,
-            parser_kwargs={"prog": "dskd", "description": "Distil one language model into another."},
+            parser_kwargs={
+                "prog": "dskd",
+                "description": "Distil one language model into another.",
+                "allow_abbrev": False,
+                **{name: {"allow_abbrev": False} for name in self.subcommands()},
+            },
             **kwargs,
         )
 
@@ -74,8 +93,10 @@ class DistillationCLI(LightningCLI):
         parser.add_lightning_class_args(DistillationSummary, "summary")
         parser.add_lightning_class_args(CompletionsTable, "completions")
         parser.add_lightning_class_args(ResponseEvaluation, "responses")
+        parser.add_lightning_class_args(RepresentationAnalysis, "analysis")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.link_arguments("output", "responses.output")
+        parser.link_arguments("output", "analysis.output")
         parser.link_arguments("model.student_spec", "data.student", apply_on="instantiate")
         parser.link_arguments("model.teacher_specs", "data.teacher", apply_on="instantiate")
         parser.set_defaults({"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 1})
@@ -118,17 +139,6 @@ class DistillationCLI(LightningCLI):
                     "no checkpoint in %s: the student is evaluated as it is before training", folder
                 )
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        output = Path(config.output)
-        if config.trainer.logger is None:
-            resuming = bool(config.get("ckpt_path"))
-            kwargs["logger"] = [
-                ResumableCSVLogger(output, resume=resuming or self.subcommand != "fit"),
-                TensorBoardLogger(output, name="", version="tensorboard"),
-            ]
-        return super().instantiate_trainer(**kwargs)
-
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         outer = self.config[self.subcommand] if self.subcommand else self.config
         folder = Path(outer.output) / "checkpoints"
@@ -140,20 +150,28 @@ class DistillationCLI(LightningCLI):
         ):
             callbacks = [*callbacks, *self._checkpoints(folder, outer.save_every_n_steps)]
         if config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, RichProgressBar()]
+            callbacks = [*callbacks, _ProgressBar()]
         if config.get("logger") is not False:
+            config = {**config, "logger": self._loggers(config.get("logger"), Path(outer.output))}
             callbacks = [*callbacks, LearningRateMonitor("step")]
         return super()._instantiate_trainer(config, callbacks)
 
+    def _loggers(self, given: Any, output: Path) -> list[Logger]:
+        """The run folder's CSV log, which reports read, and beside it the given loggers or TensorBoard."""
+        outer = self.config[self.subcommand] if self.subcommand else self.config
+        resuming = self.subcommand == "fit" and bool(outer.get("ckpt_path"))
+        log = ResumableCSVLogger(output, resume=resuming or self.subcommand != "fit", retrain=resuming)
+        if given is None or given is True:
+            return [log, TensorBoardLogger(output, name="", version="tensorboard")]
+        return [log, *(given if isinstance(given, list) else [given])]
+
     @staticmethod
     def _checkpoints(folder: Path, every: int) -> list[L.Callback]:
-        common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
-        return [
-            ModelCheckpoint(
-                filename="best", monitor="val/nll_per_token", save_on_train_epoch_end=False, **common
-            ),
-            ModelCheckpoint(
-                filename="last", every_n_train_steps=every, save_on_train_epoch_end=False, **common
-            ),
-            ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
-        ]
+        best = ModelCheckpoint(
+            folder,
+            filename="best",
+            monitor="val/nll_per_token",
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        return [best, LastCheckpoint(folder, every)]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
+from dskd_lightning.cli.arguments import option
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import LoraSpec, PruneSpec, StudentSpec
 from dskd_lightning.models.student import build_student
 
-__all__ = ["load_trained", "student_spec_from_dict"]
+if TYPE_CHECKING:
+    from dskd_lightning.cli.lightning_cli import DistillationCLI
+
+__all__ = ["find_checkpoint", "load_trained", "open_run", "student_spec_from_dict"]
 
 
 def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
@@ -38,6 +43,36 @@ def find_checkpoint(run: str | Path, ckpt_path: str) -> Path:
     if not path.exists():
         raise UserError(f"No checkpoint at {path}: give the run folder, or --ckpt_path FILE.")
     return path
+
+
+def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> DistillationCLI:
+    """Module and datamodule of a run folder as its config says, with the trained weights.
+
+    Args:
+        run: the run folder.
+        ckpt_path: ``best``, ``last`` or a file.
+        options: dotted keys over the config's, underscored twice for the dot: ``data__test=FILE``.
+
+    Raises:
+        UserError: there is no config or checkpoint.
+    """
+    from dskd_lightning.cli.lightning_cli import DistillationCLI
+
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the folder of a finished run.")
+    checkpoint = find_checkpoint(run, ckpt_path)
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in ("ckpt_path", "weights_only"):  # options of `fit`, not of the objects it makes
+        config.pop(key, None)
+    settings = {"output": str(run), **options}
+    arguments = [option(key.replace("__", "."), value) for key, value in settings.items()]
+    cli = DistillationCLI(args=[f"--config={yaml.safe_dump(config)}", *arguments], run=False)
+    cli.model.configure_model()
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    cli.model.load_state_dict(state, strict=False)
+    cli.model.eval()
+    return cli
 
 
 def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:

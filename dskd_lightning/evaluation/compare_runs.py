@@ -17,6 +17,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.compare import Comparison, compare_all
 from dskd_lightning.evaluation.files import write_atomic
 from dskd_lightning.evaluation.gate import Condition, Measured, parse_condition
+from dskd_lightning.evaluation.judge import judgement_counts
 from dskd_lightning.evaluation.report import GateResult, ReportData, write_report
 from dskd_lightning.evaluation.run_folder import RunFolder
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
@@ -35,6 +36,7 @@ def compare_runs(
     confidence: float = 0.95,
     seed: int = 0,
     max_examples: int = 200,
+    judge: Sequence[str] = (),
     console: Console | None = None,
 ) -> int:
     """Compare runs with the first of them, write the report, check the conditions.
@@ -50,6 +52,7 @@ def compare_runs(
         confidence: coverage of the interval.
         seed: of the resampling.
         max_examples: most prompts shown in the report.
+        judge: ``CANDIDATE=FILE``, verdicts of `judge_pairs` against the baseline.
         console: where the summary is printed.
 
     Returns:
@@ -65,11 +68,24 @@ def compare_runs(
     comparisons = compare_all(folders, chosen, **options)
     gates = check_gates(conditions, folders, comparisons, options)
     output = Path(output)
-    report = write_report(ReportData(folders, comparisons, gates, max_examples=max_examples), output)
+    verdicts = _verdicts(judge, [run.name for run in folders[1:]])
+    report = write_report(
+        ReportData(folders, comparisons, gates, judge=verdicts, max_examples=max_examples), output
+    )
     write_atomic(output / "comparison.json", json.dumps(_summary(comparisons, gates), indent=2) + "\n")
     write_atomic(output / "regressions.jsonl", _regressions(comparisons, folders))
     _print(console or Console(), comparisons, gates, report)
     return int(any(gate.failed for gate in gates))
+
+
+def _verdicts(judge: Sequence[str], candidates: Sequence[str]) -> dict[str, dict[str, int]] | None:
+    verdicts = {}
+    for entry in judge:
+        name, separator, file = entry.partition("=")
+        if not separator or name not in candidates:
+            raise UserError(f"--judge {entry!r}: write CANDIDATE=FILE, one of {', '.join(candidates)}.")
+        verdicts[name] = judgement_counts(file)
+    return verdicts or None
 
 
 def check_gates(

@@ -130,7 +130,7 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     token = output.logits[:, -1:].argmax(dim=-1)
     first = _now(prompt.device)
     for _ in range(new_tokens - 1):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, cache=output.cache, use_cache=True)
         token = output.logits[:, -1:].argmax(dim=-1)
     return first - start, _now(prompt.device) - first
 

@@ -196,8 +196,7 @@ class Generator:
             num_beams=1,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
-            min_length=0,
-            min_new_tokens=0,
+            min_new_tokens=0,  # wins over the model's own min_length
             max_new_tokens=max_new_tokens,
             eos_token_id=self.stop_ids or None,
             pad_token_id=self.pad_id,

@@ -15,7 +15,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.endpoint import ChatEndpoint, EndpointError
 from dskd_lightning.evaluation.predictions import Prediction
 
-__all__ = ["CostLimit", "JudgeSummary", "Judgement", "judge_pairs"]
+__all__ = ["CostLimit", "JudgeSummary", "Judgement", "judge_pairs", "judgement_counts"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,17 @@ def judge_pairs(
             len(judgements), len(pairs), stopped, path,
         )  # fmt: skip
     return JudgeSummary(tuple(judgements), stopped)
+
+
+def judgement_counts(path: str | os.PathLike[str]) -> dict[str, int]:
+    """`JudgeSummary.counts` of a file that `judge_pairs` wrote.
+
+    Raises:
+        UserError: it is missing or malformed.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file of verdicts; `dskd judge` writes it.")
+    return JudgeSummary(tuple(_read(Path(path)).values())).counts
 
 
 def _judge(endpoint: ChatEndpoint, baseline: Prediction, candidate: Prediction) -> Judgement:

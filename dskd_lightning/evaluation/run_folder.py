@@ -9,6 +9,7 @@
       config.yaml                     the whole configuration
       environment.json                versions and hardware, see `environment.collect_environment`
       efficiency.json                 see `efficiency.Efficiency`
+      representation.json             see `callbacks.RepresentationAnalysis`
       alignments/*.json               `AlignmentMap`s
 
 Only ``predictions/`` is needed for a comparison; the rest is shown where it is there.
@@ -73,6 +74,7 @@ class RunFolder:
         environment: versions and hardware.
         efficiency: fields of `Efficiency`, or None.
         alignments: maps to draw.
+        representation: distances to the teacher and spectra of projectors, or None.
     """
 
     path: Path
@@ -84,6 +86,7 @@ class RunFolder:
     environment: dict[str, Any] = field(default_factory=dict)
     efficiency: dict[str, Any] | None = None
     alignments: tuple[AlignmentMap, ...] = ()
+    representation: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], name: str | None = None) -> RunFolder:
@@ -101,7 +104,7 @@ class RunFolder:
         config = path / "config.yaml"
         return cls(
             path=path,
-            name=name or path.resolve().name,
+            name=name or Path(os.path.abspath(path)).name,
             predictions=_read_all_predictions(path / "predictions"),
             metrics={key: float(value) for key, value in metrics.items() if isinstance(value, (int, float))},
             curves=_read_curves(path / "metrics.csv"),
@@ -109,6 +112,7 @@ class RunFolder:
             environment=_read_json(path / "environment.json") or {},
             efficiency=_read_json(path / "efficiency.json"),
             alignments=tuple(_read_alignment(file) for file in sorted(path.glob("alignments/*.json"))),
+            representation=_read_json(path / "representation.json"),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class CompletionTable:
         for heading in self._headings():
             table.add_column(Text(heading), ratio=1, overflow="fold")
         for row in self._rows():
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(re.sub(r"\s*\n\s*", " ⏎ ", cell)) for cell in row))
         return table
 
     def markdown(self) -> str:

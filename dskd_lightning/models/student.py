@@ -54,7 +54,7 @@ def build_student(spec: StudentSpec) -> tuple[PreTrainedModel | PeftModel, PreTr
     decoder = base_model(student).get_decoder()
     if spec.gradient_checkpointing:
         # Not the re-entrant kind: that one needs inputs with gradients, which frozen embeddings lack.
-        base_model(student).gradient_checkpointing_enable({"use_reentrant": False})
+        base_model(student).activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:
         decoder.compile(dynamic=True)  # in place: names of parameters stay as they are
     return student.train(), tokenizer

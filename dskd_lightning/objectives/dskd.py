@@ -8,9 +8,13 @@ projectors, and in the labels of the projected teacher.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-from dskd_lightning.functional import ForwardKL
+from dskd_lightning.errors import UserError
+from dskd_lightning.functional import Divergence, ForwardKL
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
 from dskd_lightning.objectives._same_vocabulary import SameVocabularyObjective, ratios
 from dskd_lightning.objectives.base import ObjectiveOutput
@@ -30,6 +34,9 @@ class DSKDObjective(SameVocabularyObjective):
 
     Args:
         divergence: in the student's space; forward KL by default.
+        initialization: ``random`` as published, or ``heads``: both projectors start, without bias,
+            as the least-squares maps between the two heads of DSKD v2, so that the projected
+            hidden states mean something from the first step on.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in the divergences.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
@@ -42,10 +49,31 @@ class DSKDObjective(SameVocabularyObjective):
     t2s: LinearProjector
     s2t: LinearProjector
 
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        initialization: Literal["random", "heads"] = "random",
+        kd_ratio: float = 0.5,
+        temperature: float = 2.0,
+        memory_budget_mb: float = DEFAULT_BUDGET_MB,
+    ) -> None:
+        super().__init__(divergence, kd_ratio, temperature, memory_budget_mb)
+        if initialization not in ("random", "heads"):
+            raise UserError(
+                f"initialization of DSKDObjective must be 'random' or 'heads', not {initialization!r}."
+            )
+        self.initialization = initialization
+
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
         assert teacher is not None
         device = student.head.weight.device
+        if self.initialization == "heads":
+            shared = slice(min(student.vocab_size, teacher.vocab_size))
+            for name, source, target in (("t2s", teacher, student), ("s2t", student, teacher)):
+                projector = LinearProjector.between_heads(source.head, target.head, shared, shared)
+                setattr(self, name, projector.to(device))
+            return
         self.t2s = LinearProjector(teacher.hidden_size, student.hidden_size, device=device)
         self.s2t = LinearProjector(student.hidden_size, teacher.hidden_size, device=device)
 

@@ -55,6 +55,9 @@ class PairedObjective(CrossTokenizerObjective):
     KD, the teacher's only where there is a partner, and no logits outlive their chunk.
     """
 
+    diagnostics: tuple[str, ...] = ()
+    """Names of what `diagnose` returns."""
+
     @abstractmethod
     def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
         """Which positions are compared."""
@@ -62,6 +65,10 @@ class PairedObjective(CrossTokenizerObjective):
     @abstractmethod
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         """Terms of KD, each already weighted and summed over the pairs of a chunk."""
+
+    def diagnose(self, pairs: Pairs) -> dict[str, Tensor]:
+        """More metrics, summed over the pairs of a chunk and logged as means; named in `diagnostics`."""
+        return {}
 
     def unpaired(self, student_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Terms of KD at positions without a partner; none unless overridden."""
@@ -92,7 +99,7 @@ class PairedObjective(CrossTokenizerObjective):
         tokens = student.labels.new_tensor(len(student))
         pairs = (position >= 0).sum()
         counts = {"student_accuracy": tokens, "student_entropy": tokens}
-        names = ("teacher_accuracy", "teacher_entropy", "agreement")
+        names = ("teacher_accuracy", "teacher_entropy", "agreement", *self.diagnostics)
         counts |= {name: pairs for name in names if name in stats}
         metrics = {name: Ratio(stats.pop(name), count) for name, count in counts.items()}
         metrics |= self.alignment_metrics(student, alignment, position >= 0)
@@ -115,7 +122,7 @@ class PairedObjective(CrossTokenizerObjective):
         loss = (1 - self.kd_ratio) * ce + self.kd_ratio * kd
         stats = {"ce": ce, "kd": kd, **(terms if len(terms) > 1 else {})}
         with torch.no_grad():
-            stats |= self._diagnose(logits, labels, pairs, rows)
+            stats |= self._diagnose(logits, labels, pairs, rows) | self.diagnose(pairs)
         return loss, {name: value.detach() for name, value in stats.items()}
 
     def _diagnose(self, logits: Tensor, labels: Tensor, pairs: Pairs, rows: Tensor) -> dict[str, Tensor]:

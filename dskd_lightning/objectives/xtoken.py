@@ -31,7 +31,7 @@ class XTokenProjectionObjective(PairedObjective):
     """
 
     reached: Tensor
-    projection: Tensor
+    diagnostics = ("reached_mass",)
 
     def __init__(
         self, kd_ratio: float = 0.5, temperature: float = 1.0, memory_budget_mb: float = DEFAULT_BUDGET_MB
@@ -67,6 +67,10 @@ class XTokenProjectionObjective(PairedObjective):
         log_q = log_q - log_q.logsumexp(-1, keepdim=True)
         log_p = (pairs.teacher / self.temperature).index_select(-1, self.reached).log_softmax(-1)
         return {"projected_kl": (log_p.exp() * (log_p - log_q)).sum()}
+
+    def diagnose(self, pairs: Pairs) -> dict[str, Tensor]:
+        mass = (pairs.teacher / self.temperature).softmax(-1).index_select(-1, self.reached).sum()
+        return {"reached_mass": mass}
 
 
 class XTokenHybridObjective(GOLDObjective):

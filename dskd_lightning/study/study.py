@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from dskd_lightning.cli.arguments import option
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.files import write_atomic
 from dskd_lightning.study.summary import summarise
@@ -33,7 +34,8 @@ class Variant:
         config: keys laid over the base configs, as in a YAML file.
         configs: more YAML files, relative to the study file.
         train: False evaluates the student as it is before training.
-        grid: ``key -> values``; every combination is trained, the best on validation is tested.
+        grid: ``key -> values``; every combination is trained in ``grid/NAME``, the best on
+            validation is tested and linked as ``NAME``.
     """
 
     name: str
@@ -124,7 +126,8 @@ class Study:
     def _run_variant(self, variant: Variant, overwrite: bool) -> None:
         folder = self.output / variant.name
         if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+            _remove(self.output / "grid" / variant.name)
         if (folder / DONE).is_file():
             logger.info("%s: finished earlier, kept", variant.name)
             return
@@ -132,18 +135,29 @@ class Study:
         if len(points) == 1:
             self._process(variant, folder, points[0], test=True)
             return
-        scores = []
+        best = self._search(variant, points)
+        trial = self.output / "grid" / variant.name / str(best)
+        self._process(variant, trial, points[best], test=True)
+        _remove(folder)
+        folder.symlink_to(trial.relative_to(self.output), target_is_directory=True)
+
+    def _search(self, variant: Variant, points: Sequence[dict[str, Any]]) -> int:
+        """Train every point of a grid; the best one's index. The others lose their checkpoints."""
+        scores: list[float] = []
+        best = 0
         for index, point in enumerate(points):
             trial = self.output / "grid" / variant.name / str(index)
             if not (trial / DONE).is_file():
-                shutil.rmtree(trial, ignore_errors=True)
+                _remove(trial)
                 self._process(variant, trial, point, test=False)
             scores.append(json.loads((trial / DONE).read_text(encoding="utf-8"))["validation"][self.select])
-        best = min(range(len(points)), key=scores.__getitem__)
+            previous, best = best, min(range(len(scores)), key=scores.__getitem__)
+            for loser in {previous, index} - {best}:
+                _remove(self.output / "grid" / variant.name / str(loser) / "checkpoints")
         chosen = {"points": points, self.select: scores, "chosen": points[best]}
         write_atomic(self.output / "grid" / variant.name / "grid.json", json.dumps(chosen, indent=2) + "\n")
         logger.info("%s: %s chosen among %s", variant.name, points[best], scores)
-        self._process(variant, folder, points[best], test=True)
+        return best
 
     def _process(self, variant: Variant, folder: Path, point: dict[str, Any], test: bool) -> None:
         logger.info("--- %s %s", variant.name, point or "")
@@ -151,8 +165,8 @@ class Study:
         overlay = folder / "variant.yaml"
         write_atomic(overlay, yaml.safe_dump(variant.config, sort_keys=False))
         arguments = [f"--config={file}" for file in (*self.base, *variant.configs, overlay)]
-        arguments += [f"--{key}={json.dumps(value)}" for key, value in point.items()]
-        arguments += [f"--output={folder}", "--overwrite=true"]
+        arguments += [option(key, value) for key, value in point.items()]
+        arguments.append(f"--output={folder}")
         # A process each, so that peak memory is the variant's own and nothing leaks between them.
         process = multiprocessing.get_context("spawn").Process(
             target=run_variant, args=(arguments, str(folder), variant.train, test)
@@ -164,6 +178,13 @@ class Study:
                 f"study: variant {variant.name!r} failed with exit status {process.exitcode}; "
                 "its messages are above."
             )
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _variant(path: Path, name: str, options: dict[str, Any], grid: dict[str, list[Any]]) -> Variant:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.files import write_atomic
@@ -13,11 +14,14 @@ from dskd_lightning.evaluation.files import write_atomic
 __all__ = ["DONE", "run_variant"]
 
 DONE = "variant.json"
-"""Written last: a variant that has it is finished."""
+"""Written after training, and again with the test's numbers after it."""
 
 
 def run_variant(arguments: list[str], folder: str, train: bool, test: bool) -> None:
-    """Train and test as ``dskd fit`` and ``dskd test`` would; exits 2 on a user's mistake."""
+    """Train and test as ``dskd fit`` and ``dskd test`` would; exits 2 on a user's mistake.
+
+    What ``variant.json`` in the folder says to be trained already is only tested.
+    """
     from dskd_lightning.cli.console import configure_output
 
     configure_output()
@@ -32,19 +36,23 @@ def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
     from dskd_lightning.callbacks.monitor import peak_memory_bytes
     from dskd_lightning.cli.lightning_cli import DistillationCLI
 
-    cli = DistillationCLI(args=arguments, run=False)
-    result: dict[str, object] = {"trained": train}
-    started = time.perf_counter()
-    if train:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        result["validation"] = {
-            name: float(value)
-            for name, value in cli.trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
-    result["training_seconds"] = time.perf_counter() - started if train else 0.0
-    result["peak_memory_bytes"] = peak_memory_bytes()
-    result["steps"] = cli.trainer.global_step
+    done = folder / DONE
+    result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    # A new student ends what the folder held, unless it was trained here.
+    cli = DistillationCLI(args=[*arguments, f"--overwrite={str(not result).lower()}"], run=False)
+    if not result:
+        started = time.perf_counter()
+        result = {"trained": train}
+        if train:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            result["validation"] = {
+                name: float(value)
+                for name, value in cli.trainer.callback_metrics.items()
+                if name.startswith("val/")
+            }
+        result["training_seconds"] = time.perf_counter() - started if train else 0.0
+        result["peak_memory_bytes"] = peak_memory_bytes()
+        result["steps"] = cli.trainer.global_step
     if test:
         best = folder / "checkpoints" / "best.ckpt"
         cli.trainer.test(
@@ -54,4 +62,4 @@ def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
             verbose=False,
         )
         result["test"] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    write_atomic(folder / DONE, json.dumps(result, indent=2) + "\n")
+    write_atomic(done, json.dumps(result, indent=2) + "\n")

@@ -12,13 +12,13 @@ import numpy as np
 
 from dskd_lightning.alignment.byte_spans import ByteSpans, batch_byte_spans
 from dskd_lightning.alignment.exact import align_many
-from dskd_lightning.alignment.token_bytes import token_bytes
+from dskd_lightning.alignment.token_bytes import token_bytes, token_text
 from dskd_lightning.alignment.vocabulary import exact_token_map, vocabulary_bytes
 from dskd_lightning.tokenizers import sanitize_text
 from dskd_lightning.vocab.recommendation import recommend
 from dskd_lightning.vocab.report import Coverage, Offender, Script, VocabReport
 
-__all__ = ["analyze_vocabularies", "kind_of_text", "token_text"]
+__all__ = ["analyze_vocabularies", "kind_of_text"]
 
 _BLOCK = 256
 """Texts aligned at once."""
@@ -171,9 +171,3 @@ def kind_of_text(data: bytes) -> str:
             return {"latin": "Latin", "cjk": "Han"}.get(script, script.capitalize())
     has_symbol = any(unicodedata.category(char) in ("So", "Sk") for char in text)
     return "emoji and symbols" if has_symbol else "punctuation"
-
-
-def token_text(piece: bytes) -> str:
-    """``piece`` on one line: spaces visible, control characters and broken bytes escaped."""
-    text = piece.decode(errors="backslashreplace").replace(" ", "␣")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

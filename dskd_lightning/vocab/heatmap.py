@@ -10,19 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dskd_lightning.alignment.exact import ExampleAlignment
+from dskd_lightning.alignment.exact import ExampleAlignment, group_overlap
 from dskd_lightning.evaluation.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.ft2font import FT2Font
 
-__all__ = ["group_overlap", "save_heatmap"]
-
-
-def group_overlap(alignment: ExampleAlignment) -> npt.NDArray[np.float64]:
-    """``[n, m]``: 1 where a student and a teacher token are in one byte-exact group."""
-    student, teacher = alignment.student_group[:, None], alignment.teacher_group[None, :]
-    return ((student == teacher) & (student >= 0)).astype(np.float64)
+__all__ = ["save_heatmap"]
 
 
 def save_heatmap(

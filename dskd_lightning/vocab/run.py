@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 from rich.console import Console
 
 from dskd_lightning.alignment.byte_spans import token_byte_spans
 from dskd_lightning.alignment.exact import align
-from dskd_lightning.alignment.token_bytes import token_bytes
+from dskd_lightning.alignment.token_bytes import token_bytes, token_text
+from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.files import write_atomic
 from dskd_lightning.tokenizers import sanitize_text
-from dskd_lightning.vocab.analysis import analyze_vocabularies, token_text
+from dskd_lightning.vocab.analysis import analyze_vocabularies
+from dskd_lightning.vocab.attention import draw_attention
 from dskd_lightning.vocab.heatmap import save_heatmap
 from dskd_lightning.vocab.rendering import print_report
 from dskd_lightning.vocab.report import VocabReport
@@ -44,7 +44,7 @@ def run_vocab(
     *,
     limit: int = 2000,
     examples: int = 3,
-    attention: Callable[[str], npt.ArrayLike] | None = None,
+    run: str | None = None,
     console: Console | None = None,
 ) -> VocabReport:
     """Compare the tokenizers of two models; print tables, write JSON and pictures where asked.
@@ -57,13 +57,15 @@ def run_vocab(
         heatmap: PNG file of the first example, further ones beside it as ``NAME-2.png`` ...
         limit: most examples to read.
         examples: how many pictures.
-        attention: response text to attention ``[n, m]`` of the student's on the teacher's
-            response tokens, without end of sequence; None shades byte-exact groups.
+        run: a run folder whose cross-model attention the pictures show, with the byte-exact groups
+            outlined; None shades the groups.
         console: where to print.
 
     Raises:
-        UserError: a tokenizer or the data can't be read.
+        UserError: a tokenizer, the data or the run can't be read; ``run`` without data or picture.
     """
+    if run is not None and (data is None or heatmap is None):
+        raise UserError("--run draws a run's attention on examples: give --data FILE and --heatmap PNG, too.")
     from dskd_lightning.models.spec import ModelSpec
     from dskd_lightning.models.tokenizer import load_tokenizer
 
@@ -78,7 +80,10 @@ def run_vocab(
     if json_path is not None:
         write_atomic(json_path, json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
     if heatmap is not None:
-        draw_heatmaps(heatmap, first, second, texts[:examples], attention)
+        if run is not None and data is not None:
+            draw_attention(run, data, heatmap, examples)
+        else:
+            draw_heatmaps(heatmap, first, second, texts[:examples])
     return report
 
 
@@ -92,7 +97,6 @@ def read_responses(data: str, limit: int) -> list[str]:
 
     from dskd_lightning.data.preparation import PreparationSettings, read_examples
     from dskd_lightning.data.sources import resolve_sources
-    from dskd_lightning.errors import UserError
 
     settings = PreparationSettings(limit=limit)
     texts = [
@@ -111,7 +115,6 @@ def draw_heatmaps(
     teacher: Any,
     student: Any,
     texts: list[str],
-    attention: Callable[[str], npt.ArrayLike] | None = None,
 ) -> list[Path]:
     """One PNG per text that has tokens on both sides (others are logged); returns their paths."""
     first, drawn = Path(path), []
@@ -126,7 +129,6 @@ def draw_heatmaps(
             _log.warning("Example %d has no tokens to draw and gets no heatmap.", number)
             continue
         target = first if number == 1 else first.with_stem(f"{first.stem}-{number}")
-        matrix = None if attention is None else attention(text)
-        save_heatmap(target, names[0], names[1], align(*spans), matrix, title=token_text(text[:60].encode()))
+        save_heatmap(target, names[0], names[1], align(*spans), title=token_text(text[:60].encode()))
         drawn.append(target)
     return drawn

@@ -31,6 +31,19 @@ def test_resumed_log_keeps_earlier_rows(tmp_path):
     assert [row["loss"] for row in rows(tmp_path)] == ["3.0"]
 
 
+def test_steps_that_run_again_replace_their_rows(tmp_path):
+    first = ResumableCSVLogger(tmp_path)
+    for step in range(6):
+        first.log_metrics({"train/loss": float(step)}, step)
+    first.save()
+    second = ResumableCSVLogger(tmp_path, resume=True, retrain=True)
+    second.log_metrics({"train/loss": 40.0}, 4)
+    second.save()
+    with (tmp_path / "metrics.csv").open() as stream:
+        rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(stream)]
+    assert rows == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
 def test_effective_rank():
     assert float(effective_rank(torch.eye(5))) == pytest.approx(5.0, rel=1e-5)
     assert float(effective_rank(torch.ones(5, 5))) == pytest.approx(1.0, rel=1e-3)

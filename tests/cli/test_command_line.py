@@ -171,6 +171,57 @@ def test_full_disk_is_one_sentence(tmp_path, model_folder, capsys, monkeypatch):
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
+def test_unreadable_file_is_one_sentence(tmp_path, model_folder, capsys):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    (tmp_path / "data.jsonl").write_bytes(b'{"prompt": "\xff\xfe", "response": "x"}\n')
+    assert main(["fit", "--config", str(config)]) == 2
+    message = capsys.readouterr().err
+    assert "data.jsonl" in message
+    assert "Traceback" not in message
+
+
+def test_options_are_not_abbreviated(tmp_path, model_folder):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    result = dskd("fit", "--config", str(config), "--trainer.max_epoch", "1", check=False)
+    assert result.returncode == 2
+    assert "max_epoch" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_users_loggers_stand_beside_the_run_folders_log(tmp_path, model_folder):
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path / "other")},
+    }
+    config = write_config(
+        tmp_path,
+        model_folder(seed=1),
+        None,
+        **{
+            "trainer.logger": [logger],
+            "trainer.max_epochs": 1,
+            "model.objective": {"class_path": "dskd_lightning.objectives.SFTObjective"},
+        },
+    )
+    dskd("fit", "--config", str(config))
+    assert "val/nll_per_byte" in (tmp_path / "run/metrics.csv").read_text()
+    assert any((tmp_path / "other").rglob("metrics.csv"))
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_run_stopped_by_max_steps_goes_on(tmp_path, model_folder, stop):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    arguments = ["fit", "--config", str(config), "--trainer.max_epochs", "3"]
+    dskd(*arguments, "--trainer.max_steps", str(stop))
+    dskd(*arguments, "--ckpt_path", "last")
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3 * 4
+    with (tmp_path / "run/metrics.csv").open() as stream:
+        steps = [int(row["step"]) for row in csv.DictReader(stream) if row.get("train/loss")]
+    assert steps == list(range(3 * 4))
+
+
 def test_unknown_command(capsys):
     assert main(["distill"]) == 2
     assert "dskd --help" in capsys.readouterr().err
@@ -231,6 +282,30 @@ def test_study_compares_variants(tmp_path, model_folder):
     assert grid["chosen"] in grid["points"]
     assert (tmp_path / "study/curves.png").stat().st_size > 1000
     assert (tmp_path / "study/report/report.html").is_file()
+
+
+def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):
+    write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **{"trainer.max_epochs": 1})
+    study = {
+        "output": str(tmp_path / "study"),
+        "base": ["config.yaml"],
+        "report": False,
+        "grid": {"model.optimizer.init_args.lr": [1e-6, 1e-2]},
+        "variants": {"DSKD": None},
+    }
+    (tmp_path / "grid.study.yaml").write_text(yaml.safe_dump(study))
+    dskd("study", str(tmp_path / "grid.study.yaml"))
+    grid = tmp_path / "study/grid/DSKD"
+    chosen = json.loads((grid / "grid.json").read_text())
+    assert chosen["chosen"] == {"model.optimizer.init_args.lr": 1e-2}
+    assert not (grid / "0/checkpoints").exists()
+    assert (tmp_path / "study/DSKD/checkpoints/best.ckpt").is_file()
+    assert (tmp_path / "study/DSKD").resolve() == grid / "1"
+    result = json.loads((tmp_path / "study/DSKD/variant.json").read_text())
+    assert result["trained"]
+    assert result["training_seconds"] > 0
+    assert "rougeL" in result["test"]
+    assert "DSKD" in (tmp_path / "study/table.md").read_text()
 
 
 def test_generate_writes_an_instruction_file(tmp_path, model_folder):

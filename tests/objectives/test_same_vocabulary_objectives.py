@@ -116,6 +116,24 @@ def naive_dskd(
     return s, t, z, x, ce(z, labels)
 
 
+def test_dskd_from_the_heads_starts_with_each_models_own_logits() -> None:
+    student, teacher = make_pair()
+    large = replace(student, head=Head(torch.randn(VOCAB, LARGE, dtype=torch.float64)))
+    objective = configured(DSKDObjective(initialization="heads"), large, teacher)
+    projected = large.head.logits(objective.t2s(teacher.hidden.detach()))
+    solution = torch.linalg.lstsq(large.head.weight, teacher.head.weight).solution
+    expected = large.head.weight @ solution @ teacher.hidden.detach().T
+    torch.testing.assert_close(projected, expected.T)
+    same = ModelSpace(teacher.head.detach(), teacher.embeddings)
+    twin = DSKDObjective(initialization="heads")
+    twin.configure(same, same)
+    for projector in (twin.t2s, twin.s2t):
+        torch.testing.assert_close(projector.weight.detach(), torch.eye(LARGE, dtype=torch.float64))
+        assert projector.weight.requires_grad
+    with pytest.raises(UserError, match="initialization"):
+        DSKDObjective(initialization="identity")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("divergence", [None, ReverseKL()])
 def test_dskd(divergence: Divergence | None) -> None:
     student, teacher = make_pair(VOCAB, VOCAB + 3)

@@ -14,11 +14,11 @@ from conftest import CORPUS, make_tokenizer
 from rich.console import Console
 
 from dskd_lightning.alignment.byte_spans import token_byte_spans
-from dskd_lightning.alignment.exact import align
+from dskd_lightning.alignment.exact import align, group_overlap
+from dskd_lightning.alignment.token_bytes import token_text
 from dskd_lightning.errors import UserError
 from dskd_lightning.vocab import analyze_vocabularies, run_vocab, save_heatmap
-from dskd_lightning.vocab.analysis import kind_of_text, token_text
-from dskd_lightning.vocab.heatmap import group_overlap
+from dskd_lightning.vocab.analysis import kind_of_text
 from dskd_lightning.vocab.rendering import print_report
 from dskd_lightning.vocab.run import draw_heatmaps
 

@@ -60,12 +60,13 @@ def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
     difference = [plots.difference_plot(data.comparisons)]
     curves, curves_left = _curves(data)
     scatter = _scatter(data)
+    spectra = _spectra(data)
     maps = [
         (run.name, plots.heatmap(f"alignment_{i}_{j}", alignment))
         for i, run in enumerate(data.runs)
         for j, alignment in enumerate(run.alignments)
     ]
-    for plot in (*difference, *curves, *scatter, *(plot for _, plot in maps)):
+    for plot in (*difference, *curves, *scatter, *spectra, *(plot for _, plot in maps)):
         write_atomic(folder / "plots" / f"{plot.name}.svg", plot.svg)
         write_atomic(folder / "plots" / f"{plot.name}.png", plot.png)
     examples, example_count = collect_examples(data.comparisons, data.runs, data.max_examples)
@@ -77,6 +78,7 @@ def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
         curves=curves,
         curves_left=curves_left,
         scatter=scatter,
+        spectra=spectra,
         maps=maps,
         tables=content.run_tables(data.runs),
         examples=examples,
@@ -119,6 +121,20 @@ def _curves(data: ReportData) -> tuple[list[plots.Plot], int]:
         for i, name in enumerate(shown)
     ]
     return drawn, len(names) - len(shown)
+
+
+def _spectra(data: ReportData) -> list[plots.Plot]:
+    """Singular values of each projector that a run has, largest first, one line per run."""
+    by_run = {run.name: (run.representation or {}).get("projectors") or {} for run in data.runs}
+    names = sorted({name for projectors in by_run.values() for name in projectors})
+    return [
+        plots.spectrum_plot(
+            f"spectrum_{i}",
+            name,
+            {run: projectors.get(name, {}).get("singular_values", []) for run, projectors in by_run.items()},
+        )
+        for i, name in enumerate(names)
+    ]
 
 
 def _scatter(data: ReportData) -> list[plots.Plot]:

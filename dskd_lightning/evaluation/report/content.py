@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dskd_lightning.evaluation.compare import Comparison
 from dskd_lightning.evaluation.gate import Condition
@@ -98,7 +99,22 @@ def run_tables(runs: Sequence[RunFolder]) -> list[Table]:
         titles = [key.replace("_bytes", " MB").replace("_", " ") for key in keys]
         table = tuple((name, *(_unit(key, values.get(key)) for key in keys)) for name, values in measured)
         tables.append(Table("Efficiency", ("run", *titles), table))
+    analysed = [(run.name, run.representation) for run in runs if run.representation]
+    if analysed:
+        tables.append(_representation_table(analysed))
     return tables
+
+
+def _representation_table(analysed: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """Distances of the student's hidden states from the teacher's; "before" where it was measured."""
+    names = ("structure_distance_cosine", "structure_distance_inner_product", "cka")
+    titles = ("structure distance (cosine)", "structure distance (inner product)", "CKA")
+    rows: list[tuple[object, ...]] = []
+    for run, values in analysed:
+        for stage, label in (("before", f"{run}, before training"), ("after", run)):
+            if measured := values.get(stage):
+                rows.append((label, *(measured.get(name) for name in names)))
+    return Table("Hidden states against the teacher's", ("run", *titles), tuple(rows))
 
 
 def config_changes(baseline: RunFolder, run: RunFolder) -> list[str]:

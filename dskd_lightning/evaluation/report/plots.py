@@ -85,6 +85,22 @@ def curve_plot(name: str, metric: str, curves: Mapping[str, Sequence[tuple[float
     return _plot(name, f"{visible(metric)} over training steps.", draw, title=_label(metric, 44))
 
 
+def spectrum_plot(name: str, projector: str, values: Mapping[str, Sequence[float]]) -> Plot:
+    """Singular values of one projector, descending, one line per run."""
+
+    def draw(axes: Any) -> None:
+        for index, (run, spectrum) in enumerate(values.items()):
+            if spectrum:
+                color, _ = _style(index)
+                axes.plot(range(1, len(spectrum) + 1), spectrum, color=color, label=_label(run, 22))
+        axes.set_yscale("log")
+        axes.set_xlabel("rank")
+        axes.set_ylabel("singular value")
+        _legend(axes)
+
+    return _plot(name, f"Singular values of {visible(projector)}.", draw, title=_label(projector, 44))
+
+
 def quality_cost_plot(metric: str, cost: str, points: Mapping[str, tuple[float, float] | None]) -> Plot:
     """Quality against cost, one mark per run: up and to the left is better."""
 

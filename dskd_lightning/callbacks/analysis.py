@@ -1,0 +1,93 @@
+"""Representation and alignment analysis after a test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+
+from dskd_lightning.alignment.exact import group_overlap
+from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.structures import DistillationBatch
+
+if TYPE_CHECKING:
+    from dskd_lightning.module import DistillationModule
+
+__all__ = ["RepresentationAnalysis"]
+
+
+class RepresentationAnalysis(L.Callback):
+    """Writes ``OUTPUT/representation.json`` and ``OUTPUT/alignments/*.json`` in `test`.
+
+    Structure distances of student and teacher (Figure 4 of arXiv 2406.17328), CKA and singular
+    values of the projectors; across tokenizers a few examples' alignment, with cross-model
+    attention where the objective has it. On one device only.
+
+    Args:
+        output: the run folder.
+        batches: test batches to read; 0 turns the analysis off.
+        before: measure the distances of the student before training as well, which builds it again.
+        maps: examples whose alignment is written.
+    """
+
+    def __init__(self, output: str | Path, batches: int = 4, before: bool = False, maps: int = 2) -> None:
+        self.output = Path(output)
+        self.batches = batches
+        self.before = before
+        self.maps = maps
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = cast("DistillationModule", pl_module)
+        if not self.batches or trainer.world_size > 1 or not len(module.teachers):
+            return
+        values = {"after": representation_distances(module, self._read(trainer, module))}
+        if self.before:
+            values["before"] = self._untrained(trainer, module)
+        for name, value in values["after"].items():
+            pl_module.log(f"test/{name}", value, batch_size=1)
+        result = {**values, "projectors": projector_spectra(module)}
+        write_atomic(self.output / "representation.json", json.dumps(result, indent=2) + "\n")
+        self._write_maps(trainer, module)
+
+    def _read(self, trainer: L.Trainer, module: DistillationModule) -> Iterator[DistillationBatch]:
+        loader = cast("Any", trainer).datamodule.test_dataloader()
+        with trainer.precision_plugin.forward_context():
+            for batch in itertools.islice(loader, self.batches):
+                yield batch.to(module.device)
+
+    def _untrained(self, trainer: L.Trainer, module: DistillationModule) -> dict[str, float]:
+        from dskd_lightning.models.student import build_student
+
+        trained = module.student
+        try:
+            untrained: Any = build_student(module.student_spec)[0]
+            module.student = untrained.to(module.device).eval()
+            return representation_distances(module, self._read(trainer, module))
+        finally:
+            module.student = trained
+
+    def _write_maps(self, trainer: L.Trainer, module: DistillationModule) -> None:
+        left = self.maps
+        for batch in self._read(trainer, module):
+            tokenizer = cast("Any", trainer).datamodule.teacher_tokenizers[0]
+            for example in token_maps(module, batch, tokenizer)[:left]:
+                number = self.maps - left + 1
+                weights: Any = example.attention
+                if weights is None:
+                    weights = group_overlap(example.groups)
+                kind = "byte-exact groups" if example.attention is None else "cross-model attention"
+                value = {
+                    "title": f"{kind}, test response {number}",
+                    "student": example.student,
+                    "teacher": example.teacher,
+                    "weights": [[round(float(w), 4) for w in row] for row in weights],
+                }
+                write_atomic(self.output / "alignments" / f"{number}.json", json.dumps(value) + "\n")
+                left -= 1
+            if left <= 0:
+                return
