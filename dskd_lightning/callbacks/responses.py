@@ -21,6 +21,7 @@ from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLen
 from dskd_lightning.evaluation.predict import predict
 from dskd_lightning.evaluation.predictions import Prediction
 from dskd_lightning.models.fingerprint import weights_fingerprint
+from dskd_lightning.models.loading import load_teacher
 
 if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule
@@ -47,6 +48,7 @@ class ResponseEvaluation(L.Callback):
         batch_size: prompts generated at once.
         limit: generate for the first so many prompts only.
         efficiency: after a test, also measure size, speed and energy of the student.
+        teacher_efficiency: and of the first teacher, which is loaded for it where a cache stood in.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class ResponseEvaluation(L.Callback):
         batch_size: int = 32,
         limit: int | None = None,
         efficiency: bool = True,
+        teacher_efficiency: bool = False,
     ) -> None:
         self.output = Path(output)
         self.enabled = enabled
         self.seeds: tuple[int | None, ...] = tuple(seeds) or (None,)
         self.limit = limit
         self.efficiency = efficiency
+        self.teacher_efficiency = teacher_efficiency
         self.settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
             max_length=max_length,
@@ -87,10 +91,20 @@ class ResponseEvaluation(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}
         self._write(metrics)
-        if self.efficiency and trainer.is_global_zero and trainer.world_size == 1:
-            student: Any = cast("DistillationModule", pl_module).student
-            costs = measure_efficiency(student, prompt_tokens=64, new_tokens=32).to_dict()
-            write_atomic(self.output / "efficiency.json", json.dumps(costs, indent=2) + "\n")
+        module = cast("DistillationModule", pl_module)
+        if trainer.world_size > 1:
+            return
+        if self.efficiency:
+            self._measure(module.student, "efficiency")
+        if self.teacher_efficiency and module.teacher_specs:
+            teacher: Any = module.teachers[0] if module.complete_teachers else None
+            if teacher is None:
+                teacher = load_teacher(module.teacher_specs[0]).to(cast("Any", module.device))
+            self._measure(teacher, "teacher_efficiency")
+
+    def _measure(self, model: Any, name: str) -> None:
+        costs = measure_efficiency(model, prompt_tokens=64, new_tokens=32).to_dict()
+        write_atomic(self.output / f"{name}.json", json.dumps(costs, indent=2) + "\n")
 
     def evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> dict[str, float]:
         """Generate what is missing and score everything."""

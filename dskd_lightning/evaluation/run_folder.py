@@ -9,6 +9,7 @@
       config.yaml                     the whole configuration
       environment.json                versions and hardware, see `environment.collect_environment`
       efficiency.json                 see `efficiency.Efficiency`
+      teacher_efficiency.json         the same of the first teacher
       representation.json             see `callbacks.RepresentationAnalysis`
       alignments/*.json               `AlignmentMap`s
 
@@ -73,6 +74,7 @@ class RunFolder:
         config: text of the configuration, or None.
         environment: versions and hardware.
         efficiency: fields of `Efficiency`, or None.
+        teacher_efficiency: the same of the teacher, where it was measured.
         alignments: maps to draw.
         representation: distances to the teacher and spectra of projectors, or None.
     """
@@ -87,6 +89,7 @@ class RunFolder:
     efficiency: dict[str, Any] | None = None
     alignments: tuple[AlignmentMap, ...] = ()
     representation: dict[str, Any] | None = None
+    teacher_efficiency: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], name: str | None = None) -> RunFolder:
@@ -112,6 +115,7 @@ class RunFolder:
             environment=_read_json(path / "environment.json") or {},
             efficiency=_read_json(path / "efficiency.json"),
             alignments=tuple(_read_alignment(file) for file in sorted(path.glob("alignments/*.json"))),
+            teacher_efficiency=_read_json(path / "teacher_efficiency.json"),
             representation=_read_json(path / "representation.json"),
         )
 

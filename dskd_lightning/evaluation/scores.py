@@ -36,7 +36,7 @@ PROMPT_METRICS = (
     PromptMetric("rougeL", "ROUGE-L", lambda p: 100 * rouge_l(p.response, p.references)),
     PromptMetric("exact_match", "Exact match", lambda p: 100 * exact_match(p.response, p.references)),
     PromptMetric("length", "Response tokens", lambda p: float(p.tokens)),
-    PromptMetric("finished", "Finished", lambda p: 100.0 * p.finished),
+    PromptMetric("finished", "Finished %", lambda p: 100.0 * p.finished),
 )
 
 

@@ -58,7 +58,7 @@ class Study:
     Args:
         output: folder of the study; each variant has its run folder in it.
         base: YAML files for all variants.
-        variants: in the order in which they run; the first is the baseline of the report.
+        variants: in the order in which they run; the report compares with the first that trains.
         select: validation metric (lower is better) that chooses among the points of a grid.
         report: also write the HTML report of `dskd compare`.
     """
@@ -121,7 +121,8 @@ class Study:
         finished = {
             v.name: self.output / v.name for v in self.variants if (self.output / v.name / DONE).is_file()
         }
-        summarise(self.output, finished, report=self.report)
+        baseline = next((v.name for v in self.variants if v.train and v.name in finished), None)
+        summarise(self.output, finished, report=self.report, baseline=baseline)
 
     def _run_variant(self, variant: Variant, overwrite: bool) -> None:
         folder = self.output / variant.name

@@ -35,13 +35,16 @@ _CURVES = (
 )
 
 
-def summarise(output: Path, runs: Mapping[str, Path], report: bool = True) -> None:
+def summarise(
+    output: Path, runs: Mapping[str, Path], report: bool = True, baseline: str | None = None
+) -> None:
     """Print the table and write ``table.md``, ``table.json``, ``curves.png`` and, if wanted, the HTML report.
 
     Args:
         output: folder of the study.
         runs: name -> run folder of the finished variants.
-        report: also compare the runs' predictions with the first's.
+        report: also compare the runs' predictions with the baseline's.
+        baseline: one of ``runs``; None takes the first.
     """
     rows = {name: _row(folder) for name, folder in runs.items()}
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows.values())]
@@ -64,7 +67,8 @@ def summarise(output: Path, runs: Mapping[str, Path], report: bool = True) -> No
     if report and len(runs) > 1 and all(folder.predictions for folder in folders.values()):
         from dskd_lightning.evaluation.compare_runs import compare_runs
 
-        compare_runs([f"{name}={path}" for name, path in runs.items()], output=output / "report")
+        ordered = sorted(runs.items(), key=lambda run: run[0] != baseline)
+        compare_runs([f"{name}={path}" for name, path in ordered], output=output / "report")
     Console().print(table)
     print(f"table, curves and report are in {output}")
 

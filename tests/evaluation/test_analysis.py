@@ -31,6 +31,7 @@ def run(tmp_path_factory, model_folder) -> Path:
         model_folder(hidden=24, tokenizer="sentencepiece", vocab_size=500, seed=2),
     )
     changes = {"model.objective": CMA, "trainer.max_epochs": 1, "analysis": {"before": True, "maps": 3}}
+    changes["responses"] = {"seeds": [], "max_new_tokens": 4, "max_length": None, "teacher_efficiency": True}
     config = write_config(folder, student, teacher, **changes)
     dskd("fit", "--config", str(config))
     dskd("test", "--config", str(folder / "run/config.yaml"))
@@ -93,6 +94,9 @@ def test_the_run_folder_holds_it_for_the_report(run) -> None:
     assert len(folder.alignments) == 3
     assert "cross-model attention" in folder.alignments[0].title
     assert folder.representation is not None
+    assert folder.efficiency is not None
+    assert folder.teacher_efficiency is not None
+    assert folder.teacher_efficiency["parameters"] != folder.efficiency["parameters"]
     assert {"before", "after", "projectors"} == folder.representation.keys()
 
 

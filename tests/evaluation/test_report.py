@@ -57,6 +57,10 @@ def make_run(root: Path, name: str, position: int) -> RunFolder:
         "teacher": HOSTILE[6:],
         "weights": [[0, 1], [1, 0]],
     }
+    spectrum = {"effective_rank": 1.5, "singular_values": [2.0, 1.0, 0.0]}
+    measured = {"structure_distance_cosine": 0.1, "structure_distance_inner_product": 0.2, "cka": 0.9}
+    representation = {"after": measured, "before": measured, "projectors": {HOSTILE[0]: spectrum}}
+    (run / "representation.json").write_text(json.dumps(representation))
     (run / "alignments" / "a.json").write_text(json.dumps(alignment))
     return RunFolder.read(run, name)
 

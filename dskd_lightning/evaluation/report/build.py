@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -112,15 +112,25 @@ def render(**context: Any) -> str:
 
 
 def _curves(data: ReportData) -> tuple[list[plots.Plot], int]:
-    names = sorted(
-        {name for run in data.runs for name in run.curves}, key=lambda name: ("val" not in name, name)
-    )
+    every = {name for run in data.runs for name in run.curves}
+    names = sorted((name for name in every if not _repeated(name, every)), key=_curve_order)
     shown = names[: data.max_curves]
     drawn = [
         plots.curve_plot(f"curve_{i}", name, {run.name: run.curves.get(name, []) for run in data.runs})
         for i, name in enumerate(shown)
     ]
     return drawn, len(names) - len(shown)
+
+
+def _repeated(name: str, every: Collection[str]) -> bool:
+    """Whether a perplexity beside it says the same."""
+    return "nll_per_" in name and name.replace("nll_per_", "perplexity_per_") in every
+
+
+def _curve_order(name: str) -> tuple[int, str]:
+    """Validation first, then the loss and its terms, what was monitored, schedules last."""
+    order = ("val/", "train/loss", "train/", "monitor/")
+    return next((i for i, prefix in enumerate(order) if name.startswith(prefix)), len(order)), name
 
 
 def _spectra(data: ReportData) -> list[plots.Plot]:
@@ -146,6 +156,6 @@ def _scatter(data: ReportData) -> list[plots.Plot]:
     for run, score in zip(data.runs, scores, strict=True):
         cost = (run.efficiency or {}).get("parameters")
         points[run.name] = (float(cost), score.mean) if cost else None
-    if sum(point is not None for point in points.values()) < 2:
-        return []
+    if len({point[0] for point in points.values() if point is not None}) < 2:
+        return []  # students of one size have nothing to trade
     return [plots.quality_cost_plot(data.comparisons[0].metric.label, "parameters", points)]

@@ -77,16 +77,17 @@ def warnings_of(runs: Iterable[RunFolder]) -> list[str]:
 def run_tables(runs: Sequence[RunFolder]) -> list[Table]:
     """Generated responses, final numbers, and efficiency where it was measured."""
     columns = ["run"]
+    seeds = max(len(run.predictions) for run in runs)
     for metric in PROMPT_METRICS:
-        columns += [metric.label] + (
-            [f"± over {len(runs[0].predictions)} seeds"] if metric.name == "rougeL" else []
-        )
+        spread = [f"± over {seeds} seeds"] if metric.name == "rougeL" and seeds > 1 else []
+        columns += [metric.label, *spread]
     rows = []
     for run in runs:
         row: list[object] = [run.name]
         for metric in PROMPT_METRICS:
             scores = score_run(run, metric)
-            row += [scores.mean] + ([scores.seed_deviation] if metric.name == "rougeL" else [])
+            row += [scores.mean]
+            row += [scores.seed_deviation] if metric.name == "rougeL" and seeds > 1 else []
         rows.append((*row, _distinct(run, 1), _distinct(run, 2)))
     tables = [Table("Generated responses", (*columns, "distinct-1", "distinct-2"), tuple(rows))]
     names = sorted({name for run in runs for name in run.metrics})
@@ -94,8 +95,15 @@ def run_tables(runs: Sequence[RunFolder]) -> list[Table]:
         values = tuple((name, *(run.metrics.get(name) for run in runs)) for name in names)
         tables.append(Table("Final numbers", ("metric", *(run.name for run in runs)), values))
     measured = [(run.name, run.efficiency) for run in runs if run.efficiency]
+    teachers = [(f"{run.name}: teacher", run.teacher_efficiency) for run in runs if run.teacher_efficiency]
+    measured += teachers
     if measured:
-        keys = [key for key, value in measured[0][1].items() if not isinstance(value, (list, tuple, dict))]
+        keys = [
+            key
+            for key, value in measured[0][1].items()
+            if not isinstance(value, (list, tuple, dict))
+            and any(values.get(key) is not None for _, values in measured)
+        ]
         titles = [key.replace("_bytes", " MB").replace("_", " ") for key in keys]
         table = tuple((name, *(_unit(key, values.get(key)) for key in keys)) for name, values in measured)
         tables.append(Table("Efficiency", ("run", *titles), table))
