@@ -3,7 +3,7 @@
 from dskd_lightning.data.batching import Batch, BatchSettings, plan_batches, rank_batches
 from dskd_lightning.data.chat import ChatRenderer, RenderedConversation, RenderedTurn
 from dskd_lightning.data.collate import Collator, TeacherHidden
-from dskd_lightning.data.datamodule import InstructionDataModule, Stage, default_cache_dir
+from dskd_lightning.data.datamodule import InstructionDataModule, Stage
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.formats import Format, InvalidRecord, detect_format, parse_record
 from dskd_lightning.data.loader import DistillationLoader
@@ -34,7 +34,6 @@ __all__ = [
     "Source",
     "Stage",
     "TeacherHidden",
-    "default_cache_dir",
     "detect_format",
     "parse_record",
     "plan_batches",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
+from dskd_lightning.cache_dir import cache_dir as default_folder
 from dskd_lightning.data.batching import BatchSettings
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.collate import Collator, TeacherHidden
@@ -28,7 +28,7 @@ from dskd_lightning.models.loading import load_tokenizer
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
 from dskd_lightning.teacher_cache.settings import TeacherCacheSettings
 
-__all__ = ["InstructionDataModule", "Stage", "default_cache_dir"]
+__all__ = ["InstructionDataModule", "Stage"]
 
 Stage = Literal["train", "val", "test", "predict"]
 _STAGES_OF: dict[str, tuple[Stage, ...]] = {
@@ -38,13 +38,6 @@ _STAGES_OF: dict[str, tuple[Stage, ...]] = {
     "predict": ("predict",),
 }
 _HUB_SPLIT: dict[Stage, str] = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
-
-
-def default_cache_dir() -> Path:
-    """``$DSKD_CACHE_DIR/data``, else below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if root := os.environ.get("DSKD_CACHE_DIR"):
-        return Path(root).expanduser() / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dskd_lightning" / "data"
 
 
 class InstructionDataModule(pl.LightningDataModule):
@@ -74,7 +67,7 @@ class InstructionDataModule(pl.LightningDataModule):
         num_workers: processes that build batches ahead.
         pin_memory: page-locked batches, for CUDA.
         seed: of splits and of the order.
-        cache_dir: where prepared tokens are kept; None for `default_cache_dir`.
+        cache_dir: where prepared tokens are kept; None for ``data`` in `dskd_lightning.cache_dir`.
         teacher_cache: keep the teachers' hidden states on the disk, computed before the first
             epoch; None runs the teachers in every step.
     """
@@ -129,7 +122,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.max_tokens_per_batch, self.packing = max_tokens_per_batch, packing
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = default_folder("data") if cache_dir is None else Path(cache_dir).expanduser()
         self.teacher_cache = teacher_cache
         self.teacher_hidden: dict[Stage, Sequence[TeacherHidden | None]] = {}
         """Per stage, one store of hidden states (or None) per teacher; see `Collator`."""

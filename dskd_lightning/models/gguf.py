@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dskd_lightning.cache_dir import cache_dir
 from dskd_lightning.errors import UserError
 
 __all__ = ["converted_gguf"]
@@ -19,25 +20,18 @@ _log = logging.getLogger(__name__)
 _VERSION = 1  # of the conversion
 
 
-def _cache_dir() -> Path:
-    if root := os.environ.get("DSKD_CACHE_DIR"):
-        return Path(root).expanduser() / "gguf"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dskd_lightning" / "gguf"
-
-
 def converted_gguf(path: Path) -> Path:
     """The folder of ``path``'s weights in float32, its config and tokenizer; made now if it isn't there.
 
     Parsing and dequantising a GGUF file takes many times longer than reading the result. Folders
-    are keyed by the file's content and lie below ``$DSKD_CACHE_DIR`` (or ``$XDG_CACHE_HOME``, or
-    ``~/.cache``); they can be deleted at any time.
+    are keyed by the file's content and lie in `cache_dir`; they can be deleted at any time.
 
     Raises:
         UserError: the folder can't be written. What a damaged file raises is for the caller.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:24]
-    folder = _cache_dir() / f"{path.stem}-{digest}-v{_VERSION}"
+    folder = cache_dir("gguf") / f"{path.stem}-{digest}-v{_VERSION}"
     if folder.is_dir():
         return folder
     from dskd_lightning.models.sources import no_progress_bars

@@ -114,8 +114,8 @@ def teacher_space(
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk.
 
     Returns:
-        The weighted loss, and sums ``s2t_kd``, ``s2t_accuracy``, ``s2t_agreement``,
-        ``teacher_accuracy``, ``teacher_entropy``; per position ``teacher_choice`` and
+        The weighted loss, and sums ``s2t_kd``, ``s2t_accuracy``, ``teacher_accuracy``,
+        ``teacher_entropy``; per position ``teacher_choice`` and
         ``s2t_choice``, the argmaxes ``[m]``.
     """
     head = teacher.head.detach()
@@ -134,7 +134,6 @@ def teacher_space(
     return fused.loss, {
         "s2t_kd": fused.stats["kd"],
         "s2t_accuracy": (moved == teacher.labels).sum(),
-        "s2t_agreement": (moved == choice).sum(),
         "teacher_accuracy": (choice == teacher.labels).sum(),
         "teacher_entropy": fused.stats["teacher_entropy"],
         "teacher_choice": choice,

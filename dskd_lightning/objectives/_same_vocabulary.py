@@ -9,7 +9,7 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.functional.divergences import Divergence, ForwardKL
-from dskd_lightning.objectives.base import Objective
+from dskd_lightning.objectives.base import DistillationObjective
 from dskd_lightning.structures import ModelSpace, Ratio, Side
 
 __all__ = ["SameVocabularyObjective", "check_same_vocabulary", "ratios"]
@@ -18,7 +18,7 @@ __all__ = ["SameVocabularyObjective", "check_same_vocabulary", "ratios"]
 _PADDING_SHARE = 0.01
 
 
-class SameVocabularyObjective(Objective):
+class SameVocabularyObjective(DistillationObjective):
     """Base of objectives that compare student and teacher position by position, token by token.
 
     Args:
@@ -37,18 +37,8 @@ class SameVocabularyObjective(Objective):
         temperature: float = 2.0,
         memory_budget_mb: float = DEFAULT_BUDGET_MB,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if not 0.0 <= kd_ratio <= 1.0:
-            raise UserError(f"kd_ratio of {name} must lie in [0, 1], not {kd_ratio}.")
-        if temperature <= 0.0:
-            raise UserError(f"temperature of {name} must be positive, not {temperature}.")
-        if memory_budget_mb <= 0.0:
-            raise UserError(f"memory_budget_mb of {name} must be positive, not {memory_budget_mb}.")
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         self.divergence = ForwardKL() if divergence is None else divergence
-        self.kd_ratio = kd_ratio
-        self.temperature = temperature
-        self.memory_budget_mb = memory_budget_mb
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         """Check that both models read the same token ids.
@@ -56,8 +46,8 @@ class SameVocabularyObjective(Objective):
         Raises:
             UserError: there is no teacher, or it has another vocabulary.
         """
-        if teacher is None:
-            raise UserError(f"{type(self).__name__} learns from a teacher: name one under model.teacher.")
+        super().configure(student, teacher)
+        assert teacher is not None
         check_same_vocabulary(type(self).__name__, student, teacher)
 
     def _pair(self, student: Side, teacher: Side | None) -> Side:

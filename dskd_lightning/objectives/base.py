@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from dskd_lightning.errors import UserError
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
 
-__all__ = ["Objective", "ObjectiveOutput"]
+__all__ = ["DistillationObjective", "Objective", "ObjectiveOutput"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,41 @@ class Objective(nn.Module, ABC):
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:
         """The loss of one batch; ``alignment`` is None where both sides read the same ids."""
+
+
+class DistillationObjective(Objective):
+    """Base of objectives that weigh cross-entropy against a term that a teacher gives.
+
+    Args:
+        kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``; cross-entropy runs on all of the
+            student's response tokens.
+        temperature: divides both sides' logits in KD.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    def __init__(
+        self, kd_ratio: float = 0.5, temperature: float = 2.0, memory_budget_mb: float = DEFAULT_BUDGET_MB
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not 0.0 <= kd_ratio <= 1.0:
+            raise UserError(f"kd_ratio of {name} must lie in [0, 1], not {kd_ratio}.")
+        if temperature <= 0.0:
+            raise UserError(f"temperature of {name} must be positive, not {temperature}.")
+        if memory_budget_mb <= 0.0:
+            raise UserError(f"memory_budget_mb of {name} must be positive, not {memory_budget_mb}.")
+        self.kd_ratio = kd_ratio
+        self.temperature = temperature
+        self.memory_budget_mb = memory_budget_mb
+
+    def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
+        """See `Objective.configure`.
+
+        Raises:
+            UserError: there is no teacher.
+        """
+        if teacher is None:
+            raise UserError(f"{type(self).__name__} learns from a teacher: name one under model.teacher.")

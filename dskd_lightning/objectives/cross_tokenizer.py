@@ -9,7 +9,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.functional import chunk_tokens
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._vocabulary import exact_maps
-from dskd_lightning.objectives.base import Objective
+from dskd_lightning.objectives.base import DistillationObjective
 from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
 
 __all__ = ["CrossTokenizerObjective", "shared_ids_alignment"]
@@ -29,7 +29,7 @@ def shared_ids_alignment(student: Side, teacher: Side) -> Alignment:
     return Alignment(positions, positions, ends, ends, positions.unsqueeze(1).expand(-1, 2), len(student))
 
 
-class CrossTokenizerObjective(Objective):
+class CrossTokenizerObjective(DistillationObjective):
     """Base of objectives whose two models may have different tokenizers.
 
     Args:
@@ -51,17 +51,7 @@ class CrossTokenizerObjective(Objective):
     def __init__(
         self, kd_ratio: float = 0.5, temperature: float = 2.0, memory_budget_mb: float = DEFAULT_BUDGET_MB
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if not 0.0 <= kd_ratio <= 1.0:
-            raise UserError(f"kd_ratio of {name} must lie in [0, 1], not {kd_ratio}.")
-        if temperature <= 0.0:
-            raise UserError(f"temperature of {name} must be positive, not {temperature}.")
-        if memory_budget_mb <= 0.0:
-            raise UserError(f"memory_budget_mb of {name} must be positive, not {memory_budget_mb}.")
-        self.kd_ratio = kd_ratio
-        self.temperature = temperature
-        self.memory_budget_mb = memory_budget_mb
+        super().__init__(kd_ratio, temperature, memory_budget_mb)
         # The partner of each id in the other vocabulary, -1 where it has none. Not part of a checkpoint.
         self.register_buffer("student_to_teacher", None, persistent=False)
         self.register_buffer("teacher_to_student", None, persistent=False)
@@ -72,9 +62,9 @@ class CrossTokenizerObjective(Objective):
         Raises:
             UserError: no teacher, or a tokenizer that is needed is missing.
         """
+        super().configure(student, teacher)
+        assert teacher is not None
         name = type(self).__name__
-        if teacher is None:
-            raise UserError(f"{name} learns from a teacher: name one under model.teacher.")
         if student.tokenizer is None or teacher.tokenizer is None:
             if self.needs_vocabulary_map:
                 raise UserError(f"{name} maps one vocabulary to the other: give both models a tokenizer.")

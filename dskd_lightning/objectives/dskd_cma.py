@@ -136,7 +136,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         metrics["student_entropy"] = Ratio(stats["student_entropy"], tokens)
         for name in ("t2s_accuracy", "max_t2s_prob"):
             metrics[name] = Ratio(stats[name], reads.sum())
-        for name in ("s2t_accuracy", "s2t_agreement", "teacher_accuracy", "teacher_entropy"):
+        for name in ("s2t_accuracy", "teacher_accuracy", "teacher_entropy"):
             metrics[name] = Ratio(stats[name], answers)
         if alignment is not None:
             mass = attention.pair_mass(alignment.pairs)
@@ -151,14 +151,26 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         positions: int,
         alignment: Alignment | None,
     ) -> dict[str, Ratio]:
-        """Share of exact pairs at which teacher and student would choose the same token."""
-        if alignment is None or self.teacher_to_student is None:
+        """Shares of exact pairs at which two of the choices name the same token.
+
+        ``agreement``: student and teacher; ``t2s_agreement``: the teacher, projected and read by the
+        student's head, and the teacher itself; ``s2t_agreement``: likewise for the student.
+        """
+        if alignment is None or self.teacher_to_student is None or self.student_to_teacher is None:
             return {}
-        chosen = answers.new_full((positions,), -1)
-        chosen[answers] = self.teacher_to_student[s2t_stats["teacher_choice"]]
         i, j = alignment.pairs.unbind(1)
-        agree = (stats["student_choice"][i] == chosen[j]).sum()
-        return {"agreement": Ratio(agree, agree.new_tensor(len(i)))}
+        place = answers.new_full((positions,), -1)
+        place[answers] = torch.arange(len(answers), device=answers.device)
+        read = place[j] >= 0  # a causal teacher position may read nothing and has no choice here
+        i, j = i[read], place[j[read]]
+        student, teacher = stats["student_choice"][i], s2t_stats["teacher_choice"][j]
+        wanted = self.teacher_to_student[teacher]
+        shares = {
+            "agreement": student == wanted,
+            "t2s_agreement": stats["t2s_choice"][i] == wanted,
+            "s2t_agreement": s2t_stats["s2t_choice"][j] == self.student_to_teacher[student],
+        }
+        return {name: Ratio(same.sum(), same.new_tensor(len(i)).long()) for name, same in shares.items()}
 
 
 def _take(side: Side, rows: Tensor) -> Side:

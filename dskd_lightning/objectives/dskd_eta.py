@@ -155,7 +155,10 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             "agreement": Ratio((choice[i] == labels).sum(), pairs),
             "label_ratio": Ratio(pairs, all_pairs),
         }
-        for name in ("s2t_accuracy", "s2t_agreement", "teacher_accuracy", "teacher_entropy"):
+        assert self.student_to_teacher is not None
+        kept = s2t["s2t_choice"] == self.student_to_teacher[choice[i]]
+        metrics["s2t_agreement"] = Ratio(kept.sum(), pairs)
+        for name in ("s2t_accuracy", "teacher_accuracy", "teacher_entropy"):
             metrics[name] = Ratio(s2t[name], pairs)
         return metrics
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dskd_lightning.data import InstructionDataModule, default_cache_dir
+from dskd_lightning.cache_dir import cache_dir
+from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
 from dskd_lightning.structures import DistillationBatch
@@ -215,7 +216,7 @@ def test_predict_needs_no_responses(make, tmp_path: Path) -> None:
 
 def test_default_cache_dir(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSKD_CACHE_DIR", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "data"
+    assert cache_dir("data") == tmp_path / "data"
 
 
 class Recorder(pl.LightningModule):

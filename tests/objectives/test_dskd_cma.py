@@ -139,7 +139,14 @@ def test_matches_the_formula(causal, memory_budget_mb):
         case.gradients(output.loss, *parameters), case.gradients(expected, *parameters), strict=True
     ):
         torch.testing.assert_close(actual, wanted)
-    assert {"alignment_ratio", "agreement", "vocabulary_coverage", "partner_attention"} <= set(output.metrics)
+    assert {
+        "alignment_ratio",
+        "agreement",
+        "t2s_agreement",
+        "s2t_agreement",
+        "vocabulary_coverage",
+        "partner_attention",
+    } <= set(output.metrics)
     assert all(torch.isfinite(ratio.value) for ratio in output.metrics.values())
 
 
