@@ -139,14 +139,20 @@ def test_matches_the_formula(causal, memory_budget_mb):
         case.gradients(output.loss, *parameters), case.gradients(expected, *parameters), strict=True
     ):
         torch.testing.assert_close(actual, wanted)
-    assert {
-        "alignment_ratio",
-        "agreement",
-        "t2s_agreement",
-        "s2t_agreement",
-        "vocabulary_coverage",
-        "partner_attention",
-    } <= set(output.metrics)
+    assert {"alignment_ratio", "vocabulary_coverage", "partner_attention"} <= set(output.metrics)
+    s, t, (i, j) = case.student, case.teacher, case.alignment.pairs.unbind(1)
+    attention = objective.attention(s, t, case.alignment)
+    read = attention.teacher_reads[j]
+    own, other = (s.hidden @ s.head.weight.T).argmax(-1)[i], (t.hidden @ t.head.weight.T).argmax(-1)[j]
+    z = attention.to_student(objective.t2s(objective.attention.teacher_values(t))) @ s.head.weight.T
+    back = attention.to_teacher(objective.s2t(s.hidden)) @ t.head.weight.T
+    same = {
+        "agreement": own == objective.teacher_to_student[other],
+        "t2s_agreement": z.argmax(-1)[i] == objective.teacher_to_student[other],
+        "s2t_agreement": back.argmax(-1)[j] == objective.student_to_teacher[own],
+    }
+    for name, mask in same.items():
+        torch.testing.assert_close(output.metrics[name].value.double(), mask[read].double().mean())
     assert all(torch.isfinite(ratio.value) for ratio in output.metrics.values())
 
 
