@@ -11,6 +11,7 @@ RUNS = (
     ("fused_loss.py", "--tokens", "512", "1024", "--rounds", "1"),
     ("training_step.py", "--rounds", "1"),
     ("peers.py", "--rounds", "1"),
+    ("gold.py", "--rounds", "1"),
     ("teacher_cache.py",),
     ("alignment_speed.py",),
 )

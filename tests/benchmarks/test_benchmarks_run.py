@@ -15,9 +15,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import fused_loss
+import gold
 import training_step
 from _measure import Measured
 from _training import tiny_source
+
+from dskd_lightning import TeacherSpec
+from dskd_lightning.models.loading import load_tokenizer
+from dskd_lightning.models.tokenizer_swap import train_bpe
 
 
 def measure(case, name: str, arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> Measured:
@@ -58,3 +63,16 @@ def test_reference_layout_and_ours_start_from_one_loss(
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=0.02)
     assert ours["padding"] < theirs["padding"]
     assert all(len(training_step.row(name, m, found)) == 10 for name, m in found.items())
+
+
+def test_gold_trains_across_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, data = tiny_source(tmp_path)
+    sizes = argparse.Namespace(
+        source=source, data=data, layers=1, examples=4, batch_size=2, max_length=64, rounds=1
+    )
+    tokenizer = train_bpe(["the fox jumps over apples"] * 4, 280, like=load_tokenizer(TeacherSpec(source)))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sizes.tokenizer = str(tmp_path / "tokenizer")
+    found = measure(gold.case, gold.OURS, sizes, capsys)
+    assert found.more["steps"] == 2
+    assert found.more["first_loss"] > 0
