@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_tokenizer
-from runs import write_data
+from tiny_runs import write_data
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from runs import dskd, environment, write_config, write_data
+from tiny_runs import dskd, environment, write_config, write_data
 
 import dskd_lightning as dl
 

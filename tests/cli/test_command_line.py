@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import dskd, environment, write_config, write_data
+from tiny_runs import dskd, environment, write_config, write_data
 from transformers import AutoModelForCausalLM
 
 from dskd_lightning.cli import main

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from runs import write_config, write_data
+from tiny_runs import write_config, write_data
 
 import dskd_lightning as dl
 from dskd_lightning.cli import main

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import dskd, write_config
+from tiny_runs import dskd, write_config
 
 from dskd_lightning.cli import main
 from dskd_lightning.cli.lightning_cli import DistillationCLI

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
-from runs import dskd, write_config
+from tiny_runs import dskd, write_config
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.strategies.layers import decoder_layers
