@@ -45,6 +45,9 @@ class CrossTokenizerObjective(DistillationObjective):
     reads_alignment: bool = True
     """Whether the loss depends on the alignment, rather than metrics alone."""
 
+    vocabulary_copies: int = 8
+    """Float32 tensors of a chunk's vocabulary size alive at once, which the budget must hold."""
+
     student_to_teacher: Tensor | None
     teacher_to_student: Tensor | None
 
@@ -78,7 +81,7 @@ class CrossTokenizerObjective(DistillationObjective):
 
     def _chunk(self, student: Side, teacher: Side) -> int:
         vocab = max(student.head.vocab_size, teacher.head.vocab_size)
-        return chunk_tokens(vocab, self.memory_budget_mb)
+        return chunk_tokens(vocab, self.memory_budget_mb, copies=self.vocabulary_copies)
 
     def _alignment(self, student: Side, teacher: Side, alignment: Alignment | None) -> Alignment:
         if alignment is not None:

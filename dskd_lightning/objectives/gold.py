@@ -73,6 +73,7 @@ class GOLDObjective(PairedObjective):
     teacher_matched: Tensor
     student_rest: Tensor
     teacher_rest: Tensor
+    vocabulary_copies = 20  # both sides' log-probabilities, their parts, sorts and gradients
 
     def __init__(
         self,
