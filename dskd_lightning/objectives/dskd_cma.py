@@ -170,7 +170,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             "t2s_agreement": stats["t2s_choice"][i] == wanted,
             "s2t_agreement": s2t_stats["s2t_choice"][j] == self.student_to_teacher[student],
         }
-        return {name: Ratio(same.sum(), same.new_tensor(len(i)).long()) for name, same in shares.items()}
+        return {name: Ratio(same.sum(), i.new_tensor(len(i))) for name, same in shares.items()}
 
 
 def _take(side: Side, rows: Tensor) -> Side:

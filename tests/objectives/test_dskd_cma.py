@@ -151,6 +151,7 @@ def test_matches_the_formula(causal, memory_budget_mb):
         "t2s_agreement": z.argmax(-1)[i] == objective.teacher_to_student[other],
         "s2t_agreement": back.argmax(-1)[j] == objective.student_to_teacher[own],
     }
+    assert all(output.metrics[name].count == int(read.sum()) for name in same)
     for name, mask in same.items():
         torch.testing.assert_close(output.metrics[name].value.double(), mask[read].double().mean())
     assert all(torch.isfinite(ratio.value) for ratio in output.metrics.values())
