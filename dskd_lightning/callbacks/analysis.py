@@ -45,20 +45,20 @@ class RepresentationAnalysis(L.Callback):
         module = cast("DistillationModule", pl_module)
         if not self.batches or trainer.world_size > 1 or not len(module.teachers):
             return
-        values = {"after": representation_distances(module, self._read(trainer, module))}
-        if self.before:
-            values["before"] = self._untrained(trainer, module)
+        with trainer.precision_plugin.forward_context():
+            values = {"after": representation_distances(module, self._read(trainer, module))}
+            if self.before:
+                values["before"] = self._untrained(trainer, module)
+            self._write_maps(trainer, module)
         for name, value in values["after"].items():
             pl_module.log(f"test/{name}", value, batch_size=1)
         result = {**values, "projectors": projector_spectra(module)}
         write_atomic(self.output / "representation.json", json.dumps(result, indent=2) + "\n")
-        self._write_maps(trainer, module)
 
     def _read(self, trainer: L.Trainer, module: DistillationModule) -> Iterator[DistillationBatch]:
         loader = cast("Any", trainer).datamodule.test_dataloader()
-        with trainer.precision_plugin.forward_context():
-            for batch in itertools.islice(loader, self.batches):
-                yield batch.to(module.device)
+        for batch in itertools.islice(loader, self.batches):
+            yield batch.to(module.device)
 
     def _untrained(self, trainer: L.Trainer, module: DistillationModule) -> dict[str, float]:
         from dskd_lightning.models.student import build_student
@@ -72,22 +72,16 @@ class RepresentationAnalysis(L.Callback):
             module.student = trained
 
     def _write_maps(self, trainer: L.Trainer, module: DistillationModule) -> None:
-        left = self.maps
-        for batch in self._read(trainer, module):
-            tokenizer = cast("Any", trainer).datamodule.teacher_tokenizers[0]
-            for example in token_maps(module, batch, tokenizer)[:left]:
-                number = self.maps - left + 1
-                weights: Any = example.attention
-                if weights is None:
-                    weights = group_overlap(example.groups)
-                kind = "byte-exact groups" if example.attention is None else "cross-model attention"
-                value = {
-                    "title": f"{kind}, test response {number}",
-                    "student": example.student,
-                    "teacher": example.teacher,
-                    "weights": [[round(float(w), 4) for w in row] for row in weights],
-                }
-                write_atomic(self.output / "alignments" / f"{number}.json", json.dumps(value) + "\n")
-                left -= 1
-            if left <= 0:
-                return
+        tokenizer = cast("Any", trainer).datamodule.teacher_tokenizers[0]
+        batches = self._read(trainer, module)
+        found = itertools.chain.from_iterable(token_maps(module, batch, tokenizer) for batch in batches)
+        for number, example in enumerate(itertools.islice(found, self.maps), 1):
+            kind = "byte-exact groups" if example.attention is None else "cross-model attention"
+            weights = group_overlap(example.groups) if example.attention is None else example.attention
+            value = {
+                "title": f"{kind}, test response {number}",
+                "student": example.student,
+                "teacher": example.teacher,
+                "weights": [[round(float(w), 4) for w in row] for row in weights],
+            }
+            write_atomic(self.output / "alignments" / f"{number}.json", json.dumps(value) + "\n")

@@ -48,5 +48,4 @@ class LastCheckpoint(ModelCheckpoint):
         return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def _save(self, trainer: L.Trainer) -> None:
-        if self._last_global_step_saved != trainer.global_step or self._complete(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -114,9 +114,10 @@ def token_maps(
         batch: on the models' device.
         teacher_tokenizer: of the first teacher.
     """
-    student, teacher, alignment = _sides(module, batch)
-    if alignment is None:
+    if batch.alignments[0] is None:  # before the models run
         return []
+    student, teacher, alignment = _sides(module, batch)
+    assert alignment is not None
     attention = _attention(module, student, teacher, alignment)
     maps = []
     for example in range(len(batch)):

@@ -23,9 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _measure import Measured, Memory, clock, device, environment, interleave, print_table  # noqa: E402
+from _measure import device, environment, interleave, print_table  # noqa: E402
 from _training import LR, add_arguments, finish, forwarded, train_with_lightning  # noqa: E402
-from peers import _imports  # noqa: E402
+from _trl import COLUMNS, StepTimer, imports, rows_beside  # noqa: E402
 
 import dskd_lightning as dl  # noqa: E402
 from dskd_lightning.models.loading import load_tokenizer  # noqa: E402
@@ -77,25 +77,11 @@ def _trl(
     teacher: dl.TeacherSpec,
 ) -> None:
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
     module.configure_model()
     load_tokenizer(teacher).save_pretrained(f"{folder}/teacher")
-    losses: list[float] = []
-
-    class Timer(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-            if state.global_step == 1:
-                self.memory, self.begin = Memory(), clock()
-
-        def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-            self.end = clock()
-
-        def on_log(self, args, state, control, logs=None, **_):  # type: ignore[no-untyped-def]
-            losses.append((logs or {}).get("loss", 0.0))
-
-    timer = Timer()
+    timer = StepTimer()
     settings = GOLDConfig(
         output_dir=f"{folder}/trl", lmbda=0.0, beta=0.5, temperature=1.0, use_uld_loss=True,
         uld_use_hybrid_loss=True, uld_hybrid_matched_weight=1.0, uld_hybrid_unmatched_weight=1.0,
@@ -109,7 +95,7 @@ def _trl(
         train_dataset=Dataset.from_list(rows), processing_class=module.tokenizer, callbacks=[timer],
     )  # fmt: skip
     trainer.train()
-    finish([timer.end - timer.begin], timer.memory, found, losses[0])
+    finish([timer.seconds], timer.memory, found, timer.losses[0])
 
 
 def _small_tokenizer(a: argparse.Namespace, folder: str) -> str:
@@ -128,7 +114,7 @@ def main() -> None:
         case(a.case, a)
         return
     names = [OURS]
-    if _imports(a.trl_python, "trl"):
+    if imports(a.trl_python, "trl"):
         names.insert(0, TRL)
     else:
         print(f"Skipped: {TRL}: {a.trl_python} has no trl")
@@ -136,17 +122,8 @@ def main() -> None:
         arguments = [*forwarded(a), "--tokenizer", a.tokenizer or _small_tokenizer(a, folder)]
         found = interleave(__file__, dict.fromkeys(names, arguments), a.rounds, {TRL: a.trl_python})
     print(f"An epoch of {a.examples} examples of {a.data}\n{environment()}")
-    base = found.get(TRL)
-    rows = []
-    for name, m in found.items():
-        if isinstance(m, str):
-            rows.append([name, f"failed: {m}", *[""] * 5])
-            continue
-        row = [name, f"{m.median:.2f}", m.spread, f"{m.more['tokens'] / m.median:,.0f}", f"{m.extra_mb:,.0f}"]
-        ratios = [base.median / m.median, m.extra_mb / base.extra_mb] if isinstance(base, Measured) else []
-        rows.append([*row, *([f"{ratio:.2f}" for ratio in ratios] or ["", ""])])
-    columns = ("training", "s", "range", "tokens/s", "peak MiB above models", "speed / TRL", "memory / TRL")
-    print_table(f"Medians of {a.rounds} rounds; tokens are the student's, unpadded", columns, rows)
+    title = f"Medians of {a.rounds} rounds; tokens are the student's, unpadded"
+    print_table(title, COLUMNS, rows_beside(found, TRL))
 
 
 if __name__ == "__main__":

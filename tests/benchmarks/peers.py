@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from _measure import Measured, Memory, clock, device, environment, interleave, print_table  # noqa: E402
+from _measure import device, environment, interleave, print_table  # noqa: E402
 from _training import (  # noqa: E402
     LR,
     add_arguments,
@@ -38,6 +37,7 @@ from _training import (  # noqa: E402
     train_by_hand,
     train_with_lightning,
 )
+from _trl import COLUMNS, StepTimer, imports, rows_beside  # noqa: E402
 
 import dskd_lightning as dl  # noqa: E402
 from dskd_lightning.functional import JensenShannon  # noqa: E402
@@ -72,24 +72,11 @@ def _liger(student, teacher, batch):  # type: ignore[no-untyped-def]
 
 
 def _trl(a: argparse.Namespace) -> None:
-    from transformers import TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     found = batches(a)
     module = module_of(a, LogitKDObjective())
     module.configure_model()
-    losses: list[float] = []
-
-    class Timer(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-            if state.global_step == 1:
-                self.memory, self.begin = Memory(), clock()
-
-        def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-            self.end = clock()
-
-        def on_log(self, args, state, control, logs=None, **_):  # type: ignore[no-untyped-def]
-            losses.append((logs or {}).get("loss", 0.0))
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         tokens = [found[0], *found][rows[0]["index"]].student
@@ -99,7 +86,7 @@ def _trl(a: argparse.Namespace) -> None:
 
     from datasets import Dataset
 
-    timer = Timer()
+    timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         settings = GKDConfig(
             output_dir=folder, lmbda=0.0, beta=0.5, temperature=1.0, per_device_train_batch_size=1,
@@ -113,12 +100,7 @@ def _trl(a: argparse.Namespace) -> None:
             processing_class=module.tokenizer, callbacks=[timer],
         )  # fmt: skip
         trainer.train()
-    finish([timer.end - timer.begin], timer.memory, found, losses[0])
-
-
-def _imports(python: str, module: str) -> bool:
-    check = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    return subprocess.run([python, "-c", check], check=False).returncode == 0
+    finish([timer.seconds], timer.memory, found, timer.losses[0])
 
 
 def main() -> None:
@@ -130,7 +112,7 @@ def main() -> None:
         case(a.case, a)
         return
     names, skipped = list(OURS), []
-    if _imports(a.trl_python, "trl"):
+    if imports(a.trl_python, "trl"):
         names.insert(0, TRL)
     else:
         skipped.append(f"{TRL}: {a.trl_python} has no trl")
@@ -142,20 +124,10 @@ def main() -> None:
         names.append(LIGER)
     found = interleave(__file__, dict.fromkeys(names, forwarded(a)), a.rounds, {TRL: a.trl_python})
     print(f"An epoch of {a.examples} examples of {a.data}\n{environment()}")
-    base, rows = found.get(TRL), []
-    for name, m in found.items():
-        if isinstance(m, str):
-            rows.append([name, f"failed: {m}", *[""] * 6])
-            continue
-        row = [name, f"{m.median:.2f}", m.spread, f"{m.more['tokens'] / m.median:,.0f}", f"{m.extra_mb:,.0f}"]
-        ratios = [base.median / m.median, m.extra_mb / base.extra_mb] if isinstance(base, Measured) else []
-        row += [f"{ratio:.2f}" for ratio in ratios] or ["", ""]
-        rows.append([*row, f"{m.more['first_loss']:.4f}"])
-    columns = (
-        "training", "s", "range", "tokens/s", "peak MiB above models", "speed / TRL",
-        "memory / TRL", "first loss",
-    )  # fmt: skip
-    print_table(f"Medians of {a.rounds} rounds; tokens are the student's, unpadded", columns, rows)
+    losses = ["" if isinstance(m, str) else f"{m.more['first_loss']:.4f}" for m in found.values()]
+    rows = [[*row, loss] for row, loss in zip(rows_beside(found, TRL), losses, strict=True)]
+    title = f"Medians of {a.rounds} rounds; tokens are the student's, unpadded"
+    print_table(title, (*COLUMNS, "first loss"), rows)
     print("", *(f"Skipped: {reason}" for reason in skipped), sep="\n")
 
 

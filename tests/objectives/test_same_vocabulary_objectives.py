@@ -62,6 +62,10 @@ def check(output: ObjectiveOutput, loss: Tensor, terms: dict[str, Tensor], leave
         torch.testing.assert_close(ours, theirs)
 
 
+def leaves_of(student: Side, teacher: Side) -> list[Tensor]:
+    return [student.hidden, student.head.weight, teacher.hidden, teacher.head.weight]
+
+
 def share(a: Tensor, b: Tensor) -> Tensor:
     return (a.argmax(-1) == b.argmax(-1)).double().mean()
 
@@ -101,7 +105,7 @@ def test_logit_kd(vocab: int, teacher_vocab: int) -> None:
     s, t = student.head.logits(student.hidden), teacher.head.logits(teacher.hidden).detach()
     kd = JensenShannon(0.3)(t[:, :VOCAB], s[:, :VOCAB], 1.5).sum()
     terms = {"ce": ce(s, student.labels), "kd": kd}
-    leaves = [student.hidden, student.head.weight, teacher.hidden, teacher.head.weight]
+    leaves = leaves_of(student, teacher)
     check(output, 0.8 * terms["ce"] + 0.2 * kd, terms, leaves)
     if vocab == teacher_vocab:
         check_diagnostics(output, student, s, t)
@@ -147,13 +151,7 @@ def test_dskd(divergence: Divergence | None) -> None:
     s2t_kd = ForwardKL()(t, x, 2.0).sum()
     terms = {"ce": ce(s, student.labels), "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd}
     terms["kd"] = t2s_ce + t2s_kd + s2t_kd
-    leaves = [
-        student.hidden,
-        student.head.weight,
-        teacher.hidden,
-        teacher.head.weight,
-        *objective.parameters(),
-    ]
+    leaves = [*leaves_of(student, teacher), *objective.parameters()]
     check(output, 0.7 * terms["ce"] + 0.3 * terms["kd"], terms, leaves)
     check_diagnostics(output, student, s, t)
     gold = F.one_hot(student.labels, VOCAB + 3)
@@ -183,13 +181,7 @@ def test_dskd_v2(threshold: float, topk: int | None) -> None:
     s2t_kd = ReverseKL()(t, x, 2.0).sum()
     terms = {"ce": ce(s, student.labels), "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd}
     terms["kd"] = t2s_ce + t2s_kd + s2t_kd
-    leaves = [
-        student.hidden,
-        student.head.weight,
-        teacher.hidden,
-        teacher.head.weight,
-        *objective.parameters(),
-    ]
+    leaves = [*leaves_of(student, teacher), *objective.parameters()]
     check(output, 0.5 * terms["ce"] + 0.5 * terms["kd"], terms, leaves)
     check_diagnostics(output, student, s, t)
     torch.testing.assert_close(output.metrics["t2s_agreement"].value.double(), agree.double().mean())
