@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd_lightning.functional.chunking import chunk_tokens, chunked_sum
+from dskd_lightning.functional.chunking import chunk_tokens, chunked_sum, head_parameters
 from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
 
 __all__ = ["fidelity", "shared_tokens"]
@@ -88,8 +88,8 @@ def _likelihood(student: Side) -> dict[str, Tensor]:
         nll = (logits.logsumexp(-1) - gold).double().sum()
         return nll, {"nll": nll, "correct": (logits.argmax(-1) == labels).sum()}
 
-    size = chunk_tokens(student.head.vocab_size)
-    parameters = (student.head.weight, student.head.bias)
+    size = chunk_tokens(student.head.vocab_size, device=student.hidden.device)
+    parameters = head_parameters(student.head)
     return chunked_sum(step, (student.hidden, student.labels), parameters, chunk_size=size)[1]
 
 
@@ -107,8 +107,8 @@ def _closeness(
     sums = chunked_sum(
         step,
         (student_hidden, teacher_hidden),
-        (student_head.weight, student_head.bias, teacher_head.weight, teacher_head.bias),
-        chunk_size=chunk_tokens(vocabulary),
+        (*head_parameters(student_head), *head_parameters(teacher_head)),
+        chunk_size=chunk_tokens(vocabulary, device=student_hidden.device),
     )[1]
     count = torch.tensor(student_hidden.shape[0], device=student_hidden.device)
     return {"kl": Ratio(sums["kl"], count), "agreement": Ratio(sums["agree"], count)}

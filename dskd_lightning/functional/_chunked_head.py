@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dskd_lightning.functional.chunking import autocast_to
+
 __all__ = ["ChunkedHead"]
 
 
@@ -23,12 +25,8 @@ class ChunkedHead:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
     ) -> None:
-        device = hidden.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        self.hidden, self.weight = hidden, weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
+        self.hidden, self.weight = hidden, autocast_to(weight)
+        self.bias = None if bias is None else autocast_to(bias)
         self.needs = any(needs)
         self._dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         self._needs_weight, self._needs_bias = needs[1], needs[2] and bias is not None

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["DEFAULT_BUDGET_MB", "chunk_tokens", "chunked_map", "chunked_sum"]
+from dskd_lightning.structures import Head
+
+__all__ = [
+    "DEFAULT_BUDGET_MB",
+    "autocast_to",
+    "chunk_tokens",
+    "chunked_map",
+    "chunked_sum",
+    "head_parameters",
+]
 
 DEFAULT_BUDGET_MB = 1024.0
 """Memory that the vocabulary-sized tensors of one chunk may take together."""
@@ -20,7 +29,17 @@ SumFunction = Callable[[ChunkTensors, ChunkTensors], tuple[Tensor, dict[str, Ten
 MapFunction = Callable[[ChunkTensors, ChunkTensors], Tensor]
 
 
-def chunk_tokens(vocab_size: int, budget_mb: float = DEFAULT_BUDGET_MB, *, copies: int = 8) -> int:
+# glibc gives larger blocks back at every release, and the kernel zeroes their pages anew.
+_CPU_TENSOR_MB = 24.0
+
+
+def chunk_tokens(
+    vocab_size: int,
+    budget_mb: float = DEFAULT_BUDGET_MB,
+    *,
+    copies: int = 8,
+    device: torch.device | None = None,
+) -> int:
     """Tokens per chunk such that ``copies`` float32 tensors ``[tokens, vocab]`` fit the budget.
 
     Args:
@@ -28,11 +47,16 @@ def chunk_tokens(vocab_size: int, budget_mb: float = DEFAULT_BUDGET_MB, *, copie
         budget_mb: MiB for one chunk.
         copies: float32 tensors of that size alive at once: two logits, and per divergence about
             six of log-probabilities, probabilities and gradients.
+        device: on a CPU, one tensor of a chunk is at most 24 MiB, as memory is reused up to
+            that size.
 
     Returns:
         A multiple of 16, at least 16: fewer rows than that only make the matrix products slow.
     """
-    tokens = int(budget_mb * 2**20 / (4 * max(vocab_size, 1) * copies))
+    tensor_mb = budget_mb / copies
+    if device is not None and device.type == "cpu":
+        tensor_mb = min(tensor_mb, _CPU_TENSOR_MB)
+    tokens = int(tensor_mb * 2**20 / (4 * max(vocab_size, 1)))
     return max(16, tokens // 16 * 16)
 
 
@@ -96,6 +120,22 @@ def _chunked_sum(
 @torch.compiler.disable
 def _chunked_map(fn: MapFunction, inputs: ChunkTensors, parameters: ChunkTensors, chunk_size: int) -> Tensor:
     return _ChunkedMap.apply(fn, len(inputs), chunk_size, *inputs, *parameters)  # type: ignore[no-any-return]
+
+
+def autocast_to(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype of its products under autocast; itself outside it or in float64.
+
+    Cast once in front of many chunks, it isn't cast in each.
+    """
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def head_parameters(head: Head) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a head for the ``parameters`` of chunks, cast once where autocast would."""
+    return autocast_to(head.weight), None if head.bias is None else autocast_to(head.bias)
 
 
 def spans(tokens: int, chunk_size: int) -> Iterator[slice]:

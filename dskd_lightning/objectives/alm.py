@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import chunked_map
-from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, head_parameters
 from dskd_lightning.objectives._vocabulary import extension_ranges
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
@@ -142,8 +142,9 @@ class ALMObjective(CrossTokenizerObjective):
                 entropy = torch.special.entr(p).sum(-1)
             return torch.stack([chosen, bias, hit, entropy], dim=1)
 
-        heads = (side.head.weight, side.head.bias)
-        return chunked_map(read, (side.hidden, side.labels), heads, chunk_size=chunk_size)
+        return chunked_map(
+            read, (side.hidden, side.labels), head_parameters(side.head), chunk_size=chunk_size
+        )
 
 
 def _bias(p: Tensor, labels: Tensor, order: Tensor, first: Tensor, last: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ class CrossTokenizerObjective(DistillationObjective):
 
     def _chunk(self, student: Side, teacher: Side) -> int:
         vocab = max(student.head.vocab_size, teacher.head.vocab_size)
-        return chunk_tokens(vocab, self.memory_budget_mb, copies=self.vocabulary_copies)
+        return chunk_tokens(
+            vocab, self.memory_budget_mb, copies=self.vocabulary_copies, device=student.hidden.device
+        )
 
     def _alignment(self, student: Side, teacher: Side, alignment: Alignment | None) -> Alignment:
         if alignment is not None:

@@ -87,8 +87,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             alignment = self._alignment(student, teacher, None)
         attention: AttentionMap = self.attention(student, teacher, alignment)
         values = self.t2s(self.attention.teacher_values(teacher))
-        reads, chunk = attention.student_reads, self._chunk(student, teacher)
-        ratio = self.kd_ratio
+        reads, ratio = attention.student_reads, self.kd_ratio
         loss, stats = student_space(
             student,
             attention.to_student(values),
@@ -96,14 +95,19 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             self.divergence,
             self.temperature,
             SpaceWeights(1 - ratio, ratio, ratio),
-            chunk_size=chunk,
+            memory_budget_mb=self.memory_budget_mb,
         )
         # A teacher position that reads nothing has no projected student.
         answers = attention.teacher_reads.nonzero().squeeze(1)
         projected = attention.to_teacher(self.s2t(student.hidden))[answers]
         answering = _take(teacher, answers)
         s2t_loss, s2t_stats = teacher_space(
-            answering, projected, ForwardKL(), self.temperature, ratio, chunk_size=chunk
+            answering,
+            projected,
+            ForwardKL(),
+            self.temperature,
+            ratio,
+            memory_budget_mb=self.memory_budget_mb,
         )
         loss = loss + s2t_loss
         terms = {name: stats.pop(name) for name in ("ce", "t2s_ce", "t2s_kd")}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.functional import Divergence, ForwardKL, chunked_sum
+from dskd_lightning.functional import Divergence, ForwardKL, token_argmax
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
 from dskd_lightning.objectives._vocabulary import mutual_tokens
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
 from dskd_lightning.projection import HeadMap, LinearProjector
-from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
+from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
 
 __all__ = ["DSKDTokenAlignmentObjective"]
 
@@ -87,10 +86,10 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         assert teacher is not None
         assert self.teacher_to_student is not None
         aligned = self._alignment(student, teacher, alignment)
-        chunk, tokens = self._chunk(student, teacher), len(student)
+        tokens = len(student)
         i, j = aligned.pairs.unbind(1)
         projected = self.t2s(teacher.hidden.detach()[j])
-        choice, guess = _choices(teacher, j, student.head, projected.detach(), chunk)
+        choice, guess = token_argmax(teacher.hidden[j], teacher.head), token_argmax(projected, student.head)
         labels = self.teacher_to_student[choice]
         kept = (labels >= 0).nonzero().squeeze(1)
         i, j, projected, labels, guess = i[kept], j[kept], projected[kept], labels[kept], guess[kept]
@@ -107,7 +106,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             self.divergence,
             self.temperature,
             SpaceWeights(1 - self.kd_ratio, scale, kd_scale),
-            chunk_size=chunk,
+            memory_budget_mb=self.memory_budget_mb,
             only_agreeing=only_agreeing,
         )
         paired = replace(
@@ -119,7 +118,12 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         )
         back = self.s2t(student.hidden[i], student.head, teacher.head)
         s2t_loss, s2t = teacher_space(
-            paired, back, self.divergence, self.temperature, scale, chunk_size=chunk
+            paired,
+            back,
+            self.divergence,
+            self.temperature,
+            scale,
+            memory_budget_mb=self.memory_budget_mb,
         )
         per_pair = tokens / max(pairs, 1)
         terms = {
@@ -161,21 +165,3 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         for name in ("s2t_accuracy", "teacher_accuracy", "teacher_entropy"):
             metrics[name] = Ratio(s2t[name], pairs)
         return metrics
-
-
-@torch.no_grad()
-def _choices(
-    teacher: Side, positions: Tensor, head: Head, projected: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Argmax of the teacher and of the projected teacher through the student's head, per pair."""
-
-    def step(chunk: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, moved = chunk
-        stats = {
-            "choice": teacher.head.logits(hidden).argmax(-1),
-            "guess": head.logits(moved).argmax(-1),
-        }
-        return hidden.new_zeros(()), stats
-
-    _, stats = chunked_sum(step, (teacher.hidden[positions], projected), (), chunk_size=chunk_size)
-    return stats["choice"], stats["guess"]

@@ -145,7 +145,7 @@ class GOLDObjective(PairedObjective):
             side.head,
             side.labels[rows],
             temperature=self.temperature,
-            chunk_size=chunk_tokens(side.head.vocab_size, self.memory_budget_mb),
+            chunk_size=chunk_tokens(side.head.vocab_size, self.memory_budget_mb, device=side.hidden.device),
         )
         return log_prob.new_zeros(max(groups, 1)).index_add(0, group[rows], log_prob)
 

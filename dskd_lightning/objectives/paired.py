@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dskd_lightning.functional import chunked_sum
+from dskd_lightning.functional.chunking import head_parameters
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
 from dskd_lightning.structures import Alignment, Head, Ratio, Side
@@ -85,7 +86,7 @@ class PairedObjective(CrossTokenizerObjective):
         if not len(teacher):
             hidden = hidden.new_zeros(1, hidden.shape[1])
         inputs = (student.hidden, student.labels, hidden[position.clamp(min=0)], position, *partners.extras)
-        heads = (student.head.weight, student.head.bias, teacher.head.weight, teacher.head.bias)
+        heads = (*head_parameters(student.head), *head_parameters(teacher.head))
 
         def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
             weight, bias, teacher_weight, teacher_bias = parameters

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.functional.sorting import sorted_rows
 from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.structures import Alignment, Side
 
@@ -14,13 +15,13 @@ __all__ = ["ULDObjective", "sorted_l1"]
 
 
 def sorted_l1(p: Tensor, q: Tensor) -> Tensor:
-    """L1 distance ``[...]`` of ``p`` ``[..., a]`` and ``q`` ``[..., b]``, each sorted descending.
+    """L1 distance ``[...]`` of ``p`` ``[..., a]`` and ``q`` ``[..., b]``, largest against largest.
 
-    The shorter is padded by zeros. It is the Wasserstein distance under a cost that ignores which
-    token is which.
+    The shorter is padded by zeros at its small end. It is the Wasserstein distance under a cost
+    that ignores which token is which.
     """
     size = max(p.shape[-1], q.shape[-1])
-    p, q = (F.pad(x.sort(-1, descending=True).values, (0, size - x.shape[-1])) for x in (p, q))
+    p, q = (F.pad(sorted_rows(x), (size - x.shape[-1], 0)) for x in (p, q))
     return (p - q).abs().sum(-1)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dskd_lightning.functional import chunk_tokens, chunked_map, chunked_sum, token_argmax, token_log_prob
+from dskd_lightning.functional.chunking import head_parameters
 from dskd_lightning.structures import Head
 
 TOKENS, HIDDEN, VOCAB = 11, 4, 13
@@ -155,3 +156,20 @@ def test_chunk_tokens() -> None:
     assert chunk_tokens(152_000, 1024, copies=2) > chunk_tokens(152_000, 1024)
     assert chunk_tokens(10**7, 1) == 16
     assert chunk_tokens(32_000) % 16 == 0
+    on_cpu = chunk_tokens(152_000, device=torch.device("cpu"))
+    assert on_cpu * 152_000 * 4 <= 24 * 2**20 < (on_cpu + 16) * 152_000 * 4
+    assert chunk_tokens(152_000, device=torch.device("cuda")) == chunk_tokens(152_000)
+    assert chunk_tokens(32_000, 16, device=torch.device("cpu")) == chunk_tokens(32_000, 16)
+
+
+def test_heads_are_cast_once_where_autocast_would() -> None:
+    weight = torch.randn(VOCAB, HIDDEN, requires_grad=True)
+    bias = torch.randn(VOCAB)
+    assert head_parameters(Head(weight, bias)) == (weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, cast_bias = head_parameters(Head(weight, bias))
+        assert cast.dtype == torch.bfloat16
+        assert cast.requires_grad
+        assert cast_bias is not None
+        assert cast_bias.dtype == torch.bfloat16
+        assert head_parameters(Head(weight.double()))[0].dtype == torch.float64
