@@ -7,6 +7,7 @@ from dskd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from dskd_lightning.callbacks.monitor import TrainingMonitor
 from dskd_lightning.callbacks.responses import ResponseEvaluation
 from dskd_lightning.callbacks.summary import DistillationSummary
+from dskd_lightning.callbacks.training_cost import TrainingCost
 
 __all__ = [
     "CompletionsTable",
@@ -15,5 +16,6 @@ __all__ = [
     "RepresentationAnalysis",
     "ResponseEvaluation",
     "ResumableCSVLogger",
+    "TrainingCost",
     "TrainingMonitor",
 ]

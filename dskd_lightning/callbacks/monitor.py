@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dskd_lightning.evaluation.memory import peak_memory_bytes
 from dskd_lightning.evaluation.representation import effective_rank
 from dskd_lightning.structures import DistillationBatch
 
@@ -90,11 +88,3 @@ class TrainingMonitor(L.Callback):
         if key not in self._warned:
             self._warned.add(key)
             rank_zero_warn(message)
-
-
-def peak_memory_bytes() -> int:
-    """Peak CUDA memory of this process, or its peak resident memory without CUDA."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)

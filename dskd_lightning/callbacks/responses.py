@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
+from peft import PeftModel
 
 from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.evaluation.efficiency import measure_efficiency
@@ -20,8 +21,10 @@ from dskd_lightning.evaluation.generation import GenerationSettings, Generator
 from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
 from dskd_lightning.evaluation.predict import predict
 from dskd_lightning.evaluation.predictions import Prediction
+from dskd_lightning.models.export import merged
 from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_teacher
+from dskd_lightning.models.sources import resolve_source
 
 if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule
@@ -47,7 +50,8 @@ class ResponseEvaluation(L.Callback):
         top_p: probability that the sampled tokens must hold.
         batch_size: prompts generated at once.
         limit: generate for the first so many prompts only.
-        efficiency: after a test, also measure size, speed and energy of the student.
+        efficiency: after a test, also measure size, speed and energy of the student, its adapter
+            merged into a copy.
         teacher_efficiency: and of the first teacher, which is loaded for it where a cache stood in.
     """
 
@@ -95,15 +99,20 @@ class ResponseEvaluation(L.Callback):
         if trainer.world_size > 1:
             return
         if self.efficiency:
-            self._measure(module.student, "efficiency")
+            student: Any = module.student
+            student = merged(student) if isinstance(student, PeftModel) else student  # as it is shipped
+            self._measure(student, "efficiency")
+            del student
         if self.teacher_efficiency and module.teacher_specs:
             teacher: Any = module.teachers[0] if module.complete_teachers else None
             if teacher is None:
                 teacher = load_teacher(module.teacher_specs[0]).to(cast("Any", module.device))
-            self._measure(teacher, "teacher_efficiency")
+            source = resolve_source(module.teacher_specs[0].source)
+            files = source.gguf or (source.location if source.local else None)
+            self._measure(teacher, "teacher_efficiency", files)
 
-    def _measure(self, model: Any, name: str) -> None:
-        costs = measure_efficiency(model, prompt_tokens=64, new_tokens=32).to_dict()
+    def _measure(self, model: Any, name: str, files: str | Path | None = None) -> None:
+        costs = measure_efficiency(model, folder=files, prompt_tokens=64, new_tokens=32).to_dict()
         write_atomic(self.output / f"{name}.json", json.dumps(costs, indent=2) + "\n")
 
     def evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dskd_lightning.callbacks import (
     RepresentationAnalysis,
     ResponseEvaluation,
     ResumableCSVLogger,
+    TrainingCost,
     TrainingMonitor,
 )
 from dskd_lightning.cli.console import configure_output
@@ -149,6 +150,7 @@ class DistillationCLI(LightningCLI):
             and config.get("enable_checkpointing") is not False
         ):
             callbacks = [*callbacks, *self._checkpoints(folder, outer.save_every_n_steps)]
+        callbacks = [*callbacks, TrainingCost(outer.output)]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, _ProgressBar()]
         if config.get("logger") is not False:

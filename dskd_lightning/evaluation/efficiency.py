@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.energy import EnergyMeter
+from dskd_lightning.evaluation.memory import PeakMemory
 
 __all__ = ["Efficiency", "disk_bytes", "measure_efficiency"]
 
@@ -27,8 +28,10 @@ class Efficiency:
     Args:
         parameters: number of parameters, shared ones once.
         weight_bytes: memory of the weights.
-        disk_bytes: weight files of the model's folder; None without a folder.
-        peak_bytes: peak GPU memory while generating; None on a CPU.
+        disk_bytes: the weight files that it was read from; without any, what its weights take as
+            safetensors.
+        peak_bytes: memory of the weights and the peak above it while generating; None where a
+            process can't read its own peak.
         prompt_tokens: length of the measured prompt.
         new_tokens: decoded tokens.
         prefill_tokens_per_second: speed of reading the prompt.
@@ -42,7 +45,7 @@ class Efficiency:
 
     parameters: int
     weight_bytes: int
-    disk_bytes: int | None
+    disk_bytes: int
     peak_bytes: int | None
     prompt_tokens: int
     new_tokens: int
@@ -60,7 +63,9 @@ class Efficiency:
 
 
 def disk_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of the weight files in a model's folder."""
+    """Bytes of a weight file, or of the weight files in a model's folder."""
+    if Path(folder).is_file():
+        return Path(folder).stat().st_size
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files if path.suffix in _WEIGHT_SUFFIXES)
 
@@ -78,7 +83,7 @@ def measure_efficiency(
 
     Args:
         model: a Hugging Face causal model in evaluation mode, on its device.
-        folder: where its weights lie on disk.
+        folder: where its weights lie on disk; a folder or a file.
         prompt_tokens: length of the prompt.
         new_tokens: tokens to decode; end tokens do not stop it.
         repeats: timed repetitions after one warm-up.
@@ -98,19 +103,19 @@ def measure_efficiency(
     device: torch.device = embeddings.device
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, embeddings.shape[0], (1, prompt_tokens), generator=generator).to(device)
-    _decode(model, prompt, 2)
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+    memory = PeakMemory(device)
+    _decode(model, prompt, new_tokens)
     with EnergyMeter(gpu=cuda) as meter:
         times = [_decode(model, prompt, new_tokens) for _ in range(repeats)]
+    extra, weights = memory.extra, sum(p.numel() * p.element_size() for p in model.parameters())
     first = statistics.median(prefill for prefill, _ in times)
     rest = statistics.median(decode for _, decode in times)
     return Efficiency(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        disk_bytes=None if folder is None else disk_bytes(folder),
-        peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
+        weight_bytes=weights,
+        disk_bytes=weights if folder is None else disk_bytes(folder),
+        peak_bytes=None if extra is None else weights + extra,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         prefill_tokens_per_second=prompt_tokens / first,

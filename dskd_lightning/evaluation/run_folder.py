@@ -10,6 +10,7 @@
       environment.json                versions and hardware, see `environment.collect_environment`
       efficiency.json                 see `efficiency.Efficiency`
       teacher_efficiency.json         the same of the first teacher
+      training.json                   see `callbacks.TrainingCost`
       representation.json             see `callbacks.RepresentationAnalysis`
       alignments/*.json               `AlignmentMap`s
 
@@ -77,6 +78,7 @@ class RunFolder:
         teacher_efficiency: the same of the teacher, where it was measured.
         alignments: maps to draw.
         representation: distances to the teacher and spectra of projectors, or None.
+        training: what training has cost, or None.
     """
 
     path: Path
@@ -90,6 +92,7 @@ class RunFolder:
     alignments: tuple[AlignmentMap, ...] = ()
     representation: dict[str, Any] | None = None
     teacher_efficiency: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], name: str | None = None) -> RunFolder:
@@ -117,6 +120,7 @@ class RunFolder:
             alignments=tuple(_read_alignment(file) for file in sorted(path.glob("alignments/*.json"))),
             teacher_efficiency=_read_json(path / "teacher_efficiency.json"),
             representation=_read_json(path / "representation.json"),
+            training=_read_json(path / "training.json"),
         )
 
 

@@ -76,9 +76,9 @@ def summarise(
 def _row(folder: Path) -> dict[str, float]:
     result: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
     row = {key: float(value) for key, value in result.get("test", {}).items()}
-    if result["trained"]:
-        row["training_seconds"] = result["training_seconds"]
-        row["peak_memory_gib"] = result["peak_memory_bytes"] / 2**30
+    if cost := result.get("training"):
+        row["training_seconds"] = cost["seconds"]
+        row["peak_memory_gib"] = cost["peak_bytes"] / 2**30
     return row
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def run_variant(arguments: list[str], folder: str, train: bool, test: bool) -> N
 
 
 def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
-    from dskd_lightning.callbacks.monitor import peak_memory_bytes
     from dskd_lightning.cli.lightning_cli import DistillationCLI
 
     done = folder / DONE
@@ -41,7 +39,6 @@ def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
     # A new student ends what the folder held, unless it was trained here.
     cli = DistillationCLI(args=[*arguments, f"--overwrite={str(not result).lower()}"], run=False)
     if not result:
-        started = time.perf_counter()
         result = {"trained": train}
         if train:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -50,9 +47,7 @@ def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
                 for name, value in cli.trainer.callback_metrics.items()
                 if name.startswith("val/")
             }
-        result["training_seconds"] = time.perf_counter() - started if train else 0.0
-        result["peak_memory_bytes"] = peak_memory_bytes()
-        result["steps"] = cli.trainer.global_step
+            result["training"] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     if test:
         best = folder / "checkpoints" / "best.ckpt"
         cli.trainer.test(

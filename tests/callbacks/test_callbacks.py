@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dskd_lightning.callbacks import ResumableCSVLogger, TrainingMonitor
+from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor
 from dskd_lightning.evaluation.representation import effective_rank
 
 
@@ -63,3 +64,24 @@ def test_vanished_entropy_warns():
     trainer = SimpleNamespace(callback_metrics={"train/student_entropy": torch.tensor(0.001)})
     with pytest.warns(UserWarning, match="near certainty"):
         TrainingMonitor()._check_entropy(trainer)
+
+
+def test_training_cost_counts_on_where_a_run_resumes(tmp_path, monkeypatch):
+    now = iter([100.0, 107.0, 200.0, 203.0])
+    monkeypatch.setattr("dskd_lightning.callbacks.training_cost.time.perf_counter", lambda: next(now))
+    trainer = SimpleNamespace(global_step=4, world_size=1, is_global_zero=True)
+    first = TrainingCost(tmp_path)
+    first.setup(trainer, None, "fit")
+    state = first.state_dict()
+    assert state == {"seconds": 7.0}
+    resumed = TrainingCost(tmp_path)
+    resumed.setup(trainer, None, "fit")
+    resumed.load_state_dict(state)
+    resumed.on_train_end(trainer, None)
+    cost = json.loads((tmp_path / "training.json").read_text())
+    assert cost["seconds"] == 10.0
+    assert (cost["steps"], cost["devices"]) == (4, 1)
+    assert cost["peak_bytes"] > 2**20
+    other = TrainingCost(tmp_path)
+    other.setup(trainer, None, "test")
+    assert other.state_dict() == {"seconds": 0.0}

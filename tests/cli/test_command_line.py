@@ -303,7 +303,8 @@ def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):
     assert (tmp_path / "study/DSKD").resolve() == grid / "1"
     result = json.loads((tmp_path / "study/DSKD/variant.json").read_text())
     assert result["trained"]
-    assert result["training_seconds"] > 0
+    assert result["training"] == json.loads((tmp_path / "study/DSKD/training.json").read_text())
+    assert result["training"]["seconds"] > 0
     assert "rougeL" in result["test"]
     assert "DSKD" in (tmp_path / "study/table.md").read_text()
 

@@ -12,6 +12,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.energy import EnergyMeter
 from dskd_lightning.evaluation.harness import run_harness
+from dskd_lightning.evaluation.memory import PeakMemory
 
 
 def test_measures_a_model(tmp_path) -> None:
@@ -24,8 +25,26 @@ def test_measures_a_model(tmp_path) -> None:
     assert cost.prefill_tokens_per_second == pytest.approx(16 / cost.time_to_first_token)
     assert cost.decode_tokens_per_second > 0
     assert cost.device == "cpu"
-    assert cost.peak_bytes is None
+    assert cost.peak_bytes is None or cost.peak_bytes >= cost.weight_bytes
     json.dumps(cost.to_dict())
+    alone = measure_efficiency(model, prompt_tokens=16, new_tokens=4, repeats=1)
+    assert alone.disk_bytes == cost.weight_bytes
+    file = measure_efficiency(
+        model, folder=tmp_path / "model.safetensors", prompt_tokens=16, new_tokens=4, repeats=1
+    )
+    assert file.disk_bytes == cost.disk_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak can be restarted on Linux only")
+def test_peak_memory_is_what_was_used_meanwhile() -> None:
+    before = torch.ones(2**25)  # 128 MiB, given back before the measured part
+    del before
+    peak = PeakMemory(torch.device("cpu"))
+    assert peak.extra is not None
+    assert peak.extra < 2**25
+    block = torch.ones(2**24)  # 64 MiB
+    del block
+    assert 0.9 * 2**26 < peak.extra < 1.5 * 2**26
 
 
 def test_bad_lengths() -> None:

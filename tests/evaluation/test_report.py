@@ -161,6 +161,21 @@ def test_plots_lie_beside(report) -> None:
     assert {f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")} <= names
 
 
+@pytest.mark.parametrize(("seconds", "drawn"), [((10.0, 20.0), True), ((10.0, 10.0), False)])
+def test_students_of_one_size_are_set_against_the_time_of_training(tmp_path, seconds, drawn) -> None:
+    runs = []
+    for i, value in enumerate(seconds):
+        run = make_run(tmp_path, f"run{i}", i)
+        (run.path / "efficiency.json").write_text(json.dumps({"parameters": 10**6}))
+        (run.path / "training.json").write_text(json.dumps({"seconds": value, "peak_bytes": 3_000_000}))
+        runs.append(RunFolder.read(run.path, run.name))
+    comparisons = compare_all(runs, prompt_metric("rougeL"), resamples=50)
+    html = write_report(ReportData(runs, comparisons, []), tmp_path / "out").read_text()
+    assert (tmp_path / "out/plots/quality_cost.svg").is_file() == drawn
+    assert ("seconds of training" in html) == drawn
+    assert "Cost of training" in html
+
+
 @given(st.text("ab c.\n", max_size=30), st.text("ab c.\n", max_size=30))
 def test_word_diff_spells_both_texts(before, after) -> None:
     segments = word_diff(before, after)

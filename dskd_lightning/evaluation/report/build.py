@@ -148,14 +148,18 @@ def _spectra(data: ReportData) -> list[plots.Plot]:
 
 
 def _scatter(data: ReportData) -> list[plots.Plot]:
-    points: dict[str, tuple[float, float] | None] = {}
+    """Quality against size or, where the students are of one size, against the time of training."""
     scores = [
         data.comparisons[0].baseline_scores,
         *(comparison.candidate_scores for comparison in data.comparisons),
     ]
-    for run, score in zip(data.runs, scores, strict=True):
-        cost = (run.efficiency or {}).get("parameters")
-        points[run.name] = (float(cost), score.mean) if cost else None
-    if len({point[0] for point in points.values() if point is not None}) < 2:
-        return []  # students of one size have nothing to trade
-    return [plots.quality_cost_plot(data.comparisons[0].metric.label, "parameters", points)]
+    sizes = [(run.efficiency or {}).get("parameters") for run in data.runs]
+    seconds = [(run.training or {}).get("seconds") for run in data.runs]
+    for label, costs in (("parameters", sizes), ("seconds of training", seconds)):
+        if len({cost for cost in costs if cost}) > 1:
+            points = {
+                run.name: (float(cost), score.mean) if cost else None
+                for run, cost, score in zip(data.runs, costs, scores, strict=True)
+            }
+            return [plots.quality_cost_plot(data.comparisons[0].metric.label, label, points)]
+    return []  # nothing to trade

@@ -98,19 +98,27 @@ def run_tables(runs: Sequence[RunFolder]) -> list[Table]:
     teachers = [(f"{run.name}: teacher", run.teacher_efficiency) for run in runs if run.teacher_efficiency]
     measured += teachers
     if measured:
-        keys = [
-            key
-            for key, value in measured[0][1].items()
-            if not isinstance(value, (list, tuple, dict))
-            and any(values.get(key) is not None for _, values in measured)
-        ]
-        titles = [key.replace("_bytes", " MB").replace("_", " ") for key in keys]
-        table = tuple((name, *(_unit(key, values.get(key)) for key in keys)) for name, values in measured)
-        tables.append(Table("Efficiency", ("run", *titles), table))
+        tables.append(_cost_table("Efficiency", measured))
+    trained = [(run.name, run.training) for run in runs if run.training]
+    if trained:
+        tables.append(_cost_table("Cost of training", trained))
     analysed = [(run.name, run.representation) for run in runs if run.representation]
     if analysed:
         tables.append(_representation_table(analysed))
     return tables
+
+
+def _cost_table(title: str, measured: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """One row per run; a column for each number that any of them has."""
+    keys = [
+        key
+        for key, value in measured[0][1].items()
+        if not isinstance(value, (list, tuple, dict))
+        and any(values.get(key) is not None for _, values in measured)
+    ]
+    titles = [key.replace("_bytes", " MB").replace("_", " ") for key in keys]
+    rows = tuple((name, *(_unit(key, values.get(key)) for key in keys)) for name, values in measured)
+    return Table(title, ("run", *titles), rows)
 
 
 def _representation_table(analysed: Sequence[tuple[str, dict[str, Any]]]) -> Table:

@@ -1,0 +1,55 @@
+"""What the training of a run has cost, on disk beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.evaluation.memory import peak_memory_bytes
+
+__all__ = ["TrainingCost"]
+
+
+class TrainingCost(L.Callback):
+    """Writes ``OUTPUT/training.json``: seconds, steps, devices and peak memory of a fit.
+
+    Seconds are wall-clock, from the building of the models to the last step, validation included;
+    preparing the data and a teacher cache is not. A resumed run counts on from its checkpoint.
+    Memory is that of the first process.
+
+    Args:
+        output: the run folder.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        self.output = Path(output)
+        self._earlier = 0.0
+        self._since: float | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        cost = {
+            "seconds": self._seconds(),
+            "steps": trainer.global_step,
+            "devices": trainer.world_size,
+            "peak_bytes": peak_memory_bytes(),
+        }
+        if trainer.is_global_zero:
+            write_atomic(self.output / "training.json", json.dumps(cost, indent=2) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._earlier + (0.0 if self._since is None else time.perf_counter() - self._since)
