@@ -125,3 +125,15 @@ def test_methods_page_names_every_objective() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     abstract = {"Objective", "ObjectiveOutput", "CrossTokenizerObjective", "PairedObjective"}
     assert not [name for name in objectives.__all__ if name not in abstract and f"`{name}`" not in text]
+
+
+def test_positional_lists_follow_the_other_arguments() -> None:
+    def harness(folder: str, tasks: list[str], limit: int | None = None) -> tuple[str, list[str], int | None]:
+        """Score."""
+        return folder, tasks, limit
+
+    assert run_function(harness, ["student", "arc_easy", "piqa", "--limit", "3"], "dskd") == (
+        "student",
+        ["arc_easy", "piqa"],
+        3,
+    )

@@ -20,17 +20,18 @@ def option(key: str, value: object) -> str:
 def run_function(function: Callable[..., object], arguments: Sequence[str], prog: str) -> object:
     """Call ``function`` with options parsed from ``arguments``.
 
-    Parameters without a default are positional; lists of strings take any number of words.
+    Parameters without a default are positional; lists of strings take any number of words, and a
+    positional one follows the others.
     ``--fail-if`` and ``--fail_if`` are the same option.
     """
     summary = (inspect.getdoc(function) or "").split("\n\n")[0]
     parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False)
     lists = _list_parameters(function)
+    parser.add_function_arguments(function, as_positional=True, skip=set(lists))
     for name, required in lists.items():
         parser.add_argument(
             name if required else f"--{name}", nargs="+", type=str, help=f"One or more {name}."
         )
-    parser.add_function_arguments(function, as_positional=True, skip=set(lists))
     config = parser.parse_args([_underscored(argument) for argument in arguments])
     return function(**parser.instantiate_classes(config).as_dict())
 

@@ -125,7 +125,17 @@ def generate(
     generate_responses(model, prompts, output, settings, seed, dtype, limit)
 
 
-def harness(folder: str, tasks: list[str], batch_size: str = "auto", output: str | None = None) -> None:
+def harness(
+    folder: str,
+    tasks: list[str],
+    batch_size: str = "auto",
+    output: str | None = None,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    device: str | None = None,
+) -> None:
     """Evaluate an exported student on tasks of lm-evaluation-harness.
 
     Args:
@@ -133,11 +143,26 @@ def harness(folder: str, tasks: list[str], batch_size: str = "auto", output: str
         tasks: task names of the harness.
         batch_size: as the harness takes it.
         output: also write the results to this JSON file.
+        include_path: folder of task files of your own, beside the harness's.
+        num_fewshot: examples in front of each question, instead of the task's own number.
+        limit: score the first so many questions of each task only.
+        apply_chat_template: ask the questions through the student's chat template.
+        device: where it runs, such as cpu or cuda:0; left out, the GPU where there is one.
     """
     from dskd_lightning.evaluation.files import write_atomic
     from dskd_lightning.evaluation.harness import run_harness
 
-    results = dumps(run_harness(folder, tasks, batch_size=batch_size), indent=2)
+    found = run_harness(
+        folder,
+        tasks,
+        batch_size=batch_size,
+        include_path=include_path,
+        device=device,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+    )
+    results = dumps(found, indent=2)
     if output is not None:
         write_atomic(output, results + "\n")
     print(results)

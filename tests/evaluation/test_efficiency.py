@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from conftest import make_model
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.energy import EnergyMeter
-from dskd_lightning.evaluation.harness import run_harness
 from dskd_lightning.evaluation.memory import PeakMemory
 
 
@@ -72,25 +70,3 @@ def test_no_energy_where_nothing_is_readable(tmp_path) -> None:
         torch.ones(1)
     assert meter.joules is None
     assert meter.sources == []
-
-
-def test_harness(tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match="at least one task"):
-        run_harness(tmp_path, [])
-    with pytest.raises(UserError, match="no exported model"):
-        run_harness(tmp_path, ["arc_easy"])
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr("dskd_lightning.evaluation.harness.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'lm_eval\[hf\]'"):
-        run_harness(tmp_path, ["arc_easy"])
-    calls = []
-
-    def simple_evaluate(**options):
-        calls.append(options)
-        return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
-
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
-    monkeypatch.setattr("dskd_lightning.evaluation.harness.find_spec", lambda name: object())
-    assert run_harness(tmp_path, ["arc_easy"], limit=5) == {"arc_easy/acc,none": 0.25}
-    assert calls[0]["model_args"] == f"pretrained={tmp_path}"
-    assert calls[0]["limit"] == 5
