@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 
 from dskd_lightning.callbacks.prompts import prompt_records
@@ -16,7 +16,7 @@ from dskd_lightning.evaluation.tables import CompletionTable
 if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule
 
-__all__ = ["CompletionsTable"]
+__all__ = ["CompletionsTable", "log_completions"]
 
 
 class CompletionsTable(L.Callback):
@@ -59,11 +59,20 @@ class CompletionsTable(L.Callback):
             )
             Console().print(table.rich(f"completions at step {trainer.global_step}"))
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("completions", table.markdown(), trainer.global_step)
+                log_completions(logger, table, trainer.global_step)
 
     def _answer(self, model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
         texts: dict[int, str] = {}
         for batch in Generator(model, tokenizer, self.settings)(prompts):
             texts |= {generation.index: generation.text for generation in batch}
         return [texts[index] for index in range(len(prompts))]
+
+
+def log_completions(logger: Logger, table: CompletionTable, step: int) -> None:
+    """Put the table where a logger shows text; other loggers have no place for it."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text("completions", table.markdown(), step)
+    elif isinstance(logger, WandbLogger):
+        logger.log_table("completions", columns=table.headings(), data=table.rows(), step=step)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_text(logger.run_id, table.markdown(), f"completions/step_{step}.md")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -42,11 +43,17 @@ class _ProgressBar(RichProgressBar):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Keeps ``config.yaml`` of the run folder; a resumed run writes it again."""
+    """Keeps ``config.yaml`` of the run folder, which a resumed run writes again, and tells the loggers."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        values = yaml.safe_load(self.parser.dump(self.config))
+        for log in trainer.loggers:
+            if not isinstance(log, ResumableCSVLogger):  # it lies beside config.yaml
+                log.log_hyperparams(values)
 
 
 class DistillationCLI(LightningCLI):
@@ -164,7 +171,7 @@ class DistillationCLI(LightningCLI):
         resuming = self.subcommand == "fit" and bool(outer.get("ckpt_path"))
         log = ResumableCSVLogger(output, resume=resuming or self.subcommand != "fit", retrain=resuming)
         if given is None or given is True:
-            return [log, TensorBoardLogger(output, name="", version="tensorboard")]
+            return [log, TensorBoardLogger(output, name="", version="tensorboard", default_hp_metric=False)]
         return [log, *(given if isinstance(given, list) else [given])]
 
     @staticmethod

@@ -39,31 +39,25 @@ class CompletionTable:
     def rich(self, title: str | None = None) -> Table:
         """A terminal table; nothing in the texts is read as markup or as a terminal command."""
         table = Table(title=None if title is None else Text(visible(title)), show_lines=True, expand=True)
-        for heading in self._headings():
+        for heading in self.headings():
             table.add_column(Text(heading), ratio=1, overflow="fold")
-        for row in self._rows():
+        for row in self.rows():
             table.add_row(*(Text(re.sub(r"\s*\n\s*", " ⏎ ", cell)) for cell in row))
         return table
 
     def markdown(self) -> str:
-        """A Markdown table, as TensorBoard and W&B show text."""
-        headings = self._headings()
+        """A Markdown table, as TensorBoard and MLflow show text."""
+        headings = self.headings()
         lines = [_markdown_row(headings), _markdown_row(["---"] * len(headings), escape=False)]
-        lines += [_markdown_row(row) for row in self._rows()]
+        lines += [_markdown_row(row) for row in self.rows()]
         return "\n".join(lines) + "\n"
 
-    def plain(self) -> str:
-        """Blocks of plain text, for logs without tables."""
-        blocks = []
-        for row in self._rows():
-            named = zip(self._headings(), row, strict=True)
-            blocks.append("\n".join(f"{heading}: {cell}" for heading, cell in named))
-        return "\n\n".join(blocks) + "\n"
-
-    def _headings(self) -> list[str]:
+    def headings(self) -> list[str]:
+        """Titles of the columns."""
         return ["prompt", *(visible(title) for title in self.responses)]
 
-    def _rows(self) -> list[list[str]]:
+    def rows(self) -> list[list[str]]:
+        """Cells as shown, control characters made visible."""
         columns = [self.prompts, *self.responses.values()]
         return [[shorten(visible(cell), self.limit) for cell in row] for row in zip(*columns, strict=True)]
 

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor
+from dskd_lightning.callbacks.completions import log_completions
 from dskd_lightning.evaluation.representation import effective_rank
+from dskd_lightning.evaluation.tables import CompletionTable
 
 
 def rows(folder):
@@ -85,3 +88,28 @@ def test_training_cost_counts_on_where_a_run_resumes(tmp_path, monkeypatch):
     other = TrainingCost(tmp_path)
     other.setup(trainer, None, "test")
     assert other.state_dict() == {"seconds": 0.0}
+
+
+def test_completions_go_where_a_logger_shows_text():
+    table = CompletionTable(["<b>"], {"student": ["a|b"]})
+    seen = []
+
+    class Board(TensorBoardLogger):
+        experiment = SimpleNamespace(add_text=lambda *args: seen.append(args))
+
+    class WeightsAndBiases(WandbLogger):
+        def log_table(self, key, **given):
+            seen.append((key, given))
+
+    class MLflow(MLFlowLogger):
+        experiment = SimpleNamespace(log_text=lambda *args: seen.append(args))
+        run_id = "r1"
+
+    loggers = [object.__new__(kind) for kind in (Board, WeightsAndBiases, MLflow)]
+    for logger in [*loggers, CSVLogger("unused")]:
+        log_completions(logger, table, 7)
+    assert seen == [
+        ("completions", table.markdown(), 7),
+        ("completions", {"columns": ["prompt", "student"], "data": [["<b>", "a|b"]], "step": 7}),
+        ("r1", table.markdown(), "completions/step_7.md"),
+    ]

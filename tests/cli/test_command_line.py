@@ -35,7 +35,8 @@ def test_fit_leaves_a_complete_run_folder(trained):
     run = trained / "run"
     assert {"best.ckpt", "last.ckpt"} == {path.name for path in (run / "checkpoints").iterdir()}
     assert (run / "config.yaml").is_file()
-    assert (run / "tensorboard").is_dir()
+    settings = yaml.safe_load((run / "tensorboard/hparams.yaml").read_text())
+    assert settings["model"]["objective"]["class_path"].endswith("DSKDObjective")
     with (run / "metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     for name in ("train/loss", "train/t2s_kd", "train/s2t_kd", "train/tokens", "val/kl", "val/nll_per_byte"):

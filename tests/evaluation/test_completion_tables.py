@@ -39,11 +39,6 @@ def test_markdown_keeps_one_row_a_prompt(table) -> None:
     assert "<b>" not in lines[2]
 
 
-def test_plain(table) -> None:
-    assert table.plain().startswith("prompt: [red]x[/red]")
-    assert "\x1b" not in table.plain()
-
-
 def test_columns_of_different_lengths() -> None:
     with pytest.raises(UserError, match="2 prompts but 1 responses of teacher"):
         CompletionTable(["a", "b"], {"teacher": ["x"]})
