@@ -84,7 +84,10 @@ class Head(_Movable):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocab]`` of hidden states ``[..., hidden]``, in the weight's dtype."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return self.scaled(torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Scale and softcap on the products ``hidden @ weight.T + bias``."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -38,15 +38,17 @@ def chunk_tokens(
     budget_mb: float = DEFAULT_BUDGET_MB,
     *,
     copies: int = 8,
+    itemsize: int = 4,
     device: torch.device | None = None,
 ) -> int:
-    """Tokens per chunk such that ``copies`` float32 tensors ``[tokens, vocab]`` fit the budget.
+    """Tokens per chunk such that ``copies`` tensors ``[tokens, vocab]`` fit the budget.
 
     Args:
         vocab_size: the (larger) vocabulary.
         budget_mb: MiB for one chunk.
-        copies: float32 tensors of that size alive at once: two logits, and per divergence about
+        copies: tensors of that size alive at once: two logits, and per divergence about
             six of log-probabilities, probabilities and gradients.
+        itemsize: bytes of an element, of float32 unless told.
         device: on a CPU, one tensor of a chunk is at most 24 MiB, as memory is reused up to
             that size.
 
@@ -56,7 +58,7 @@ def chunk_tokens(
     tensor_mb = budget_mb / copies
     if device is not None and device.type == "cpu":
         tensor_mb = min(tensor_mb, _CPU_TENSOR_MB)
-    tokens = int(tensor_mb * 2**20 / (4 * max(vocab_size, 1)))
+    tokens = int(tensor_mb * 2**20 / (itemsize * max(vocab_size, 1)))
     return max(16, tokens // 16 * 16)
 
 

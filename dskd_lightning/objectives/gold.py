@@ -120,6 +120,7 @@ class GOLDObjective(PairedObjective):
             "student_matched": ids,
             "teacher_matched": teacher_ids,
             "slots": slots,
+            "order": slots.argsort(),
             "student_rest": (match < 0).nonzero().squeeze(1),
             "teacher_rest": unmatched.nonzero().squeeze(1),
         }.items():
@@ -159,7 +160,7 @@ class GOLDObjective(PairedObjective):
             tiny = torch.finfo(summed.dtype).tiny
             matched_q = summed.index_add(1, self.get_buffer("slots"), matched_q.exp()).clamp(min=tiny).log()
         else:
-            matched_q = matched_q.index_select(-1, self.get_buffer("slots").argsort())
+            matched_q = matched_q.index_select(-1, self.get_buffer("order"))
         matched = measure_divergence(log_p.index_select(-1, self.teacher_matched), matched_q, self.beta)
         unmatched = sorted_l1(
             log_p.index_select(-1, self.teacher_rest).exp(), log_q.index_select(-1, self.student_rest).exp()

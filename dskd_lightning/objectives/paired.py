@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dskd_lightning.functional import chunked_sum
-from dskd_lightning.functional.chunking import head_parameters
+from dskd_lightning.functional.paired_logits import paired_logit_sum
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
-from dskd_lightning.structures import Alignment, Head, Ratio, Side
+from dskd_lightning.structures import Alignment, Ratio, Side
 
 __all__ = ["PairedObjective", "Pairs", "Partners"]
 
@@ -81,22 +79,15 @@ class PairedObjective(CrossTokenizerObjective):
         assert teacher is not None
         partners = self.partners(student, teacher, self._alignment(student, teacher, alignment))
         position = partners.position
-        # A row without a partner points at position 0, which nothing reads.
-        hidden = teacher.hidden.detach()
-        if not len(teacher):
-            hidden = hidden.new_zeros(1, hidden.shape[1])
-        inputs = (student.hidden, student.labels, hidden[position.clamp(min=0)], position, *partners.extras)
-        heads = (*head_parameters(student.head), *head_parameters(teacher.head))
-
-        def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-            weight, bias, teacher_weight, teacher_bias = parameters
-            return self._step(
-                chunk,
-                replace(student.head, weight=weight, bias=bias),
-                replace(teacher.head, weight=teacher_weight, bias=teacher_bias),
-            )
-
-        loss, stats = chunked_sum(step, inputs, heads, chunk_size=self._chunk(student, teacher))
+        loss, stats = paired_logit_sum(
+            self._step,
+            (student.hidden, student.head),
+            (teacher.hidden.detach(), teacher.head.detach()),
+            position,
+            (student.labels, *partners.extras),
+            memory_budget_mb=self.memory_budget_mb,
+            copies=self.vocabulary_copies,
+        )
         tokens = student.labels.new_tensor(len(student))
         pairs = (position >= 0).sum()
         counts = {"student_accuracy": tokens, "student_entropy": tokens}
@@ -107,17 +98,14 @@ class PairedObjective(CrossTokenizerObjective):
         terms = {name: Ratio(total, tokens) for name, total in stats.items()}
         return ObjectiveOutput(loss, tokens, terms, metrics)
 
-    def _step(self, chunk: tuple[Any, ...], student: Head, teacher: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, labels, teacher_hidden, position, *extras = chunk
-        paired = position >= 0
-        logits = _wide(student.logits(hidden))
+    def _step(
+        self, logits: Tensor, teacher_logits: Tensor, rows: Tensor, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        labels, *extras = inputs
         ce = F.cross_entropy(logits, labels, reduction="sum")
-        rows = paired.nonzero().squeeze(1)
-        with torch.no_grad():
-            teacher_logits = _wide(teacher.logits(teacher_hidden[rows]))
         pairs = Pairs(teacher_logits, logits[rows], labels[rows], tuple(extra[rows] for extra in extras))
         terms = self.compare(pairs)
-        for name, value in self.unpaired(logits, labels.masked_fill(paired, -1)).items():
+        for name, value in self.unpaired(logits, labels.index_fill(0, rows, -1)).items():
             terms[name] = terms[name] + value
         kd = torch.stack(list(terms.values())).sum()
         loss = (1 - self.kd_ratio) * ce + self.kd_ratio * kd
@@ -137,10 +125,7 @@ class PairedObjective(CrossTokenizerObjective):
         return stats
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _entropy(logits: Tensor) -> Tensor:
     """Sum over rows of the entropy of ``softmax(logits)``, in nats."""
-    return torch.special.entr(logits.softmax(-1)).sum()
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum()  # 0 where p is 0
