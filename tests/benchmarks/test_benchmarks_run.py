@@ -14,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import dataset_size
 import fused_loss
 import gold
 import training_step
@@ -76,3 +77,9 @@ def test_gold_trains_across_tokenizers(tmp_path: Path, capsys: pytest.CaptureFix
     found = measure(gold.case, gold.OURS, sizes, capsys)
     assert found.more["steps"] == 2
     assert found.more["first_loss"] > 0
+
+
+def test_dataset_size_reads_every_example(capsys: pytest.CaptureFixture[str]) -> None:
+    found = measure(lambda name, a: dataset_size.case(int(name)), "30", argparse.Namespace(), capsys)
+    assert found.more["tokens"] > 30 * 20
+    assert found.more["read"] > 0
