@@ -73,6 +73,8 @@ class RepresentationAnalysis(L.Callback):
 
     def _write_maps(self, trainer: L.Trainer, module: DistillationModule) -> None:
         tokenizer = cast("Any", trainer).datamodule.teacher_tokenizers[0]
+        for stale in (self.output / "alignments").glob("*.json"):  # an earlier test may have drawn more
+            stale.unlink()
         batches = self._read(trainer, module)
         found = itertools.chain.from_iterable(token_maps(module, batch, tokenizer) for batch in batches)
         for number, example in enumerate(itertools.islice(found, self.maps), 1):

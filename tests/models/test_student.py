@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -200,6 +201,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_folder, lora):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_compiling_keeps_names_and_results(model_folder):
     folder = model_folder()
     plain, _ = build_student(StudentSpec(folder))
@@ -207,6 +209,10 @@ def test_compiling_keeps_names_and_results(model_folder):
     compiled, _ = build_student(StudentSpec(folder, compile=True))
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert compiled.get_decoder()._compiled_call_impl is not None
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(compiled(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    compiled(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in compiled.parameters())
 
 
 @pytest.mark.parametrize("lora", [None, LoraSpec(rank=2)])
