@@ -106,7 +106,9 @@ class ResponseEvaluation(L.Callback):
         if self.teacher_efficiency and module.teacher_specs:
             teacher: Any = module.teachers[0] if module.complete_teachers else None
             if teacher is None:
-                teacher = load_teacher(module.teacher_specs[0]).to(cast("Any", module.device))
+                teacher = load_teacher(module.teacher_specs[0])
+                if not module.teacher_specs[0].quantization:  # which is on its device already
+                    teacher = teacher.to(cast("Any", module.device))
             source = resolve_source(module.teacher_specs[0].source)
             files = source.gguf or (source.location if source.local else None)
             self._measure(teacher, "teacher_efficiency", files)

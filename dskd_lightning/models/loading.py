@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def load_model(spec: ModelSpec, *, quantization: str | None = None) -> PreTraine
 
     Args:
         spec: where the model comes from.
-        quantization: ``8bit`` or ``4bit`` through bitsandbytes, for a frozen model on CUDA.
+        quantization: ``8bit`` or ``4bit`` through bitsandbytes, for a frozen model.
 
     Raises:
         UserError: the source can't be loaded, lacks weights, or can't be quantised here.
@@ -102,14 +103,10 @@ def _bitsandbytes(spec: ModelSpec, source: Source, quantization: str) -> dict[st
             f"`quantization: {quantization}` cannot apply to the GGUF file '{spec.source}', which is loaded "
             "dequantised: drop `quantization`, or give the original folder or Hub id."
         )
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"`quantization: {quantization}` needs a CUDA device and none is present: set it to null."
-        )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"`quantization: {quantization}` needs bitsandbytes: pip install 'dskd-lightning[gpu]'."
-        )
+        raise UserError(f"`quantization: {quantization}` needs bitsandbytes: pip install bitsandbytes.")
+    # It warns at every product that a bfloat16 input is cast to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
     config = BitsAndBytesConfig(
         load_in_8bit=quantization == "8bit",
@@ -117,4 +114,5 @@ def _bitsandbytes(spec: ModelSpec, source: Source, quantization: str) -> dict[st
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,
     )
-    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}

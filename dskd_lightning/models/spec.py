@@ -44,7 +44,7 @@ class TeacherSpec(ModelSpec):
 
     Args:
         adapter: a LoRA adapter (folder or Hub id), merged into the weights at load.
-        quantization: load the weights in 8 or 4 bits through bitsandbytes (CUDA only).
+        quantization: load the weights in 8 or 4 bits through bitsandbytes.
         weight: weight of this teacher's objective where there are several.
     """
 

@@ -163,7 +163,7 @@ def _build(
     rank, ranks = _ranks()
     with torch.device("cpu"):
         teacher = load_teacher(spec)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not spec.quantization:
         teacher.to(torch.device("cuda", torch.cuda.current_device()))  # type: ignore[arg-type]
     weights = weights_fingerprint(teacher)
     vocab = input_embeddings(teacher).shape[0]

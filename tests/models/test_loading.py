@@ -146,10 +146,29 @@ def test_teacher_is_frozen_and_its_adapter_merged(tmp_path):
         load_teacher(TeacherSpec(str(tmp_path / "base"), adapter=str(tmp_path / "base")))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
-def test_quantised_teacher_needs_cuda(model_folder):
-    with pytest.raises(UserError, match="needs a CUDA device"):
+def test_quantised_teacher_needs_bitsandbytes(model_folder, monkeypatch):
+    monkeypatch.setattr("dskd_lightning.models.loading.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
         load_teacher(TeacherSpec(model_folder(), quantization="4bit"))
+
+
+@pytest.mark.parametrize(("quantization", "largest"), [("8bit", 0.02), ("4bit", 0.2)])
+def test_quantised_teacher_is_near_the_plain_one_and_smaller(model_folder, quantization, largest, caplog):
+    pytest.importorskip("bitsandbytes")
+    folder = model_folder(hidden=64)
+    plain = load_teacher(TeacherSpec(folder, dtype="bfloat16"))
+    teacher = load_teacher(TeacherSpec(folder, dtype="bfloat16", quantization=quantization))
+    kind = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[quantization]
+    assert type(teacher.model.layers[0].self_attn.q_proj).__name__ == kind
+    assert type(teacher.get_output_embeddings()) is torch.nn.Linear  # hidden states meet an exact head
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert teacher.get_memory_footprint() < plain.get_memory_footprint()
+    ids = torch.arange(8, device=teacher.device)[None]
+    found, wanted = (model.to(ids.device)(ids).logits.float() for model in (teacher, plain))
+    error = (found - wanted).norm() / wanted.norm()
+    assert 0 < error < largest
+    assert "MatMul8bitLt" not in caplog.text
 
 
 @pytest.fixture
