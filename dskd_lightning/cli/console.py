@@ -34,5 +34,7 @@ def configure_output() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.handlers = [_StandardError()]
+    # Imported by peft wherever it is installed, it tells of optional kernels that it hasn't found.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message)
