@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dskd_lightning.functional._made_gradients import save_gradients, scaled_gradients
 from dskd_lightning.structures import Head
 
 __all__ = [
@@ -238,21 +239,14 @@ class _ChunkedSum(torch.autograd.Function):
             del loss, chunk_stats
         for name, values in collected.items():
             stats[name] = torch.cat(values) if values[0].dim() else torch.stack(values).sum(0)
-        result = gradients.result()
-        ctx.positions = [index for index, gradient in enumerate(result) if gradient is not None]
-        ctx.length = len(tensors)
-        ctx.save_for_backward(*(result[index] for index in ctx.positions))
+        save_gradients(ctx, gradients.result())
         assert total is not None
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = upstream
-        gradients: list[Tensor | None] = [None] * ctx.length
-        for index, gradient in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            gradients[index] = gradient * scale.to(gradient.dtype)
-        return (None, None, None, None, None, *gradients)
+        return (None, None, None, None, None, *scaled_gradients(ctx, upstream[0]))
 
 
 class _ChunkedMap(torch.autograd.Function):

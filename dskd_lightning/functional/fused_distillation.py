@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dskd_lightning.functional._chunked_head import ChunkedHead
+from dskd_lightning.functional._made_gradients import save_gradients, scaled_gradients
 from dskd_lightning.functional._softmax_rows import Scratch
 from dskd_lightning.functional._tiles import LossWeights, TileLosses, tile_rows
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, chunk_tokens, spans
@@ -195,14 +196,10 @@ class _FusedDistillation(torch.autograd.Function):
         if teacher is not None and needs[5]:
             # also where no teacher label is given, so that a projector never lacks its gradient
             saved.append(torch.zeros_like(teacher.hidden) if teacher.d_hidden is None else teacher.d_hidden)
-        ctx.positions = [index for index, gradient in enumerate(saved) if gradient is not None]
-        ctx.save_for_backward(*(saved[index] for index in ctx.positions))
+        save_gradients(ctx, [*saved, *[None] * (4 - len(saved))])
         return stats.pop("loss")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * 4
-        for index, gradient in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            gradients[index] = gradient * upstream[0].to(gradient.dtype)
-        return (None, None, *gradients, None, None, None, None, None)
+        return (None, None, *scaled_gradients(ctx, upstream[0]), None, None, None, None, None)

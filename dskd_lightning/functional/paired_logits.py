@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dskd_lightning.functional._chunked_head import ChunkedHead
+from dskd_lightning.functional._made_gradients import save_gradients, scaled_gradients
 from dskd_lightning.functional._tiles import tile_rows
 from dskd_lightning.functional.chunking import chunk_tokens, spans
 from dskd_lightning.structures import Head
@@ -128,20 +129,14 @@ class _PairedLogitSum(torch.autograd.Function):
             del logits, theirs
         for name, values in collected.items():
             stats[name] = torch.cat(values) if values[0].dim() else torch.stack(values).sum(0)
-        gradients = [*student.gradients(), None, None, *d_rows]
-        ctx.positions = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        ctx.length = len(gradients)
-        ctx.save_for_backward(*(gradients[index] for index in ctx.positions))
+        save_gradients(ctx, [*student.gradients(), None, None, *d_rows])
         assert total is not None
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * ctx.length
-        for index, gradient in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            gradients[index] = gradient * upstream[0].to(gradient.dtype)
-        return (None, None, *gradients)
+        return (None, None, *scaled_gradients(ctx, upstream[0]))
 
 
 class _PairedRows:
