@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dskd_lightning.evaluation.compare import compare_all
 from dskd_lightning.evaluation.gate import parse_condition
 from dskd_lightning.evaluation.predictions import Prediction
-from dskd_lightning.evaluation.report import GateResult, ReportData, word_diff, write_report
+from dskd_lightning.evaluation.report import GateResult, ReportData, plots, word_diff, write_report
 from dskd_lightning.evaluation.report.content import number
 from dskd_lightning.evaluation.run_folder import RunFolder
 from dskd_lightning.evaluation.scores import prompt_metric
@@ -174,6 +174,13 @@ def test_students_of_one_size_are_set_against_the_time_of_training(tmp_path, sec
     assert (tmp_path / "out/plots/quality_cost.svg").is_file() == drawn
     assert ("seconds of training" in html) == drawn
     assert "Cost of training" in html
+
+
+@pytest.mark.parametrize("spectrum", [[2.0, 1.0, 0.7], [30.0, 1.0, 1e-4, 0.0], [0.0, 0.0], []])
+def test_spectra_have_plain_numbers_on_their_axis(spectrum) -> None:
+    plot = plots.spectrum_plot("s", "t2s.weight", {"run": spectrum})
+    assert "mathdefault" not in plot.svg
+    assert "singular value" in plot.svg
 
 
 @given(st.text("ab c.\n", max_size=30), st.text("ab c.\n", max_size=30))

@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from dskd_lightning.evaluation.compare import Comparison
 from dskd_lightning.evaluation.run_folder import AlignmentMap
@@ -93,7 +93,12 @@ def spectrum_plot(name: str, projector: str, values: Mapping[str, Sequence[float
             if spectrum:
                 color, _ = _style(index)
                 axes.plot(range(1, len(spectrum) + 1), spectrum, color=color, label=_label(run, 22))
-        axes.set_yscale("log")
+        positive = [value for spectrum in values.values() for value in spectrum if value > 0]
+        if positive and max(positive) > 20 * min(positive):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("rank")
         axes.set_ylabel("singular value")
         _legend(axes)
