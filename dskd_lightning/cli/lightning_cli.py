@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from dskd_lightning.callbacks import (
     CompletionsTable,
@@ -26,6 +27,7 @@ from dskd_lightning.cli.console import configure_output
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.module import DistillationModule
+from dskd_lightning.training.checkpoint_io import CPUCheckpointIO
 
 __all__ = ["DistillationCLI"]
 
@@ -163,7 +165,10 @@ class DistillationCLI(LightningCLI):
         if config.get("logger") is not False:
             config = {**config, "logger": self._loggers(config.get("logger"), Path(outer.output))}
             callbacks = [*callbacks, LearningRateMonitor("step")]
-        return super()._instantiate_trainer(config, callbacks)
+        trainer = super()._instantiate_trainer(config, callbacks)
+        if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not config.get("plugins"):
+            trainer.strategy.checkpoint_io = CPUCheckpointIO()
+        return trainer
 
     def _loggers(self, given: Any, output: Path) -> list[Logger]:
         """The run folder's CSV log, which reports read, and beside it the given loggers or TensorBoard."""
