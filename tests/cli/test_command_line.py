@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from tiny_runs import dskd, environment, write_config, write_data
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from dskd_lightning.cli import main
@@ -142,6 +143,18 @@ def test_bad_records_name_file_and_line(tmp_path, model_folder, capsys, line, se
     (tmp_path / "data.jsonl").write_text(f"{good}\n{line}\n")
     assert main(["fit", "--config", str(config)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_optimizers_with_8_bit_states_resume(tmp_path, model_folder):
+    pytest.importorskip("bitsandbytes")
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    optimizer = ["--model.optimizer=bitsandbytes.optim.AdamW8bit", "--model.optimizer.lr=0.01"]
+    dskd("fit", "--config", str(config), *optimizer, "--trainer.max_epochs=1")
+    dskd("fit", "--config", str(config), *optimizer, "--ckpt_path=last")
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    states = tree_leaves(checkpoint["optimizer_states"])
+    assert any(torch.is_tensor(state) and state.dtype == torch.uint8 for state in states)
+    assert checkpoint["epoch"] == 1
 
 
 def test_different_vocabularies_are_refused(tmp_path, model_folder, capsys):
