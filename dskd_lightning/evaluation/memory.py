@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory", "peak_memory_bytes"]
+__all__ = ["PeakMemory", "peak_memory_bytes", "status_bytes"]
 
 
 def peak_memory_bytes() -> int:
@@ -43,7 +43,7 @@ class PeakMemory:
             ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts from VmRSS
-            self._before = _status("VmRSS")
+            self._before = status_bytes("VmRSS")
         except (OSError, KeyError):
             self._before = None
 
@@ -53,12 +53,12 @@ class PeakMemory:
         if self._before is None:
             return None
         cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if cuda else _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else status_bytes("VmHWM")
         return max(0, peak - self._before)
 
 
-def _status(key: str) -> int:
-    """Bytes of a line of ``/proc/self/status``."""
+def status_bytes(key: str) -> int:
+    """Bytes of a line of ``/proc/self/status``, such as ``VmRSS``."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dskd_lightning.functional.chunking import autocast_to
+from dskd_lightning.functional.precision import autocast_to
 
 __all__ = ["ChunkedHead"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dskd_lightning.functional._made_gradients import save_gradients, scaled_gradients
+from dskd_lightning.functional.precision import autocast_to
 from dskd_lightning.structures import Head
 
 __all__ = [
     "DEFAULT_BUDGET_MB",
-    "autocast_to",
     "chunk_tokens",
     "chunked_map",
     "chunked_sum",
@@ -125,17 +125,6 @@ def _chunked_map(fn: MapFunction, inputs: ChunkTensors, parameters: ChunkTensors
     return _ChunkedMap.apply(fn, len(inputs), chunk_size, *inputs, *parameters)  # type: ignore[no-any-return]
 
 
-def autocast_to(tensor: Tensor) -> Tensor:
-    """``tensor`` in the dtype of its products under autocast; itself outside it or in float64.
-
-    Cast once in front of many chunks, it isn't cast in each.
-    """
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
 def head_parameters(head: Head) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a head for the ``parameters`` of chunks, cast once where autocast would."""
     return autocast_to(head.weight), None if head.bias is None else autocast_to(head.bias)
@@ -147,6 +136,14 @@ def spans(tokens: int, chunk_size: int) -> Iterator[slice]:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     for start in range(0, max(tokens, 1), chunk_size):
         yield slice(start, min(start + chunk_size, tokens))
+
+
+def join_stats(collected: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """The chunks' statistics: scalars summed, other tensors concatenated along their first dimension."""
+    return {
+        name: torch.cat(list(values)) if values[0].dim() else torch.stack(list(values)).sum(0)
+        for name, values in collected.items()
+    }
 
 
 def _rows(inputs: ChunkTensors) -> int:
@@ -237,8 +234,7 @@ class _ChunkedSum(torch.autograd.Function):
             for name, stat in chunk_stats.items():
                 collected.setdefault(name, []).append(stat.detach())
             del loss, chunk_stats
-        for name, values in collected.items():
-            stats[name] = torch.cat(values) if values[0].dim() else torch.stack(values).sum(0)
+        stats |= join_stats(collected)
         save_gradients(ctx, gradients.result())
         assert total is not None
         return total

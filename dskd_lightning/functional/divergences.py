@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.functional.precision import wide
 
 __all__ = [
     "AdaptiveKL",
@@ -40,14 +41,9 @@ __all__ = [
 ]
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """``logits`` in float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities; a row that is masked throughout becomes uniform instead of NaN."""
-    logits = _wide(logits)
+    logits = wide(logits)
     logits = logits.masked_fill(torch.isneginf(logits).all(-1, keepdim=True), 0.0)
     return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
 
@@ -237,8 +233,8 @@ class Divergence(nn.Module):
             log_p, log_q, p, q_visible = _distributions(teacher_logits, student_logits, temperature)
             q = _log_softmax(student_logits, temperature).exp_()
         else:
-            log_p = torch.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
-            log_q = torch.log_softmax(_wide(student_logits) / temperature, dim=-1)
+            log_p = torch.log_softmax(wide(teacher_logits) / temperature, dim=-1)
+            log_q = torch.log_softmax(wide(student_logits) / temperature, dim=-1)
             p, q = log_p.exp(), log_q.exp()
             q_visible = q
         value, gradient = self._pointwise(log_p, log_q, p, q_visible)
@@ -264,7 +260,7 @@ class Divergence(nn.Module):
         self, teacher_logits: Tensor, student_logits: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            logits = _wide(student_logits).detach().requires_grad_()
+            logits = wide(student_logits).detach().requires_grad_()
             value = self(teacher_logits.detach(), logits, temperature)
             (grad,) = torch.autograd.grad(value.sum(), logits)
         return value.detach(), grad

@@ -19,7 +19,7 @@ from dskd_lightning.functional._chunked_head import ChunkedHead
 from dskd_lightning.functional._made_gradients import save_gradients, scaled_gradients
 from dskd_lightning.functional._softmax_rows import Scratch
 from dskd_lightning.functional._tiles import LossWeights, TileLosses, tile_rows
-from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, chunk_tokens, spans
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, chunk_tokens, join_stats, spans
 from dskd_lightning.functional.divergences import Divergence
 from dskd_lightning.structures import Head
 
@@ -190,13 +190,12 @@ class _FusedDistillation(torch.autograd.Function):
                 if teacher is not None and teacher.needs and t is not None:
                     teacher.backward(span, t)
                 del s, t
-        for name, values in collected.items():
-            stats[name] = torch.cat(values) if values[0].dim() else torch.stack(values).sum(0)
-        saved = student.gradients()
+        stats |= join_stats(collected)
+        d_teacher = None
         if teacher is not None and needs[5]:
             # also where no teacher label is given, so that a projector never lacks its gradient
-            saved.append(torch.zeros_like(teacher.hidden) if teacher.d_hidden is None else teacher.d_hidden)
-        save_gradients(ctx, [*saved, *[None] * (4 - len(saved))])
+            d_teacher = torch.zeros_like(teacher.hidden) if teacher.d_hidden is None else teacher.d_hidden
+        save_gradients(ctx, [*student.gradients(), d_teacher])
         return stats.pop("loss")
 
     @staticmethod

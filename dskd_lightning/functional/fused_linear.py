@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dskd_lightning.functional.chunking import chunk_tokens, chunked_map, chunked_sum, head_parameters
 from dskd_lightning.functional.fused_distillation import FusedLosses, fused_distillation
+from dskd_lightning.functional.precision import wide
 from dskd_lightning.structures import Head
 
 __all__ = [
@@ -41,8 +42,7 @@ def token_log_prob(
 
     def chunk_log_prob(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> Tensor:
         rows, targets = chunk
-        logits = replace(head, weight=parameters[0], bias=parameters[1]).logits(rows)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = wide(replace(head, weight=parameters[0], bias=parameters[1]).logits(rows))
         if temperature != 1.0:
             logits = logits / temperature
         chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

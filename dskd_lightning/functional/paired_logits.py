@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from dskd_lightning.functional._chunked_head import ChunkedHead
 from dskd_lightning.functional._made_gradients import save_gradients, scaled_gradients
 from dskd_lightning.functional._tiles import tile_rows
-from dskd_lightning.functional.chunking import chunk_tokens, spans
+from dskd_lightning.functional.chunking import chunk_tokens, join_stats, spans
+from dskd_lightning.functional.precision import wide
 from dskd_lightning.structures import Head
 
 __all__ = ["TileFunction", "paired_logit_sum"]
@@ -99,22 +100,24 @@ class _PairedLogitSum(torch.autograd.Function):
         size = student.weight.element_size() if cpu else 4
         chunk = chunk_tokens(vocab, budget, copies=2 if cpu else copies, itemsize=size, device=device)
         d_rows = [torch.zeros_like(x) if need else None for x, need in zip(rows, needs[7:], strict=True)]
-        pairs = _PairedRows(paired)
+        ordered = paired.cpu()  # waits for the device once
         total: Tensor | None = None
         collected: dict[str, list[Tensor]] = {}
         for span in spans(len(hidden), chunk):
-            logits, theirs = student.logits(span), teacher.logits(pairs.between(span))
+            pairs = _among(ordered, span)
+            logits, theirs = student.logits(span), teacher.logits(pairs)
             for inner in spans(len(logits), tile):
                 cut = slice(span.start + inner.start, span.start + inner.stop)
+                mine = _among(ordered, cut)
                 leaf = logits[inner].detach().requires_grad_(student.needs)
                 own = [
                     x[cut].detach().requires_grad_(d is not None) for x, d in zip(rows, d_rows, strict=True)
                 ]
                 with torch.set_grad_enabled(any(needs)):
                     loss, found = fn(
-                        head.scaled(_wide(leaf)),
-                        teacher_head.scaled(_wide(theirs[pairs.within(cut, span)])),
-                        pairs.places(cut),
+                        head.scaled(wide(leaf)),
+                        teacher_head.scaled(wide(theirs[mine.start - pairs.start : mine.stop - pairs.start])),
+                        paired[mine] - cut.start,
                         tuple(own),
                     )
                 if len(hidden) and loss.requires_grad:
@@ -127,8 +130,7 @@ class _PairedLogitSum(torch.autograd.Function):
             if student.needs:
                 student.backward(span, logits)
             del logits, theirs
-        for name, values in collected.items():
-            stats[name] = torch.cat(values) if values[0].dim() else torch.stack(values).sum(0)
+        stats |= join_stats(collected)
         save_gradients(ctx, [*student.gradients(), None, None, *d_rows])
         assert total is not None
         return total
@@ -139,25 +141,9 @@ class _PairedLogitSum(torch.autograd.Function):
         return (None, None, *scaled_gradients(ctx, upstream[0]))
 
 
-class _PairedRows:
-    """Which rows have a partner, asked for by ranges without waiting for the device again."""
-
-    def __init__(self, paired: Tensor) -> None:
-        self._paired, self._sorted = paired, paired.cpu()
-
-    def between(self, span: slice) -> slice:
-        """The pairs of the rows in ``span``."""
-        bounds = torch.tensor([span.start, span.stop])
-        return slice(*torch.searchsorted(self._sorted, bounds).tolist())
-
-    def within(self, cut: slice, span: slice) -> slice:
-        """The pairs of ``cut``, counted from the first of ``span``."""
-        pairs, first = self.between(cut), self.between(span).start
-        return slice(pairs.start - first, pairs.stop - first)
-
-    def places(self, cut: slice) -> Tensor:
-        """``[pairs]``, rows of ``cut`` that have a partner, counted from its first."""
-        return self._paired[self.between(cut)] - cut.start
+def _among(ordered: Tensor, span: slice) -> slice:
+    """Where in the ordered row numbers, on the CPU, those in ``span`` are."""
+    return slice(*torch.searchsorted(ordered, torch.tensor([span.start, span.stop])).tolist())
 
 
 def _add_gradients(
@@ -177,7 +163,3 @@ def _add_gradients(
     for buffer in d_rows:
         if buffer is not None and (gradient := next(found)) is not None:
             buffer[cut] = gradient
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -11,6 +11,7 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import chunked_map
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, head_parameters
+from dskd_lightning.functional.precision import wide
 from dskd_lightning.objectives._vocabulary import extension_ranges
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
@@ -133,7 +134,7 @@ class ALMObjective(CrossTokenizerObjective):
         def read(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> Tensor:
             hidden, labels = chunk
             logits = replace(side.head, weight=parameters[0], bias=parameters[1]).logits(hidden)
-            log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+            log_p = wide(logits).log_softmax(-1)
             chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
             with torch.no_grad():
                 p = log_p.exp()

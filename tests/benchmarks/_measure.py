@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from dskd_lightning.evaluation.memory import status_bytes
+
 MIB = 2**20
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
@@ -43,14 +45,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _status(key: str) -> float:
-    """MiB of a line of ``/proc/self/status``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(key)
-
-
 class Memory:
     """Peak memory in MiB from now on, above what is held now (``extra``) and in all (``total``)."""
 
@@ -63,11 +57,12 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts from VmRSS
         except OSError:
             print("the high-water mark can't be reset here: it includes preparation", file=sys.stderr)
-        self.before = _status("VmRSS")
+        self.before = status_bytes("VmRSS") / MIB
 
     @property
     def total(self) -> float:
-        return torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_available() else _status("VmHWM")
+        cuda = torch.cuda.is_available()
+        return (torch.cuda.max_memory_allocated() if cuda else status_bytes("VmHWM")) / MIB
 
     @property
     def extra(self) -> float:

@@ -19,11 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _measure import Memory, clock, environment, interleave, print_table, report  # noqa: E402
+from _measure import MIB, Memory, clock, environment, interleave, print_table, report  # noqa: E402
 from _training import tiny_source  # noqa: E402
 from conftest import CORPUS  # noqa: E402
 
 import dskd_lightning as dl  # noqa: E402
+from dskd_lightning.evaluation.memory import status_bytes  # noqa: E402
 
 WORDS = " ".join(CORPUS[:2]).split()
 COLUMNS = (
@@ -40,14 +41,6 @@ def write(path: Path, examples: int) -> None:
             file.write(json.dumps({"prompt": f"{i} {prompt}", "response": response}) + "\n")
 
 
-def private_mb() -> float:
-    """MiB of this process that no file backs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise KeyError("RssAnon")
-
-
 def case(examples: int) -> None:
     """Measure one size in this process."""
     with tempfile.TemporaryDirectory() as name:
@@ -58,7 +51,7 @@ def case(examples: int) -> None:
             str(folder / "many.jsonl"), student=dl.StudentSpec(source), max_length=256, max_prompt_length=128,
             max_tokens_per_batch=4096, cache_dir=str(folder / "cache"),
         )  # fmt: skip
-        memory, begin, before = Memory(), clock(), private_mb()
+        memory, begin, before = Memory(), clock(), status_bytes("RssAnon")
         data.prepare_data()
         data.setup("fit")
         prepared, prepared_mb = clock() - begin, memory.extra
@@ -69,7 +62,7 @@ def case(examples: int) -> None:
         read = clock() - begin
         report(
             [prepared], memory, tokens=tokens, read=read, prepared_mb=prepared_mb,
-            private=private_mb() - before,
+            private=(status_bytes("RssAnon") - before) / MIB,
         )  # fmt: skip
 
 
