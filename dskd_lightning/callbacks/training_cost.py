@@ -18,7 +18,7 @@ __all__ = ["TrainingCost"]
 class TrainingCost(L.Callback):
     """Writes ``OUTPUT/training.json``: seconds, steps, devices and peak memory of a fit.
 
-    Seconds are wall-clock, from the building of the models to the last step, validation included;
+    Seconds are wall-clock, from the building of the models to the end of the fit, validation included;
     preparing the data and a teacher cache is not. A resumed run counts on from its checkpoint.
     Memory is that of the first process.
 
@@ -35,7 +35,7 @@ class TrainingCost(L.Callback):
         if stage == "fit":
             self._since = time.perf_counter()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         cost = {
             "seconds": self._seconds(),
             "steps": trainer.global_step,

@@ -80,7 +80,7 @@ def test_training_cost_counts_on_where_a_run_resumes(tmp_path, monkeypatch):
     resumed = TrainingCost(tmp_path)
     resumed.setup(trainer, None, "fit")
     resumed.load_state_dict(state)
-    resumed.on_train_end(trainer, None)
+    resumed.on_fit_end(trainer, None)
     cost = json.loads((tmp_path / "training.json").read_text())
     assert cost["seconds"] == 10.0
     assert (cost["steps"], cost["devices"]) == (4, 1)

@@ -44,6 +44,12 @@ def test_fit_leaves_a_complete_run_folder(trained):
         assert any(row.get(name) for row in rows), name
 
 
+def test_a_fit_without_steps_still_says_what_it_cost(tmp_path, model_folder):
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    dskd("fit", "--config", str(config), "--trainer.max_epochs=0")
+    assert json.loads((tmp_path / "run/training.json").read_text())["steps"] == 0
+
+
 def test_checkpoints_hold_what_was_trained_alone(trained):
     checkpoint = torch.load(trained / "run/checkpoints/last.ckpt", weights_only=True)
     names = checkpoint["state_dict"].keys()
