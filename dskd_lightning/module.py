@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.fidelity import fidelity, shared_tokens
 from dskd_lightning.models.loading import load_teacher, load_tokenizer
 from dskd_lightning.models.output import decoder_hidden, model_space, side
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
@@ -27,6 +26,7 @@ from dskd_lightning.strategies import shard
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
+from dskd_lightning.training.fidelity import fidelity, shared_tokens
 
 __all__ = ["DistillationModule"]
 

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dskd_lightning.cli.lightning_cli import DistillationCLI
+from dskd_lightning.launch.lightning_cli import DistillationCLI
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

@@ -12,8 +12,8 @@ import pytest
 from test_configs import ParsedCLI
 
 from dskd_lightning.cli import commands
-from dskd_lightning.cli.arguments import run_function
 from dskd_lightning.cli.main import main
+from dskd_lightning.launch.arguments import run_function
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ import lightning as L
 
 from dskd_lightning.alignment.exact import group_overlap
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
-from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.files import write_atomic
 from dskd_lightning.structures import DistillationBatch
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from rich.console import Console
 
 from dskd_lightning.callbacks.prompts import prompt_records
-from dskd_lightning.evaluation.generation import GenerationSettings, Generator
 from dskd_lightning.evaluation.rouge import rouge_l
-from dskd_lightning.evaluation.tables import CompletionTable
+from dskd_lightning.generation.generator import GenerationSettings, Generator
+from dskd_lightning.runs.tables import CompletionTable
 
 if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule

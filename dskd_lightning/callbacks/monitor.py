@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dskd_lightning.evaluation.memory import peak_memory_bytes
 from dskd_lightning.evaluation.representation import effective_rank
+from dskd_lightning.memory import peak_memory_bytes
 from dskd_lightning.structures import DistillationBatch
 
 __all__ = ["TrainingMonitor"]

@@ -15,16 +15,16 @@ from peft import PeftModel
 
 from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.evaluation.efficiency import measure_efficiency
-from dskd_lightning.evaluation.environment import collect_environment
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.generation import GenerationSettings, Generator
 from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
 from dskd_lightning.evaluation.predict import predict
-from dskd_lightning.evaluation.predictions import Prediction
+from dskd_lightning.files import write_atomic
+from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.export import merged
 from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.sources import resolve_source
+from dskd_lightning.runs.environment import collect_environment
+from dskd_lightning.runs.predictions import Prediction
 
 if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule

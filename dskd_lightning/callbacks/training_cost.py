@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning as L
 
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.memory import peak_memory_bytes
+from dskd_lightning.files import write_atomic
+from dskd_lightning.memory import peak_memory_bytes
 
 __all__ = ["TrainingCost"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dskd_lightning.cli.lightning_cli import DistillationCLI
 from dskd_lightning.errors import UserError
+from dskd_lightning.launch.lightning_cli import DistillationCLI
+from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.teacher_cache.attach import cache_root, ensure_caches
-from dskd_lightning.teacher_cache.settings import TeacherCacheSettings
 
 __all__ = ["build_cache"]
 

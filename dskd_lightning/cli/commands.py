@@ -49,7 +49,7 @@ def compare(
         max_examples: most prompts shown in the report.
         judge: CANDIDATE=FILE for verdicts of ``dskd judge`` against the baseline.
     """
-    from dskd_lightning.evaluation.compare_runs import compare_runs
+    from dskd_lightning.comparison.compare_runs import compare_runs
 
     if len(runs) < 2:
         raise UserError("dskd compare: give at least two run folders, the baseline first.")
@@ -82,7 +82,7 @@ def export(
         merge: add the adapter to the weights; false writes a peft adapter instead.
         overwrite: replace a folder that is not empty.
     """
-    from dskd_lightning.cli.trained import load_trained
+    from dskd_lightning.launch.trained import load_trained
     from dskd_lightning.models.export import export_student
 
     model, tokenizer = load_trained(run, ckpt_path)
@@ -117,7 +117,7 @@ def generate(
         limit: only so many prompts.
     """
     from dskd_lightning.cli.generate_command import generate_responses
-    from dskd_lightning.evaluation.generation import GenerationSettings
+    from dskd_lightning.generation.generator import GenerationSettings
 
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
@@ -149,8 +149,8 @@ def harness(
         apply_chat_template: ask the questions through the student's chat template.
         device: where it runs, such as cpu or cuda:0; left out, the GPU where there is one.
     """
-    from dskd_lightning.evaluation.files import write_atomic
     from dskd_lightning.evaluation.harness import run_harness
+    from dskd_lightning.files import write_atomic
 
     found = run_harness(
         folder,

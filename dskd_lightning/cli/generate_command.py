@@ -13,8 +13,8 @@ import torch
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.preparation import PreparationSettings, read_examples
 from dskd_lightning.data.sources import resolve_sources
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.generation import GenerationSettings, Generator
+from dskd_lightning.files import write_atomic
+from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.loading import load_model, load_tokenizer
 from dskd_lightning.models.spec import ModelSpec
 

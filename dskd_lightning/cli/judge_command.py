@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from dskd_lightning.comparison.endpoint import ChatEndpoint
+from dskd_lightning.comparison.judge import CostLimit, judge_pairs
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.endpoint import ChatEndpoint
-from dskd_lightning.evaluation.judge import CostLimit, judge_pairs
-from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.runs.run_folder import RunFolder
 
 __all__ = ["judge_runs"]
 

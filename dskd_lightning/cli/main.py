@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dskd_lightning import __version__
-from dskd_lightning.cli.arguments import run_function
-from dskd_lightning.cli.console import configure_output
 from dskd_lightning.errors import UserError
+from dskd_lightning.launch.arguments import run_function
+from dskd_lightning.runs.console import configure_output
 
 __all__ = ["main"]
 
@@ -43,7 +43,7 @@ def _commands() -> dict[str, Callable[..., object]]:
 def _run(arguments: list[str]) -> int:
     command = arguments[0]
     if command in _TRAINER_COMMANDS:
-        from dskd_lightning.cli.lightning_cli import DistillationCLI
+        from dskd_lightning.launch.lightning_cli import DistillationCLI
 
         DistillationCLI(args=arguments)
         return 0

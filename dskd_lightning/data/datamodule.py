@@ -26,7 +26,7 @@ from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loading import load_tokenizer
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
-from dskd_lightning.teacher_cache.settings import TeacherCacheSettings
+from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 
 __all__ = ["InstructionDataModule", "Stage"]
 

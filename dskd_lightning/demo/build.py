@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 
 from dskd_lightning.demo import DATASET, PROMPTS
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.generation import GenerationSettings, Generator
+from dskd_lightning.files import write_atomic
+from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.loading import load_model, load_tokenizer
 from dskd_lightning.models.spec import ModelSpec
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.energy import EnergyMeter
-from dskd_lightning.evaluation.memory import PeakMemory
+from dskd_lightning.memory import PeakMemory
 
 __all__ = ["Efficiency", "disk_bytes", "measure_efficiency"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.generation import Generator
-from dskd_lightning.evaluation.predictions import Prediction, prediction_file, read_predictions
 from dskd_lightning.evaluation.writer import PredictionWriter
+from dskd_lightning.files import write_atomic
+from dskd_lightning.generation.generator import Generator
+from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
 
 __all__ = ["PAPER_SEEDS", "PromptRecord", "predict"]
 

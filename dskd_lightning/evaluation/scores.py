@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.metrics import exact_match
-from dskd_lightning.evaluation.predictions import Prediction
 from dskd_lightning.evaluation.rouge import rouge_l
-from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.runs.predictions import Prediction
+from dskd_lightning.runs.run_folder import RunFolder
 
 __all__ = ["PROMPT_METRICS", "PromptMetric", "RunScores", "prompt_metric", "score_run"]
 

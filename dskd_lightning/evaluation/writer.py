@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import BinaryIO
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.predictions import Prediction, check_complete
+from dskd_lightning.files import write_atomic
+from dskd_lightning.runs.predictions import Prediction, check_complete
 
 __all__ = ["PredictionWriter"]
 

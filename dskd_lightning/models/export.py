@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.effective_weight import effective_weight
-from dskd_lightning.models.sources import no_progress_bars
+from dskd_lightning.models.progress import no_progress_bars
 
 __all__ = ["export_student"]
 

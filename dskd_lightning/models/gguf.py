@@ -13,6 +13,7 @@ import torch
 
 from dskd_lightning.cache_dir import cache_dir
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.progress import no_progress_bars
 
 __all__ = ["converted_gguf"]
 
@@ -34,8 +35,6 @@ def converted_gguf(path: Path) -> Path:
     folder = cache_dir("gguf") / f"{path.stem}-{digest}-v{_VERSION}"
     if folder.is_dir():
         return folder
-    from dskd_lightning.models.sources import no_progress_bars
-
     model, tokenizer = _load(path)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +62,6 @@ def converted_gguf(path: Path) -> Path:
 
 def _load(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from dskd_lightning.models.sources import no_progress_bars
 
     arguments = {"gguf_file": path.name}
     extra: dict[str, Any] = {}

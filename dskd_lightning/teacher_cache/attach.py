@@ -20,12 +20,12 @@ from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.output import input_embeddings, language_head
 from dskd_lightning.models.spec import TeacherSpec
+from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.teacher_cache.build import StateBuilder, shard_tokens
 from dskd_lightning.teacher_cache.codecs import bytes_per_token
 from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
 from dskd_lightning.teacher_cache.identity import Memory, cache_parts, response_tokens
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest, cache_key, differing_parts
-from dskd_lightning.teacher_cache.settings import TeacherCacheSettings
 from dskd_lightning.teacher_cache.store import TeacherStates, is_complete
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.teacher_cache.settings import CacheDtype
+from dskd_lightning.models.teacher_cache_settings import CacheDtype
 
 __all__ = ["bytes_per_token", "decode", "encode"]
 

@@ -14,11 +14,11 @@ from transformers.utils.hub import cached_file
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.files import write_atomic
 from dskd_lightning.models.sources import load_errors, resolve_source
 from dskd_lightning.models.spec import TeacherSpec
+from dskd_lightning.models.teacher_cache_settings import CacheDtype
 from dskd_lightning.teacher_cache.manifest import VERSION
-from dskd_lightning.teacher_cache.settings import CacheDtype
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 __all__ = ["Memory", "cache_parts", "response_tokens", "source_fingerprint"]

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.teacher_cache.settings import CacheDtype
+from dskd_lightning.files import write_atomic
+from dskd_lightning.models.teacher_cache_settings import CacheDtype
 from dskd_lightning.teacher_cache.shards import shard_name
 
 __all__ = ["Layout", "Manifest", "cache_key", "differing_parts"]

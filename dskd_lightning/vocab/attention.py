@@ -23,7 +23,7 @@ def draw_attention(run: str, data: str, path: str, examples: int = 3) -> list[Pa
     Raises:
         UserError: the run can't be read, or has no cross-model attention.
     """
-    from dskd_lightning.cli.trained import open_run
+    from dskd_lightning.launch.trained import open_run
 
     cli = open_run(
         run,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dskd_lightning.alignment.exact import ExampleAlignment, group_overlap
-from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.ft2font import FT2Font

@@ -13,7 +13,7 @@ from dskd_lightning.alignment.byte_spans import token_byte_spans
 from dskd_lightning.alignment.exact import align
 from dskd_lightning.alignment.token_bytes import token_bytes, token_text
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
+from dskd_lightning.files import write_atomic
 from dskd_lightning.tokenizers import sanitize_text
 from dskd_lightning.vocab.analysis import analyze_vocabularies
 from dskd_lightning.vocab.attention import draw_attention

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dskd_lightning.evaluation.memory import status_bytes
+from dskd_lightning.memory import status_bytes
 
 MIB = 2**20
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")

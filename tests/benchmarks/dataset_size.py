@@ -24,7 +24,7 @@ from _training import tiny_source  # noqa: E402
 from conftest import CORPUS  # noqa: E402
 
 import dskd_lightning as dl  # noqa: E402
-from dskd_lightning.evaluation.memory import status_bytes  # noqa: E402
+from dskd_lightning.memory import status_bytes  # noqa: E402
 
 WORDS = " ".join(CORPUS[:2]).split()
 COLUMNS = (

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor
 from dskd_lightning.callbacks.completions import log_completions
 from dskd_lightning.evaluation.representation import effective_rank
-from dskd_lightning.evaluation.tables import CompletionTable
+from dskd_lightning.runs.tables import CompletionTable
 
 
 def rows(folder):

@@ -12,11 +12,11 @@ import yaml
 from tiny_runs import dskd, write_config
 
 from dskd_lightning.cli import main
-from dskd_lightning.cli.lightning_cli import DistillationCLI
-from dskd_lightning.cli.trained import open_run
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
-from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.launch.lightning_cli import DistillationCLI
+from dskd_lightning.launch.trained import open_run
+from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.vocab import run_vocab
 
 CMA = {"class_path": "dskd_lightning.objectives.DSKDCrossAttentionObjective"}

@@ -10,7 +10,7 @@ from conftest import make_model
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.energy import EnergyMeter
-from dskd_lightning.evaluation.memory import PeakMemory
+from dskd_lightning.memory import PeakMemory
 
 
 def test_measures_a_model(tmp_path) -> None:

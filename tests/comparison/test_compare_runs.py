@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dskd_lightning.comparison.compare import compare_all
+from dskd_lightning.comparison.compare_runs import compare_runs
+from dskd_lightning.comparison.gate import Measured, parse_condition
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.compare import compare_all
-from dskd_lightning.evaluation.compare_runs import compare_runs
-from dskd_lightning.evaluation.gate import Measured, parse_condition
-from dskd_lightning.evaluation.predictions import Prediction
-from dskd_lightning.evaluation.run_folder import RunFolder
 from dskd_lightning.evaluation.scores import prompt_metric
+from dskd_lightning.runs.predictions import Prediction
+from dskd_lightning.runs.run_folder import RunFolder
 
 ANSWER = "one two three four five six"
 

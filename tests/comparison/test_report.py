@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dskd_lightning.evaluation.compare import compare_all
-from dskd_lightning.evaluation.gate import parse_condition
-from dskd_lightning.evaluation.predictions import Prediction
-from dskd_lightning.evaluation.report import GateResult, ReportData, plots, word_diff, write_report
-from dskd_lightning.evaluation.report.content import number
-from dskd_lightning.evaluation.run_folder import RunFolder
+from dskd_lightning.comparison.compare import compare_all
+from dskd_lightning.comparison.gate import parse_condition
+from dskd_lightning.comparison.report import GateResult, ReportData, plots, word_diff, write_report
+from dskd_lightning.comparison.report.content import number
 from dskd_lightning.evaluation.scores import prompt_metric
+from dskd_lightning.runs.predictions import Prediction
+from dskd_lightning.runs.run_folder import RunFolder
 
 HOSTILE = [
     "<script>window.hacked=1</script>",

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.text import shorten, visible
+from dskd_lightning.runs.text import shorten, visible
 
 __all__ = ["CompletionTable"]
 

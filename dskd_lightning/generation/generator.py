@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.sampling import InverseTransformSampling, RowBudget, prompt_uniforms
-from dskd_lightning.evaluation.stop_tokens import stop_token_ids
+from dskd_lightning.generation.sampling import InverseTransformSampling, RowBudget, prompt_uniforms
+from dskd_lightning.generation.stop_tokens import stop_token_ids
 
 __all__ = ["Generation", "GenerationSettings", "Generator"]
 

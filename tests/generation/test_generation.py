@@ -7,10 +7,10 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.generation import GenerationSettings, Generator
 from dskd_lightning.evaluation.predict import PromptRecord, predict
-from dskd_lightning.evaluation.sampling import InverseTransformSampling, prompt_uniforms
-from dskd_lightning.evaluation.stop_tokens import stop_token_ids
+from dskd_lightning.generation.generator import GenerationSettings, Generator
+from dskd_lightning.generation.sampling import InverseTransformSampling, prompt_uniforms
+from dskd_lightning.generation.stop_tokens import stop_token_ids
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [20, 21], [30, 31, 32, 33]]
 

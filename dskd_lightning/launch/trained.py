@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from dskd_lightning.cli.arguments import option
 from dskd_lightning.errors import UserError
+from dskd_lightning.launch.arguments import option
 from dskd_lightning.models.spec import LoraSpec, PruneSpec, StudentSpec
 from dskd_lightning.models.student import build_student
 
 if TYPE_CHECKING:
-    from dskd_lightning.cli.lightning_cli import DistillationCLI
+    from dskd_lightning.launch.lightning_cli import DistillationCLI
 
 __all__ = ["find_checkpoint", "load_trained", "open_run", "student_spec_from_dict"]
 
@@ -56,7 +56,7 @@ def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> Distil
     Raises:
         UserError: there is no config or checkpoint.
     """
-    from dskd_lightning.cli.lightning_cli import DistillationCLI
+    from dskd_lightning.launch.lightning_cli import DistillationCLI
 
     path = Path(run) / "config.yaml"
     if not path.is_file():

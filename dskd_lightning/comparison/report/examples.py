@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dskd_lightning.evaluation.compare import Comparison
-from dskd_lightning.evaluation.predictions import Prediction
-from dskd_lightning.evaluation.report.diff import Segment, shared_share, word_diff
-from dskd_lightning.evaluation.run_folder import RunFolder
-from dskd_lightning.evaluation.text import shorten
+from dskd_lightning.comparison.compare import Comparison
+from dskd_lightning.comparison.report.diff import Segment, shared_share, word_diff
+from dskd_lightning.runs.predictions import Prediction
+from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.text import shorten
 
 __all__ = ["Answer", "Example", "collect_examples"]
 

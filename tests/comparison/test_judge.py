@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dskd_lightning.comparison.endpoint import ChatEndpoint
+from dskd_lightning.comparison.judge import CostLimit, judge_pairs
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.endpoint import ChatEndpoint
-from dskd_lightning.evaluation.judge import CostLimit, judge_pairs
-from dskd_lightning.evaluation.predictions import Prediction
+from dskd_lightning.runs.predictions import Prediction
 
 Answer = Callable[[str, int], tuple[int, str]]
 

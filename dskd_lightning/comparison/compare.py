@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from dskd_lightning.comparison.bootstrap import PairedTest, holm, paired_test
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.bootstrap import PairedTest, holm, paired_test
-from dskd_lightning.evaluation.predictions import Prediction
-from dskd_lightning.evaluation.run_folder import RunFolder
 from dskd_lightning.evaluation.scores import PromptMetric, RunScores, score_run
+from dskd_lightning.runs.predictions import Prediction
+from dskd_lightning.runs.run_folder import RunFolder
 
 __all__ = ["Comparison", "PromptChange", "compare", "compare_all"]
 

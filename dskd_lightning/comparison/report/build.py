@@ -14,17 +14,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dskd_lightning.evaluation.compare import Comparison
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.report import content, plots
-from dskd_lightning.evaluation.report.examples import collect_examples
-from dskd_lightning.evaluation.report.svg import inline_svg
-from dskd_lightning.evaluation.run_folder import RunFolder
-from dskd_lightning.evaluation.text import visible
+from dskd_lightning.comparison.compare import Comparison
+from dskd_lightning.comparison.report import content, plots
+from dskd_lightning.comparison.report.examples import collect_examples
+from dskd_lightning.comparison.report.svg import inline_svg
+from dskd_lightning.files import write_atomic
+from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.text import visible
 
 __all__ = ["ReportData", "write_report"]
 
-_PACKAGE = "dskd_lightning.evaluation.report"
+_PACKAGE = "dskd_lightning.comparison.report"
 
 
 @dataclass(frozen=True)

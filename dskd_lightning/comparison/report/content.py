@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dskd_lightning.evaluation.compare import Comparison
-from dskd_lightning.evaluation.gate import Condition
+from dskd_lightning.comparison.compare import Comparison
+from dskd_lightning.comparison.gate import Condition
 from dskd_lightning.evaluation.metrics import DistinctN
-from dskd_lightning.evaluation.predictions import describe_problems
-from dskd_lightning.evaluation.run_folder import RunFolder
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, score_run
+from dskd_lightning.runs.predictions import describe_problems
+from dskd_lightning.runs.run_folder import RunFolder
 
 __all__ = ["GateResult", "Table", "config_changes", "headline", "number", "run_tables", "warnings_of"]
 

@@ -6,7 +6,7 @@ import re
 
 from markupsafe import Markup, escape
 
-from dskd_lightning.evaluation.report.plots import INK, RULE, Plot
+from dskd_lightning.comparison.report.plots import INK, RULE, Plot
 
 __all__ = ["inline_svg"]
 

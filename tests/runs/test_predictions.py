@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.predictions import Prediction, describe_problems, read_predictions
 from dskd_lightning.evaluation.writer import PredictionWriter
+from dskd_lightning.files import write_atomic
+from dskd_lightning.runs.predictions import Prediction, describe_problems, read_predictions
 
 
 def prediction(index: int, response: str = "yes\u2028no", **values) -> Prediction:

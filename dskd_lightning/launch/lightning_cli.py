@@ -23,10 +23,10 @@ from dskd_lightning.callbacks import (
     TrainingCost,
     TrainingMonitor,
 )
-from dskd_lightning.cli.console import configure_output
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.module import DistillationModule
+from dskd_lightning.runs.console import configure_output
 from dskd_lightning.training.checkpoint_io import CPUCheckpointIO
 
 __all__ = ["DistillationCLI"]

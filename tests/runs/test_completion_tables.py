@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.tables import CompletionTable
-from dskd_lightning.evaluation.text import shorten, visible
+from dskd_lightning.runs.tables import CompletionTable
+from dskd_lightning.runs.text import shorten, visible
 
 HOSTILE = "[red]x[/red] \x1b[31m\x07 | <b>&amp; `c` *d*\nnext \u202eline \ud800"
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.predictions import Prediction, read_predictions
+from dskd_lightning.runs.predictions import Prediction, read_predictions
 
 __all__ = ["AlignmentMap", "Curves", "RunFolder"]
 

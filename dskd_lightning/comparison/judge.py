@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dskd_lightning.comparison.endpoint import ChatEndpoint, EndpointError
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.endpoint import ChatEndpoint, EndpointError
-from dskd_lightning.evaluation.predictions import Prediction
+from dskd_lightning.runs.predictions import Prediction
 
 __all__ = ["CostLimit", "JudgeSummary", "Judgement", "judge_pairs", "judgement_counts"]
 

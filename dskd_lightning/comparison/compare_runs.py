@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dskd_lightning.comparison.compare import Comparison, compare_all
+from dskd_lightning.comparison.gate import Condition, Measured, parse_condition
+from dskd_lightning.comparison.judge import judgement_counts
+from dskd_lightning.comparison.report import GateResult, ReportData, write_report
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.compare import Comparison, compare_all
-from dskd_lightning.evaluation.files import write_atomic
-from dskd_lightning.evaluation.gate import Condition, Measured, parse_condition
-from dskd_lightning.evaluation.judge import judgement_counts
-from dskd_lightning.evaluation.report import GateResult, ReportData, write_report
-from dskd_lightning.evaluation.run_folder import RunFolder
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
-from dskd_lightning.evaluation.text import shorten, visible
+from dskd_lightning.files import write_atomic
+from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.text import shorten, visible
 
 __all__ = ["check_gates", "compare_runs"]
 

@@ -13,9 +13,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dskd_lightning.evaluation.compare import Comparison
-from dskd_lightning.evaluation.run_folder import AlignmentMap
-from dskd_lightning.evaluation.text import shorten, visible
+from dskd_lightning.comparison.compare import Comparison
+from dskd_lightning.runs.run_folder import AlignmentMap
+from dskd_lightning.runs.text import shorten, visible
 
 __all__ = ["INK", "RULE", "Plot", "curve_plot", "difference_plot", "heatmap", "quality_cost_plot"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dskd_lightning.comparison.bootstrap import holm, paired_test, sign_flip_p_value
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.bootstrap import holm, paired_test, sign_flip_p_value
 
 
 @pytest.fixture

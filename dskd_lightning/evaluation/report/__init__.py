@@ -1,7 +1,0 @@
-"""One self-contained HTML file that says which run is better, and shows why."""
-
-from dskd_lightning.evaluation.report.build import ReportData, write_report
-from dskd_lightning.evaluation.report.content import GateResult
-from dskd_lightning.evaluation.report.diff import Segment, word_diff
-
-__all__ = ["GateResult", "ReportData", "Segment", "word_diff", "write_report"]

@@ -1,0 +1,1 @@
+"""From a config to a trainer, a module and data, and back from a run folder."""
