@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from dskd_lightning.data.examples import Example, Message, Role
+from dskd_lightning.data.examples import Example, Message
+from dskd_lightning.data.fields import InvalidRecord, RecordReader
 from dskd_lightning.errors import UserError
-from dskd_lightning.tokenizers import sanitize_text
 
 __all__ = ["DetectedFormat", "Format", "InvalidRecord", "detect_format", "parse_record"]
 
@@ -16,25 +17,8 @@ Format = Literal["auto", "alpaca", "dolly", "prompt", "messages", "sharegpt"]
 """``auto`` looks at the first record of each file. ``prompt`` takes a ready-made ``prompt`` field
 and any response field, also where a file (the papers' Dolly) has ``instruction`` beside it."""
 
-_RESPONSES = ("response", "responses", "output", "outputs", "completion", "answer")
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-
-
-class InvalidRecord(UserError):
-    """A record that can't be learnt from. ``reason`` is a short phrase to count it under."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+_RESPONSES = ("response", "responses", "output", "outputs", "completion", "chosen", "answer")
+_CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 def detect_format(record: Mapping[str, Any], source: str) -> DetectedFormat:
@@ -46,12 +30,14 @@ def detect_format(record: Mapping[str, Any], source: str) -> DetectedFormat:
     keys = {key for key, value in record.items() if value is not None}
     if "messages" in keys:
         return "messages"
-    if "conversations" in keys:
+    if keys & {"conversations", "conversation"}:
         return "sharegpt"
     if "instruction" in keys:
         return "dolly" if keys & {"context", "response"} and "output" not in keys else "alpaca"
     if "prompt" in keys:
         return "prompt"
+    if _is_conversation(record.get("chosen")):
+        return "messages"
     raise UserError(
         f"{source} is in no known format (keys: {', '.join(map(str, record)) or 'none'}): "
         f"name its fields as one of {', '.join(get_args(DetectedFormat))} does, or set `format`."
@@ -59,7 +45,13 @@ def detect_format(record: Mapping[str, Any], source: str) -> DetectedFormat:
 
 
 def parse_record(
-    record: Any, format: DetectedFormat, source: str, line: int, *, needs_response: bool = True
+    record: Any,
+    format: DetectedFormat,
+    source: str,
+    line: int,
+    *,
+    needs_response: bool = True,
+    unused: Counter[str] | None = None,
 ) -> Example:
     """The `Example` in ``record``.
 
@@ -69,14 +61,13 @@ def parse_record(
         source: its file, for messages.
         line: its line in that file.
         needs_response: whether an example without response is an error (to predict, it isn't).
+        unused: counts the fields that hold something and say nothing to us.
 
     Raises:
         InvalidRecord: a wrong type, an unknown role, or no response where one is needed.
     """
-    reader = _Reader(source, line)
-    if not isinstance(record, Mapping):
-        raise reader.error(f"holds {type(record).__name__} instead of a JSON object", "not an object")
-    messages, references = _PARSERS[format](record, reader)
+    reader = RecordReader(record, source, line)
+    messages, references = _PARSERS[format](reader)
     while messages and messages[-1].role == "assistant" and not messages[-1].content.strip():
         messages = messages[:-1]  # an empty response is a missing one
     if not any(message.role == "user" for message in messages):
@@ -90,108 +81,72 @@ def parse_record(
             raise reader.error("has an empty assistant turn", "no response")
     if any(message.role == "system" for message in messages[1:]):
         raise reader.error("has a system message that isn't the first", "misplaced system message")
+    if unused is not None:
+        unused.update(reader.unused)
     return Example(tuple(messages), tuple(references), source, line)
-
-
-class _Reader:
-    """Typed access to a record's fields, with errors that name the place."""
-
-    def __init__(self, source: str, line: int) -> None:
-        self.place = f"{source}:{line}"
-
-    def error(self, what: str, reason: str) -> InvalidRecord:
-        return InvalidRecord(
-            f"The record at {self.place} {what}; correct it, or set `skip_invalid: true` to leave such "
-            "records out.",
-            reason,
-        )
-
-    def text(self, record: Mapping[str, Any], key: str) -> str:
-        value = record.get(key)
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise self.error(
-                f"has a '{key}' that is {type(value).__name__}, not text", f"'{key}' is not text"
-            )
-        return sanitize_text(value)
-
-    def references(self, record: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-        """The non-empty responses under the first of ``keys`` that is present."""
-        key = next((key for key in keys if record.get(key) is not None), None)
-        if key is None:
-            return []
-        value = record[key]
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            raise self.error(
-                f"has a '{key}' that is neither text nor a list of texts", f"'{key}' is not text"
-            )
-        return [sanitize_text(text) for text in texts if text.strip()]
-
-    def role(self, value: Any) -> Role:
-        if not isinstance(value, str) or value not in _ROLES:
-            raise self.error(f"has the unknown role {value!r} (known: {', '.join(_ROLES)})", "unknown role")
-        return _ROLES[value]
-
-    def content(self, value: Any) -> str:
-        """Text, or OpenAI's list of text parts."""
-        if isinstance(value, list) and all(
-            isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
-        ):
-            value = "".join(part["text"] for part in value)
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise self.error("has a message whose content isn't text", "content is not text")
-        return sanitize_text(value)
 
 
 _Parsed = tuple[list[Message], list[str]]
 
 
-def _single_turn(
-    record: Mapping[str, Any], reader: _Reader, prompt: str, responses: tuple[str, ...]
-) -> _Parsed:
-    system = reader.text(record, "system")
-    references = reader.references(record, responses)
-    messages = [Message("system", system)] if system.strip() else []
+def _instruction(reader: RecordReader) -> _Parsed:
+    parts = [reader.text(key) for key in ("instruction", "context", "input")]
+    return _single_turn(reader, "\n\n".join(part for part in parts if part.strip()))
+
+
+def _prompt(reader: RecordReader) -> _Parsed:
+    response = reader.first(_RESPONSES)
+    if response is not None and _is_conversation(reader.record[response]):
+        messages = reader.messages(response)
+        prompt = reader.record.get("prompt")
+        if _is_conversation(prompt):
+            messages = reader.messages("prompt") + messages
+        elif messages[0].role == "assistant":
+            messages.insert(0, Message("user", reader.text("prompt")))
+        elif any(message.content == prompt for message in messages):
+            reader.get("prompt")  # a preference file repeats it
+        return _conversation(reader, messages)
+    if _is_conversation(reader.record.get("prompt")):
+        references = reader.references(_RESPONSES)
+        answer = [Message("assistant", text) for text in references[:1]]
+        messages, _ = _conversation(reader, reader.messages("prompt") + answer)
+        return messages, references
+    return _single_turn(reader, reader.text("prompt"))
+
+
+def _single_turn(reader: RecordReader, prompt: str) -> _Parsed:
+    references = reader.references(_RESPONSES)
+    messages = reader.history()
     if prompt.strip():
         messages.append(Message("user", prompt))
     if references:
         messages.append(Message("assistant", references[0]))
-    return messages, references
+    return _conversation(reader, messages)[0], references
 
 
-def _instruction(context: str, responses: tuple[str, ...]) -> Callable[[Mapping[str, Any], _Reader], _Parsed]:
-    def parse(record: Mapping[str, Any], reader: _Reader) -> _Parsed:
-        parts = [reader.text(record, "instruction"), reader.text(record, context)]
-        prompt = "\n\n".join(part for part in parts if part.strip())
-        return _single_turn(record, reader, prompt, responses)
-
-    return parse
+def _turns(reader: RecordReader) -> _Parsed:
+    key = reader.first(_CONVERSATIONS) or reader.first(("chosen",)) or _CONVERSATIONS[0]
+    return _conversation(reader, reader.messages(key))
 
 
-def _prompt(record: Mapping[str, Any], reader: _Reader) -> _Parsed:
-    return _single_turn(record, reader, reader.text(record, "prompt"), _RESPONSES)
+def _conversation(reader: RecordReader, messages: list[Message]) -> _Parsed:
+    """``messages`` behind the record's own ``system``, which gives way to a system message of theirs."""
+    if not (messages and messages[0].role == "system") and (system := reader.text("system")).strip():
+        messages = [Message("system", system), *messages]
+    elif messages and messages[0].content == reader.record.get("system"):
+        reader.get("system")
+    ends = bool(messages) and messages[-1].role == "assistant"
+    return messages, [messages[-1].content] if ends else []
 
 
-def _turns(field: str, role: str, content: str) -> Callable[[Mapping[str, Any], _Reader], _Parsed]:
-    def parse(record: Mapping[str, Any], reader: _Reader) -> _Parsed:
-        turns = record.get(field)
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise reader.error(f"has a '{field}' that isn't a list of messages", f"'{field}' is no list")
-        messages = [Message(reader.role(turn.get(role)), reader.content(turn.get(content))) for turn in turns]
-        ends = bool(messages) and messages[-1].role == "assistant"
-        return messages, [messages[-1].content] if ends else []
-
-    return parse
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 
 
-_PARSERS: dict[str, Callable[[Mapping[str, Any], _Reader], _Parsed]] = {
-    "alpaca": _instruction("input", ("output", "outputs", "response", "responses")),
-    "dolly": _instruction("context", ("response", "responses")),
+_PARSERS: dict[str, Callable[[RecordReader], _Parsed]] = {
+    "alpaca": _instruction,
+    "dolly": _instruction,
     "prompt": _prompt,
-    "messages": _turns("messages", "role", "content"),
-    "sharegpt": _turns("conversations", "from", "value"),
+    "messages": _turns,
+    "sharegpt": _turns,
 }

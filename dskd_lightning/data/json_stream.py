@@ -31,7 +31,7 @@ def iter_json(path: Path) -> Iterator[tuple[int, Any]]:
             file.seek(0)
             if first == "[":
                 yield from _array(path, file)
-            elif path.suffix == ".json" and not _is_json(file.readline()):
+            elif path.suffix == ".json" and _is_one_object(file):
                 file.seek(0)
                 yield from _object(path, file.read())
             else:
@@ -41,15 +41,20 @@ def iter_json(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"'{path}' isn't UTF-8 text ({error.reason}): save it as UTF-8.") from error
 
 
-def _is_json(line: str) -> bool:
+def _is_one_object(file: TextIO) -> bool:
+    """Whether the file is one object, on one line or many, rather than a record on each line."""
+    line = next((line for line in file if line.strip()), "")
     try:
         json.loads(line)
-    except json.JSONDecodeError:
-        return not line.strip()
-    return True
+    except (ValueError, RecursionError):
+        return True
+    return not any(more.strip() for more in file)
 
 
-def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> UserError:
+def _malformed(path: Path, line: int, error: ValueError | RecursionError) -> UserError:
+    if not isinstance(error, json.JSONDecodeError):  # Python's own limits on depth and digits
+        what = "is nested too deep" if isinstance(error, RecursionError) else f"can't be read ({error})"
+        return UserError(f"The JSON at {path}:{line} {what}: correct that record.")
     return UserError(
         f"Malformed JSON at {path}:{line} ({error.msg}, column {error.colno}): correct that line."
     )
@@ -61,7 +66,7 @@ def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise _malformed(path, number, error) from error
         yield number, value
 
@@ -69,8 +74,8 @@ def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
 def _object(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _malformed(path, error.lineno, error) from error
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, getattr(error, "lineno", 1), error) from error
     records = value.get("data") if isinstance(value, dict) else None
     if isinstance(records, list):
         yield from enumerate(records, 1)
@@ -101,6 +106,8 @@ def _array(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
                 bad = line + buffer.count("\n", position, error.pos)
                 raise _malformed(path, bad, error) from error
             complete = False
+        except (ValueError, RecursionError) as error:
+            raise _malformed(path, line, error) from error
         if not complete:
             more = file.read(max(_CHUNK, len(buffer) - position))
             buffer, position, ended = buffer[position:] + more, 0, not more

@@ -28,7 +28,7 @@ from dskd_lightning.errors import UserError
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # of the files' layout and of the rendering
+_VERSION = 2  # of the files' layout and of the rendering
 _CHUNK = 512
 
 
@@ -80,12 +80,13 @@ def read_examples(
             if settings.limit is not None and used >= settings.limit:
                 return
             counts["read"] += 1
+            unused: Counter[str] = Counter()
             try:
                 if format is None and isinstance(record.value, dict):
                     format = detect_format(record.value, record.source)
                 example = parse_record(
                     record.value, format or "alpaca", record.source, record.line,
-                    needs_response=settings.needs_response,
+                    needs_response=settings.needs_response, unused=unused,
                 )  # fmt: skip
             except InvalidRecord as error:
                 if not settings.skip_invalid:
@@ -93,6 +94,8 @@ def read_examples(
                 counts[f"skipped: {error.reason}"] += 1
                 continue
             used += 1
+            for field, number in unused.items():
+                counts[f"unused field '{field}' of {source.name}"] += number
             yield example.with_system(settings.system)
 
 

@@ -104,8 +104,9 @@ def resolve_sources(sources: str | list[str], split: str = "train") -> list[Sour
     """Find out what each entry means, without reading it.
 
     Args:
-        sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted),
-            datasets written by ``save_to_disk``, or Hub datasets (``owner/name[@config][:split]``).
+        sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted,
+            hidden ones excepted), datasets written by ``save_to_disk``, or Hub datasets
+            (``owner/name[@config][:split]``).
         split: the split of a dataset that names none.
 
     Raises:
@@ -123,7 +124,11 @@ def _resolve(entry: str, split: str) -> list[Source]:
     if path.is_dir():
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             return [Source(entry, path, split=split)]
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in _SUFFIXES and file.is_file() and not _is_hidden(file.relative_to(path))
+        )
         if not files:
             raise UserError(
                 f"The folder '{entry}' holds no {', '.join(_SUFFIXES)} file: name another folder."
@@ -137,6 +142,11 @@ def _resolve(entry: str, split: str) -> list[Source]:
     if match is None or path.suffix in _SUFFIXES or entry.startswith((".", "/", "~")):
         raise UserError(f"The data file '{entry}' doesn't exist: correct the path.")
     return [Source(entry, None, match["config"], match["split"] or split)]
+
+
+def _is_hidden(path: Path) -> bool:
+    """Copies that editors and systems leave behind: ``.ipynb_checkpoints``, ``._train.jsonl``, ..."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

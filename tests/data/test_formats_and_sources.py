@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from dskd_lightning.data.examples import Message
 from dskd_lightning.data.formats import InvalidRecord, detect_format, parse_record
 from dskd_lightning.data.json_stream import iter_json
+from dskd_lightning.data.preparation import PreparationSettings, read_examples
 from dskd_lightning.data.sources import resolve_sources
 from dskd_lightning.errors import UserError
 
@@ -173,3 +175,73 @@ def test_missing_and_unreadable_sources(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b\n1,2,3\n")
     with pytest.raises(UserError, match=r"x\.csv:2"):
         list(resolve_sources(str(tmp_path / "x.csv"))[0].records())
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "response": "3"}, ["Add.\n\n1 2"]),
+        ({"instruction": "Add.", "context": "1 2", "output": "3"}, ["Add.\n\n1 2"]),
+        ({"instruction": "Add.", "input": "", "output": "3", "history": [["a", "b"]]}, ["a", "b", "Add."]),
+        ({"system": "S", "messages": CASES["messages"]["messages"]}, ["S", "Add.\n\n1 2"]),
+        ({"system": "S", "conversations": CASES["sharegpt"]["conversations"]}, ["S", "Add.\n\n1 2"]),
+        ({"messages": CASES["sharegpt"]["conversations"]}, ["Add.\n\n1 2"]),
+        ({"conversations": CASES["messages"]["messages"]}, ["Add.\n\n1 2"]),
+        ({"chosen": CASES["messages"]["messages"], "rejected": []}, ["Add.\n\n1 2"]),
+        ({"prompt": "Add.", "chosen": "3"}, ["Add."]),
+        ({"prompt": [{"role": "user", "content": "Add."}], "completion": "3"}, ["Add."]),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Add."}],
+                "completion": [{"role": "assistant", "content": "3"}],
+            },
+            ["Add."],
+        ),
+    ],
+)
+def test_every_part_of_a_prompt_is_read(record: dict, prompt: list[str]) -> None:
+    unused = Counter[str]()
+    example = parse_record(record, detect_format(record, "f"), "f", 1, unused=unused)
+    assert [message.content for message in example.prompt] == prompt
+    assert (example.response, example.references) == ("3", ("3",))
+    assert not unused
+
+
+def test_fields_without_a_use_are_named_and_counted(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "x", "name": "Bob"}, {"role": "assistant", "content": "y"}]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"messages": messages, "id": i or None}) + "\n" for i in range(3))
+    )
+    counts = Counter[str]()
+    list(read_examples(resolve_sources(str(tmp_path)), PreparationSettings(), counts))
+    file = tmp_path / "a.jsonl"
+    assert counts == {
+        "read": 3,
+        f"unused field 'id' of {file}": 2,
+        f"unused field 'messages.name' of {file}": 3,
+    }
+
+
+def test_a_message_without_role_names_its_keys() -> None:
+    record = {"messages": [{"speaker": "user", "content": "x"}]}
+    with pytest.raises(InvalidRecord, match="its keys: speaker, content"):
+        parse_record(record, "messages", "f", 1)
+
+
+def test_hidden_files_of_a_folder_are_skipped(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_text("{}\n")
+    assert [source.path for source in resolve_sources(str(tmp_path / "f"))] == [tmp_path / "f" / "a.jsonl"]
+
+
+def test_json_on_one_line_and_beyond_the_limits_of_python(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": RECORDS[:3]}))
+    assert [value for _, value in iter_json(path)] == RECORDS[:3]
+    path.write_text(json.dumps(RECORDS[0]))
+    assert [value for _, value in iter_json(path)] == RECORDS[:1]
+    for text in ("[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "1" * 5000 + "}", "[" + "1" * 5000 + "]"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"a\.json:1 "):
+            list(iter_json(path))

@@ -1,0 +1,156 @@
+"""Typed access to the fields of one raw record, which remembers what was used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dskd_lightning.data.examples import Message, Role
+from dskd_lightning.errors import UserError
+from dskd_lightning.tokenizers import sanitize_text
+
+__all__ = ["InvalidRecord", "RecordReader"]
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+_ROLE_KEYS = ("role", "from")
+_CONTENT_KEYS = ("content", "value")
+
+
+class InvalidRecord(UserError):
+    """A record that can't be learnt from. ``reason`` is a short phrase to count it under."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class RecordReader:
+    """Fields of ``record`` as text, references and messages; errors name the place.
+
+    Args:
+        record: one JSON object or row.
+        source: its file.
+        line: its line there.
+    """
+
+    def __init__(self, record: Any, source: str, line: int) -> None:
+        self.place = f"{source}:{line}"
+        if not isinstance(record, Mapping):
+            raise self.error(f"holds {type(record).__name__} instead of a JSON object", "not an object")
+        self.record: Mapping[str, Any] = record
+        self._used: set[str] = set()
+        self._unused_in_messages: set[str] = set()
+
+    def error(self, what: str, reason: str) -> InvalidRecord:
+        return InvalidRecord(
+            f"The record at {self.place} {what}; correct it, or set `skip_invalid: true` to leave such "
+            "records out.",
+            reason,
+        )
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of fields that hold something and were not read; those of messages as ``messages.NAME``."""
+        own = [str(key) for key, value in self.record.items() if key not in self._used and _holds(value)]
+        return own + sorted(self._unused_in_messages)
+
+    def get(self, key: str) -> Any:
+        """The raw value, marked as used."""
+        self._used.add(key)
+        return self.record.get(key)
+
+    def first(self, keys: Sequence[str]) -> str | None:
+        """The first of ``keys`` that holds something, else the first that is there at all."""
+        present = [key for key in keys if self.record.get(key) is not None]
+        return next((key for key in present if _holds(self.record[key])), present[0] if present else None)
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.error(
+                f"has a '{key}' that is {type(value).__name__}, not text", f"'{key}' is not text"
+            )
+        return sanitize_text(value)
+
+    def references(self, keys: Sequence[str]) -> list[str]:
+        """The non-empty responses under the first of ``keys`` that holds any."""
+        key = self.first(keys)
+        if key is None:
+            return []
+        value = self.get(key)
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise self.error(
+                f"has a '{key}' that is neither text nor a list of texts", f"'{key}' is not text"
+            )
+        return [sanitize_text(text) for text in texts if text.strip()]
+
+    def messages(self, key: str) -> list[Message]:
+        """The conversation under ``key``, whichever way its messages name role and content."""
+        turns = self.get(key)
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise self.error(f"has a '{key}' that isn't a list of messages", f"'{key}' is no list")
+        return [self._message(key, turn) for turn in turns]
+
+    def history(self) -> list[Message]:
+        """Earlier turns: ``history``, a list of pairs of prompt and response."""
+        pairs = self.get("history") or []
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            for pair in pairs
+        ):
+            raise self.error(
+                "has a 'history' that isn't a list of [prompt, response] pairs", "'history' is no list"
+            )
+        roles: tuple[Role, Role] = ("user", "assistant")
+        return [
+            Message(role, sanitize_text(text))
+            for pair in pairs
+            for role, text in zip(roles, pair, strict=True)
+        ]
+
+    def _message(self, field: str, turn: Mapping[str, Any]) -> Message:
+        role_key = next((key for key in _ROLE_KEYS if turn.get(key) is not None), None)
+        if role_key is None:
+            raise self.error(
+                f"has a message without a role (its keys: {', '.join(map(str, turn)) or 'none'}; the role "
+                f"belongs under {' or '.join(map(repr, _ROLE_KEYS))})",
+                "no role",
+            )
+        role = turn[role_key]
+        if not isinstance(role, str) or role not in _ROLES:
+            raise self.error(f"has the unknown role {role!r} (known: {', '.join(_ROLES)})", "unknown role")
+        content_key = next((key for key in _CONTENT_KEYS if turn.get(key) is not None), None)
+        used = {role_key, content_key}
+        self._unused_in_messages |= {
+            f"{field}.{key}" for key, value in turn.items() if key not in used and _holds(value)
+        }
+        return Message(_ROLES[role], self._content(None if content_key is None else turn[content_key]))
+
+    def _content(self, value: Any) -> str:
+        """Text, or OpenAI's list of text parts."""
+        if isinstance(value, list) and all(
+            isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
+        ):
+            value = "".join(part["text"] for part in value)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.error("has a message whose content isn't text", "content is not text")
+        return sanitize_text(value)
+
+
+def _holds(value: Any) -> bool:
+    return value is not None and value != "" and value != [] and value != {}
