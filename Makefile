@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env quickstart compare test test-slow lint types bench clean
+.PHONY: env quickstart test test-slow lint types bench clean
 
 env: $(STAMP)
 

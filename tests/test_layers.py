@@ -13,7 +13,7 @@ import dskd_lightning
 
 PACKAGE = Path(dskd_lightning.__file__).parent
 FLOORS: list[set[str]] = [
-    {"errors", "structures", "cache_dir", "memory"},
+    {"errors", "structures", "cache_dir", "memory", "ranks"},
     {"files", "tokenizers", "functional", "demo"},
     {"projection", "alignment"},
     {"generation", "runs"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dskd_lightning.alignment.vocabulary import exact_token_map, vocabulary_bytes
+from dskd_lightning.files import replacing
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 __all__ = ["nearest_strings", "nearest_token_map"]
@@ -50,15 +50,8 @@ def nearest_token_map(
                 return cached
             _log.warning("The cached token map %s has another shape than expected and is made anew.", path)
     mapped = _nearest(source, target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, mapped)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, mapped)
     return mapped
 
 

@@ -14,7 +14,7 @@ from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 __all__ = [
     "SparseProjection",
@@ -43,15 +43,6 @@ class SparseProjection:
     columns: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32]
     shape: tuple[int, int]
-
-    def to_torch(self) -> Tensor:
-        """The same matrix as a coalesced sparse COO tensor."""
-        import torch
-
-        indices = torch.from_numpy(np.stack((self.rows, self.columns)))
-        return torch.sparse_coo_tensor(
-            indices, torch.from_numpy(self.weights), self.shape, check_invariants=True
-        ).coalesce()
 
 
 def vocabulary_bytes(tokenizer: Any) -> list[bytes | None]:

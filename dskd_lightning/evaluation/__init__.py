@@ -5,7 +5,6 @@ from dskd_lightning.evaluation.harness import run_harness
 from dskd_lightning.evaluation.metrics import (
     DistinctN,
     ExactMatch,
-    Perplexity,
     ResponseLength,
     RougeL,
     exact_match,
@@ -26,7 +25,6 @@ __all__ = [
     "DistinctN",
     "Efficiency",
     "ExactMatch",
-    "Perplexity",
     "PredictionWriter",
     "PromptRecord",
     "ResponseLength",

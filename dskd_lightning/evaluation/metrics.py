@@ -20,7 +20,6 @@ from dskd_lightning.evaluation.rouge import rouge_l
 __all__ = [
     "DistinctN",
     "ExactMatch",
-    "Perplexity",
     "ResponseLength",
     "RougeL",
     "exact_match",
@@ -162,32 +161,6 @@ class ResponseLength(Metric):
             "empty_share": empty / count,
             "unfinished_share": unfinished / count,
         }
-
-
-class Perplexity(Metric):
-    """``exp(nll / units)``: per token with token counts, per byte with byte counts.
-
-    Only the value per byte compares models with different tokenizers.
-    """
-
-    full_state_update = False
-    higher_is_better = False
-    nll: Tensor
-    units: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nll", torch.zeros((), dtype=_SUM), dist_reduce_fx="sum")
-        self.add_state("units", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, nll: Tensor | float, units: Tensor | int) -> None:
-        """Add a **sum** of negative log-likelihoods (nats) and the tokens or bytes it covers."""
-        self.nll += torch.as_tensor(nll, dtype=_SUM, device=self.device).detach().sum()
-        self.units += torch.as_tensor(units, device=self.device).sum()
-
-    def compute(self) -> Tensor:
-        """Perplexity; 1 where nothing was counted."""
-        return torch.exp(self.nll / self.units.clamp(min=1))
 
 
 def _hash(text: str) -> int:

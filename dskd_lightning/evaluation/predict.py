@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.writer import PredictionWriter
 from dskd_lightning.files import write_atomic
 from dskd_lightning.generation.generator import Generator
+from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
 
 __all__ = ["PAPER_SEEDS", "PromptRecord", "predict"]
@@ -59,7 +58,7 @@ def predict(
     Raises:
         UserError: partial results of other settings are in the way, or indices repeat.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, world = rank_and_world()
     _check_settings(generator, records, Path(folder) / SETTINGS_FILE, model_id, write=rank == 0)
     indices = [record.index for record in records]
     results: dict[int | None, list[Prediction]] = {}
@@ -67,13 +66,13 @@ def predict(
         path = Path(folder) / prediction_file(seed)
         if not path.exists():
             with PredictionWriter(path, rank=rank) as writer:
-                _barrier()
+                barrier()
                 todo = [record for record in records if record.index not in writer.done]
                 _generate(generator, todo[rank::world], seed, writer, progress)
-            _barrier()
+            barrier()
             if rank == 0:
                 writer.finish(indices)
-        _barrier()
+        barrier()
         results[seed] = read_predictions(path, indices)
     return results
 
@@ -94,19 +93,10 @@ def _check_settings(
                 f"{path.parent}: holds predictions made with other settings ({', '.join(changed)} changed); "
                 "choose another folder, or delete this one to start over."
             )
-    _barrier()
+    barrier()
     if write:
         write_atomic(path, json.dumps(settings, indent=2) + "\n")
-    _barrier()
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _barrier() -> None:
-    if _distributed():
-        dist.barrier()
+    barrier()
 
 
 def _generate(

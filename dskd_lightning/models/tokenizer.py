@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -34,11 +33,6 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     if spec.chat_template is not None:
         tokenizer.chat_template = _chat_template(spec.chat_template)
     return tokenizer
-
-
-def own_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """The tokenizer that the weights of ``spec`` were trained with, whatever ``spec.tokenizer`` says."""
-    return load_tokenizer(dataclasses.replace(spec, tokenizer=None))
 
 
 def _load(spec: ModelSpec, source: str) -> PreTrainedTokenizerFast:

@@ -28,8 +28,6 @@ class SameVocabularyObjective(DistillationObjective):
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
-    same_vocabulary = True
-
     def __init__(
         self,
         divergence: Divergence | None = None,

@@ -42,12 +42,8 @@ class Objective(nn.Module, ABC):
 
     needs_teacher: bool = True
     """False for an objective that reads the gold responses only."""
-    needs_alignment: bool = False
-    """True where the two tokenisations' byte alignment is read."""
     needs_padded_statistics: bool = False
     """True where `Side.padded` is read."""
-    same_vocabulary: bool = False
-    """True where student and teacher must read the same token ids."""
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         """Make the parameters that depend on the two models; called once, before training.

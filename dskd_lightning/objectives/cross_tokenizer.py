@@ -39,7 +39,6 @@ class CrossTokenizerObjective(DistillationObjective):
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
-    needs_alignment = True
     needs_vocabulary_map: bool = True
     """Whether ids of one vocabulary are looked up in the other; False only costs metrics."""
     reads_alignment: bool = True

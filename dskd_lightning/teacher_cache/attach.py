@@ -21,6 +21,7 @@ from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.output import input_embeddings, language_head
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
+from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.teacher_cache.build import StateBuilder, shard_tokens
 from dskd_lightning.teacher_cache.codecs import bytes_per_token
 from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
@@ -99,7 +100,7 @@ def ensure_caches(
         return None
     if missing and not settings.build:
         raise UserError(_explanation(missing[0], specs[missing[0].teacher]))
-    _barrier()  # nobody builds before all have looked
+    barrier()  # nobody builds before all have looked
     heads = []
     for index, spec in enumerate(specs):
         caches = list({c.folder: c for (i, _), c in wanted.items() if i == index}.values())
@@ -111,7 +112,7 @@ def ensure_caches(
             heads.append(load_teacher_head(spec))
         stores = {cache.folder: TeacherStates(cache.folder) for cache in caches}
         heads[index] = _checked(heads[index], spec, list(stores.values()))
-        rank, ranks = _ranks()
+        rank, ranks = rank_and_world()
         for store in stores.values():
             store.verify(content=settings.verify, rank=rank, ranks=ranks)
         for stage in stages:
@@ -160,7 +161,7 @@ def _build(
     caches: Sequence[_Wanted],
     settings: TeacherCacheSettings,
 ) -> TeacherHead:
-    rank, ranks = _ranks()
+    rank, ranks = rank_and_world()
     with torch.device("cpu"):
         teacher = load_teacher(spec)
     if torch.cuda.is_available() and not spec.quantization:
@@ -171,7 +172,7 @@ def _build(
         builder = _builder(datamodule, spec, cache, settings, teacher, weights, rank)
         builder.announce(vocab)
         error = builder.build(teacher, rank, ranks)
-        _barrier()
+        barrier()
         _log.info("Teacher cache of '%s' as %s: %s.", spec.source, settings.dtype, error)
     return TeacherHead.from_model(teacher).cpu()
 
@@ -204,7 +205,7 @@ def _builder(
     tokens = response_tokens(cache.dataset, cache.teacher + 1)
     if rank == 0:
         _begin(cache.folder, manifest, tokens)
-    _barrier()
+    barrier()
     found = Manifest.read(cache.folder)
     assert found is not None
     if found.weights != weights:
@@ -250,14 +251,3 @@ def _checked(head: TeacherHead, spec: TeacherSpec, stores: Sequence[TeacherState
                 "built with: delete that folder, or restore the weights."
             )
     return head
-
-
-def _ranks() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _barrier() -> None:
-    if _ranks()[1] > 1:
-        torch.distributed.barrier()

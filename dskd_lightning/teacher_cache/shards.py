@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import replacing
 
 __all__ = ["check_shard", "open_shard", "shard_name", "write_shard"]
 
@@ -40,23 +39,16 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], key: str) -> None:
     Raises:
         UserError: the disk is full or can't be written.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    checksums = {name: zlib.crc32(_content(tensor)) for name, tensor in tensors.items()}
+    note = json.dumps({"key": key, "crc32": checksums})
     try:
-        checksums = {name: zlib.crc32(_content(tensor)) for name, tensor in tensors.items()}
-        note = json.dumps({"key": key, "crc32": checksums})
-        save_file(dict(tensors), temporary, {_NOTE: note})  # one entry: their order would be random
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(dict(tensors), temporary, {_NOTE: note})  # one entry: their order would be random
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"Can't write the teacher cache shard '{path}' ({error}): free space, or set "
             "`teacher_cache.folder` to another disk."
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 
 import pytest
@@ -16,7 +15,6 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.metrics import (
     DistinctN,
     ExactMatch,
-    Perplexity,
     ResponseLength,
     RougeL,
     exact_match,
@@ -89,21 +87,13 @@ def test_distinct_n_and_length() -> None:
     }  # fmt: skip
 
 
-def test_perplexity_is_of_sums_not_a_mean_of_means() -> None:
-    metric = Perplexity()
-    metric.update(torch.tensor(10.0), 1)
-    metric.update(9.0, torch.tensor([4, 5]))
-    assert float(metric.compute()) == pytest.approx(math.exp(19 / 10))
-
-
 def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    rouge, distinct, perplexity = RougeL(), DistinctN(1), Perplexity()
+    rouge, distinct = RougeL(), DistinctN(1)
     if rank == 0:  # the other rank has seen nothing
         rouge.update(["a b", "c d", "e f"], [["a b"], ["c x"], ["y z"]])
         distinct.update(["a b a"])
-    perplexity.update(torch.tensor(3.0 * (rank + 1)), 1 + rank * 8)
-    values = [float(metric.compute()) for metric in (rouge, distinct, perplexity)]
+    values = [float(metric.compute()) for metric in (rouge, distinct)]
     distinct.update(["a c"])
     values.append(float(distinct.compute()))
     torch.save(values, f"{folder}/{rank}.pt")
@@ -113,8 +103,7 @@ def _rank(rank: int, folder: str) -> None:
 def test_metrics_add_up_over_ranks(tmp_path) -> None:
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     for rank in range(2):
-        rouge, distinct, perplexity, more = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        rouge, distinct, more = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert rouge == pytest.approx(50.0)
         assert distinct == pytest.approx(2 / 3)
-        assert perplexity == pytest.approx(math.exp(0.9))
         assert more == pytest.approx(3 / 7)
