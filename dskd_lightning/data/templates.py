@@ -24,6 +24,7 @@ __all__ = ["ChatTemplate", "split_reasoning"]
 _log = logging.getLogger(__name__)
 _REASONING = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(\S.*)", re.DOTALL)
 _OPENED = re.compile(r"<think>\s*(</think>\s*)?$")
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _TODAY = datetime.datetime(2024, 7, 26)  # the date that Llama's templates fall back to
 
 
@@ -180,17 +181,20 @@ class ChatTemplate:
             return False
 
     def _rendered(self, messages: list[dict[str, Any]], tools: str) -> str:
-        def pinned(format: str) -> str:  # prepared data and prompts of another day must agree
+        functions = json.loads(tools) if tools else None
+        template = self.tokenizer.get_chat_template(tools=functions)
+        dateless = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
+        if dateless != template:  # prepared data and the prompts of another day must agree
             _warn_once(
-                f"The chat template of '{self.name}' writes today's date: it is fixed at "
+                f"The chat template of '{self.name}' may write today's date: it is fixed at "
                 f"{_TODAY:%Y-%m-%d}; to choose, give `template_options` what the template reads "
                 "(`date_string` for Llama's)."
             )
-            return _TODAY.strftime(format)
-
-        functions = json.loads(tools) if tools else None
-        arguments = {"tokenize": False, "strftime_now": pinned, **self.options}
-        text = str(self.tokenizer.apply_chat_template(messages, tools=functions, **arguments))
+        text = str(
+            self.tokenizer.apply_chat_template(
+                messages, tools=functions, chat_template=dateless, tokenize=False, **self.options
+            )
+        )
         if functions and not all(_name(function) in text for function in functions):
             _warn_once(f"The chat template of '{self.name}' shows the model no `tools`.")
         return text
