@@ -130,6 +130,14 @@ def test_reasoning_stands_where_the_template_puts_it() -> None:
     assert whole.endswith(f"<|assistant|>\n<think>\n\n</think>\n\n{learnt}")
 
 
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_reasoning_is_not_doubled_behind_a_template_that_opens_it(opening: str) -> None:
+    template = REASONING_DROPPED.replace("<|assistant|>", "<|assistant|>" + opening)
+    answer = "<think>\nadd them\n</think>\n\n4"
+    whole, _ = text_of(template, Message("user", "2+2?"), Message("assistant", answer))
+    assert whole == f"<|user|>2+2?<|assistant|>{answer}<|end|>"
+
+
 def test_reasoning_of_earlier_answers_goes_where_a_template_drops_it() -> None:
     said = [Message("user", "a"), Message("assistant", "<think>\nt\n</think>\n\nb")] * 2
     counts = Counter[str]()
