@@ -42,12 +42,17 @@ def generate_responses(
     texts: dict[int, str] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cast("Any", generator.model).to(device)
-    for batch in generator([renderer.generation_prompt(e.prompt, e.place) for e in examples], seed=seed):
+    prompt_ids = [renderer.generation_prompt(e.prompt, e.place, tools=e.tools) for e in examples]
+    for batch in generator(prompt_ids, seed=seed):
         texts |= {generation.index: generation.text for generation in batch}
         logger.info("%d of %d", len(texts), len(examples))
     lines = []
     for index, example in enumerate(examples):
-        turns = [{"role": m.role, "content": m.content} for m in example.prompt]
+        turns = [
+            {"role": m.role, "content": m.content, **(json.loads(m.extra) if m.extra else {})}
+            for m in example.prompt
+        ]
         turns.append({"role": "assistant", "content": texts[index]})
-        lines.append(json.dumps({"messages": turns}, ensure_ascii=False))
+        tools = {"tools": json.loads(example.tools)} if example.tools else {}
+        lines.append(json.dumps({"messages": turns, **tools}, ensure_ascii=False))
     write_atomic(Path(output), "\n".join(lines) + "\n")

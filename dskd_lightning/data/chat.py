@@ -1,8 +1,6 @@
 """Conversations as the text and tokens of one model, with its responses marked.
 
-Templates need no ``{% generation %}`` tag. The conversation is rendered once with a placeholder
-for each assistant turn; what lies between the placeholders is the template's text. Prompt and
-response pieces are tokenised *separately*, so that the tokens before a response are the ones that
+Prompt and response pieces are tokenised *separately*, so that the tokens before a response are the ones that
 generation will see, and no token straddles the boundary. A SentencePiece tokenizer with a prefix
 space thus starts every response with its ``▁`` token, which stands for no byte of the response
 and which decoding removes: the form in which such a model answers.
@@ -13,22 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dskd_lightning.alignment.byte_spans import ByteSpans, token_byte_spans
 from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.data.examples import Example, Message
+from dskd_lightning.data.templates import ChatTemplate
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 __all__ = ["ChatRenderer", "RenderedConversation", "RenderedTurn"]
-
-_log = logging.getLogger(__name__)
-_MARK = "\ue000response-{}\ue001"  # private-use characters: no template or tokenizer touches them
 
 
 @dataclass(frozen=True)
@@ -61,15 +57,26 @@ class ChatRenderer:
         prompt_template: a format string with ``{prompt}`` and optionally ``{system}``, applied to
             each user turn (the system text to the first). A BOS token is put in front where the
             tokenizer adds one by itself.
+        template_options: further arguments of the chat template, such as ``enable_thinking``.
+        special_tokens_in_text: read special tokens' strings inside messages as those tokens; else
+            they are plain text.
 
     Raises:
         UserError: no template at all, a template without ``{prompt}``, or no token that could end
             a response.
     """
 
-    def __init__(self, tokenizer: Any, prompt_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        special_tokens_in_text: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.prompt_template = prompt_template
+        self.special_tokens_in_text = special_tokens_in_text
+        self.template = ChatTemplate(tokenizer, prompt_template, template_options)
         self.bos_ids = self._leading_ids()
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if prompt_template is not None:
@@ -87,11 +94,16 @@ class ChatRenderer:
         self._specials = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        self._added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
 
     @classmethod
-    def from_spec(cls, tokenizer: Any, spec: ModelSpec | None) -> ChatRenderer:
+    def from_spec(
+        cls, tokenizer: Any, spec: ModelSpec | None, special_tokens_in_text: bool = False
+    ) -> ChatRenderer:
         """The renderer of the model that ``spec`` describes."""
-        return cls(tokenizer, None if spec is None else spec.prompt_template)
+        if spec is None:
+            return cls(tokenizer, special_tokens_in_text=special_tokens_in_text)
+        return cls(tokenizer, spec.prompt_template, spec.template_options, special_tokens_in_text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -102,46 +114,109 @@ class ChatRenderer:
             template,
             self.tokenizer.special_tokens_map,
             self.bos_ids,
+            self.template.options,
+            self.special_tokens_in_text,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def render(self, example: Example) -> RenderedConversation:
         """Tokens of ``example``, which ends with a response; responses are stripped of outer whitespace.
 
+        A response that isn't to be learnt belongs to the prompt of the next.
+
         Raises:
             UserError: the template refuses the conversation.
         """
-        responses = [m.content.strip() for m in example.messages if m.role == "assistant"]
-        texts = self._texts_around_responses(example.messages, example.place)
+        example = self.template.spelled_out(example)
+        responses = [m for m in example.messages if m.role == "assistant"]
+        texts, written = self._around(example.messages, example.tools, example.place)
         turns = []
-        before = texts[0]
-        for index, (response, after) in enumerate(zip(responses, texts[1:], strict=True)):
+        before, prompt_ids = texts[0], list[int]()
+        for index, (message, after) in enumerate(zip(responses, texts[1:], strict=True)):
+            response = message.content.strip()
             end_id, before_next = self._split_end(after)
-            prompt_ids = self._tokenize(before)
+            prompt_ids += self._prompt_ids(before, written)
             if index == 0:
                 prompt_ids = self._with_start(prompt_ids)
-            response_ids = self._tokenize(response)
-            spans = token_byte_spans(self.tokenizer, response, response_ids, end_ids=()).with_end()
-            turns.append(RenderedTurn(prompt_ids, [*response_ids, end_id], spans))
+            literal = message.special or self.special_tokens_in_text
+            response_ids = self._tokenize(response) if literal else self._plain_ids(response)
+            if message.learnt:
+                spans = token_byte_spans(self.tokenizer, response, response_ids, end_ids=()).with_end()
+                turns.append(RenderedTurn(prompt_ids, [*response_ids, end_id], spans))
+                prompt_ids = []
+            else:
+                prompt_ids = [*prompt_ids, *response_ids, end_id]
             before = before_next
         return RenderedConversation(tuple(turns))
 
-    def generation_prompt(self, messages: Sequence[Message], place: str = "") -> list[int]:
-        """Token ids after which the model must answer; the same as those a response was trained after."""
-        example = Example((*messages, Message("assistant", "?")), source=place)
+    def generation_prompt(
+        self, messages: Sequence[Message], place: str = "", *, tools: str = "", reasoning: bool | None = None
+    ) -> list[int]:
+        """Token ids after which the model must answer; the same as those a response was trained after.
+
+        Args:
+            messages: the conversation so far.
+            place: its record, for messages to the user.
+            tools: JSON list of the functions that the model may call.
+            reasoning: whether the answer starts with reasoning; None for what the template's
+                ``enable_thinking`` says.
+        """
+        example = Example(self._with_answer(messages, reasoning), source=place, tools=tools)
         turns = self.render(example).turns
         past = [token for turn in turns[:-1] for token in (*turn.prompt_ids, *turn.response_ids)]
         return past + turns[-1].prompt_ids
 
-    def prompt_text(self, messages: Sequence[Message], place: str = "") -> str:
+    def prompt_text(self, messages: Sequence[Message], place: str = "", *, tools: str = "") -> str:
         """The text of `generation_prompt`, for people to read."""
-        texts = self._texts_around_responses((*messages, Message("assistant", "?")), place)
-        responses = [m.content.strip() for m in messages if m.role == "assistant"]
-        return "".join(text for pair in zip(texts, [*responses, ""], strict=False) for text in pair)
+        example = Example(self._with_answer(messages, None), source=place, tools=tools)
+        messages = self.template.spelled_out(example).messages
+        texts, written = self._around(messages, tools, place)
+        responses = [m.content.strip() for m in messages[:-1] if m.role == "assistant"]
+        text = "".join(text for pair in zip(texts, [*responses, ""], strict=False) for text in pair)
+        return _restore(text, written)
+
+    def _with_answer(self, messages: Sequence[Message], reasoning: bool | None) -> tuple[Message, ...]:
+        if reasoning is None:
+            reasoning = bool(self.template.options["enable_thinking"])
+        answer = "<think>\n?\n</think>\n\n?" if reasoning else "?"
+        return (*messages, Message("assistant", answer))
+
+    def _around(
+        self, messages: Sequence[Message], tools: str, place: str
+    ) -> tuple[list[str], dict[str, str]]:
+        plain = () if self.special_tokens_in_text else tuple(self._specials)
+        return self.template.around_responses(messages, tools, place, plain)
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = token_bytes(self.tokenizer).tracer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Tokens of ``text`` in which special tokens' strings are text."""
+        if not any(token in text for token in self._specials):
+            return self._tokenize(text)
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_str(token_bytes(self.tokenizer).tracer.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    def _prompt_ids(self, text: str, written: Mapping[str, str]) -> list[int]:
+        """Tokens of template and user text; what ``written`` marks is text, whatever it looks like."""
+        if not any(mark in text for mark in written):
+            return self._tokenize(text)
+        specials = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
+        ids, position = list[int](), 0
+        for special in specials.finditer(text):
+            ids += self._plain_ids(_restore(text[position : special.start()], written))
+            ids.append(self._specials[special[0]])
+            position = special.end()
+        return ids + self._plain_ids(_restore(text[position:], written))
 
     def _leading_ids(self) -> list[int]:
         """What the tokenizer puts in front of every text by itself: usually BOS or nothing."""
@@ -162,59 +237,19 @@ class ChatRenderer:
     def _split_end(self, after: str) -> tuple[int, str]:
         """The token that closes a turn, and the text behind it that belongs to the next prompt.
 
-        A special token right behind the response (whitespace aside) closes it, whichever a template
-        uses; where there is none, the tokenizer's end of sequence does.
+        An added token (marked as special or not) right behind the response (whitespace aside)
+        closes it, whichever a template uses; where there is none, the tokenizer's end of sequence does.
         """
         text = after.lstrip()
-        closing = max((token for token in self._specials if text.startswith(token)), key=len, default="")
+        closing = max(
+            (token for token in self._added if token and text.startswith(token)), key=len, default=""
+        )
         opens_next = (
             self.tokenizer.bos_token if self.tokenizer.bos_token != self.tokenizer.eos_token else None
         )
         if not closing or closing == opens_next:
             return self.tokenizer.eos_token_id, after
-        return self._specials[closing], text[len(closing) :]
-
-    def _texts_around_responses(self, messages: Sequence[Message], place: str) -> list[str]:
-        """The template's text before the first response, between responses, and behind the last."""
-        marked: list[dict[str, str]] = []
-        marks: list[str] = []
-        for message in messages:
-            content = message.content
-            if message.role == "assistant":
-                content = _MARK.format(len(marks))
-                marks.append(content)
-            marked.append({"role": message.role, "content": content})
-        if self.prompt_template is not None:
-            text = _apply_prompt_template(self.prompt_template, marked)
-        else:
-            text = self._apply_chat_template(marked, place)
-        texts = []
-        for mark in marks:
-            before, found, text = text.partition(mark)
-            if not found:
-                raise UserError(
-                    f"The chat template leaves out an assistant turn of the conversation at {place}: "
-                    "give the model another `chat_template` or a `prompt_template`."
-                )
-            texts.append(before)
-        return [*texts, text]
-
-    def _apply_chat_template(self, messages: list[dict[str, str]], place: str) -> str:
-        from jinja2.exceptions import TemplateError
-
-        # Qwen3-like templates read `enable_thinking`; others ignore it.
-        arguments = {"tokenize": False, "enable_thinking": False}
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, **arguments))
-        except TemplateError as error:
-            if messages[0]["role"] == "system" and len(messages) > 1:
-                _warn_system_once(getattr(self.tokenizer, "name_or_path", ""))
-                merged = "\n\n".join(message["content"] for message in messages[:2])
-                return self._apply_chat_template([{**messages[1], "content": merged}, *messages[2:]], place)
-            raise UserError(
-                f"The chat template refuses the conversation at {place} ({error}): correct the record, or "
-                "give the model another `chat_template`."
-            ) from error
+        return self._added[closing], text[len(closing) :]
 
     def _check_prompt_template(self, template: str) -> None:
         try:
@@ -228,24 +263,7 @@ class ChatRenderer:
             raise UserError("`prompt_template` has no {prompt}: put it where the user's text belongs.")
 
 
-@functools.lru_cache(maxsize=64)
-def _warn_system_once(name: str) -> None:
-    _log.warning(
-        "The chat template of '%s' takes no system message: it goes in front of the user's text.", name
-    )
-
-
-def _apply_prompt_template(template: str, messages: list[dict[str, str]]) -> str:
-    system, parts = "", []
-    for message in messages:
-        if message["role"] == "system":
-            system = message["content"]
-        elif message["role"] == "user":
-            prompt = message["content"]
-            if system and "{system}" not in template:
-                prompt = f"{system}\n\n{prompt}"
-            parts.append(template.format(prompt=prompt, system=system))
-            system = ""
-        else:
-            parts.append(message["content"])
-    return "".join(parts)
+def _restore(text: str, written: Mapping[str, str]) -> str:
+    for mark, original in written.items():
+        text = text.replace(mark, original)
+    return text

@@ -21,6 +21,7 @@ from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.data.sources import Source, resolve_sources
 from dskd_lightning.data.splits import split_indices
+from dskd_lightning.data.templates import split_reasoning
 from dskd_lightning.data.truncation import cut_left
 from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
@@ -56,6 +57,8 @@ class InstructionDataModule(pl.LightningDataModule):
         test_split: likewise for ``test``.
         limit: most examples to read for each stage.
         skip_invalid: leave out and count invalid records instead of stopping at the first.
+        special_tokens_in_text: read special tokens' strings inside messages as those tokens; they
+            are plain text unless you say so.
         max_length: most tokens of prompt and response; a longer response is cut.
         max_prompt_length: most tokens of the prompt; a longer one loses its beginning.
         batch_size: rows per batch and process.
@@ -86,6 +89,7 @@ class InstructionDataModule(pl.LightningDataModule):
         test_split: float | int = 0,
         limit: int | None = None,
         skip_invalid: bool = False,
+        special_tokens_in_text: bool = False,
         max_length: int = 512,
         max_prompt_length: int = 256,
         batch_size: int = 8,
@@ -114,6 +118,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
         self.format: Format = format
         self.system, self.limit, self.skip_invalid = system, limit, skip_invalid
+        self.special_tokens_in_text = special_tokens_in_text
         self.splits: dict[str, float | int] = {
             "val": 0 if val else val_split, "test": 0 if test else test_split,
         }  # fmt: skip
@@ -138,7 +143,10 @@ class InstructionDataModule(pl.LightningDataModule):
                     "The data need a `student`: its tokenizer and template turn text into tokens."
                 )
             specs = [self.student, *self.teachers]
-            self._renderers = [ChatRenderer.from_spec(load_tokenizer(spec), spec) for spec in specs]
+            self._renderers = [
+                ChatRenderer.from_spec(load_tokenizer(spec), spec, self.special_tokens_in_text)
+                for spec in specs
+            ]
         return self._renderers
 
     @property
@@ -173,7 +181,10 @@ class InstructionDataModule(pl.LightningDataModule):
         Cut at the left to ``max_prompt_length``, as in training.
         """
         renderer = self.renderers[model]
-        ids = renderer.generation_prompt(example.prompt, example.place)
+        reasons = bool(split_reasoning((example.response or "").strip())[0]) or None
+        ids = renderer.generation_prompt(
+            example.prompt, example.place, tools=example.tools, reasoning=reasons
+        )
         return cut_left(ids, self.max_prompt_length, renderer.bos_ids)
 
     def prepare_data(self) -> None:

@@ -7,15 +7,31 @@ from typing import Literal
 
 __all__ = ["Example", "Message", "Role"]
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Args:
+        role: who speaks.
+        content: the text; an answer's reasoning stands in front of it in ``<think>`` tags.
+        learnt: whether an assistant turn is learnt or only read.
+        extra: JSON object of what templates read besides (``tool_calls``, ``name``, ``tool_call_id``).
+        special: the text was written by a template, so special tokens' strings in it are tokens.
+    """
 
     role: Role
     content: str
+    learnt: bool = True
+    extra: str = ""
+    special: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether it says nothing and calls nothing."""
+        return not self.content.strip() and '"tool_calls"' not in self.extra
 
 
 @dataclass(frozen=True)
@@ -23,17 +39,19 @@ class Example:
     """A conversation that ends with the response to learn.
 
     Args:
-        messages: system (optional, first), user and assistant turns. Every assistant turn is
-            learnt; an example to predict has none at the end.
+        messages: system (optional, first), user, assistant and tool turns. Every assistant turn
+            is learnt unless it says otherwise; an example to predict has none at the end.
         references: acceptable final responses, for evaluation; the first is the last message.
         source: the file or dataset that it was read from.
         line: line in that file, or row from 1 where a format has no lines.
+        tools: JSON list of the functions that the model may call, or nothing.
     """
 
     messages: tuple[Message, ...]
     references: tuple[str, ...] = ()
     source: str = ""
     line: int = 0
+    tools: str = ""
 
     @property
     def place(self) -> str:
@@ -54,6 +72,19 @@ class Example:
     def prompt(self) -> tuple[Message, ...]:
         """The conversation up to the final response."""
         return self.messages[:-1] if self.response is not None else self.messages
+
+    def without_earlier_reasoning(self) -> Example:
+        """Answers before the last question without their reasoning, read but not learnt.
+
+        Templates that drop it there show the model a text that it never wrote.
+        """
+        last = max((i for i, message in enumerate(self.messages) if message.role == "user"), default=0)
+        messages = list(self.messages)
+        for index, message in enumerate(messages[:last]):
+            thought, tag, answer = message.content.partition("</think>")
+            if message.role == "assistant" and tag and thought.lstrip().startswith("<think>"):
+                messages[index] = replace(message, content=answer.strip(), learnt=False)
+        return self if messages == list(self.messages) else replace(self, messages=tuple(messages))
 
     def with_system(self, system: str | None) -> Example:
         """The same example with ``system`` in front, unless it has a system message already."""

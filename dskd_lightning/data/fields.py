@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,16 @@ _ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
 }
+_CALLS = ("function_call", "tool_call")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value")
 
@@ -133,11 +143,65 @@ class RecordReader:
         if not isinstance(role, str) or role not in _ROLES:
             raise self.error(f"has the unknown role {role!r} (known: {', '.join(_ROLES)})", "unknown role")
         content_key = next((key for key in _CONTENT_KEYS if turn.get(key) is not None), None)
+        content = self._content(None if content_key is None else turn[content_key])
         used = {role_key, content_key}
+        extra: dict[str, Any] = {}
+        learnt = True
+        if _ROLES[role] == "assistant":
+            calls = turn.get("tool_calls") or []
+            if role in _CALLS:
+                calls, content = self._parsed(content, f"a {role}"), ""
+            if calls:
+                extra["tool_calls"] = self._tool_calls(calls)
+            if (weight := turn.get("weight")) is not None:
+                if weight not in (0, 1):
+                    raise self.error(f"has the message weight {weight!r}, neither 0 nor 1", "message weight")
+                learnt = bool(weight)
+            reasoning = next((key for key in _REASONING_KEYS if _holds(turn.get(key))), None)
+            if reasoning is not None and "</think>" not in content:
+                content = f"<think>\n{self._content(turn[reasoning])}\n</think>\n\n{content}"
+                used.add(reasoning)
+            used |= {"tool_calls", "weight"}
+        elif _ROLES[role] == "tool":
+            extra = {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+            used |= extra.keys()
         self._unused_in_messages |= {
             f"{field}.{key}" for key, value in turn.items() if key not in used and _holds(value)
         }
-        return Message(_ROLES[role], self._content(None if content_key is None else turn[content_key]))
+        return Message(_ROLES[role], content, learnt, json.dumps(extra) if extra else "")
+
+    def tools(self) -> str:
+        """The functions of ``tools`` as JSON; the column may hold them as JSON text."""
+        tools = self.get("tools")
+        if isinstance(tools, str) and tools.strip():
+            tools = self._parsed(tools, "'tools'")
+        if not tools:
+            return ""
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise self.error("has 'tools' that aren't a list of JSON objects", "'tools' is no list")
+        return json.dumps([_without_none(tool) for tool in tools], ensure_ascii=False)
+
+    def _tool_calls(self, calls: Any) -> list[Any]:
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(
+            isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping) for call in calls
+        ):
+            raise self.error("has 'tool_calls' that aren't a list of JSON objects", "'tool_calls' is no list")
+        made = []
+        for call in calls:
+            function = _without_none(call.get("function", call))
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):  # OpenAI's form; templates expect an object
+                function["arguments"] = self._parsed(arguments or "{}", "a tool call's 'arguments'")
+            call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+            made.append({**call_id, "type": "function", "function": function})
+        return made
+
+    def _parsed(self, text: str, what: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"has {what} that is no JSON ({error})", "malformed JSON in a field") from error
 
     def _content(self, value: Any) -> str:
         """Text, or OpenAI's list of text parts."""
@@ -150,6 +214,13 @@ class RecordReader:
         if not isinstance(value, str):
             raise self.error("has a message whose content isn't text", "content is not text")
         return sanitize_text(value)
+
+
+def _without_none(value: Any) -> Any:
+    """Without the keys that tables add for other rows."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _holds(value: Any) -> bool:

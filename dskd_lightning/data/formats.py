@@ -68,7 +68,7 @@ def parse_record(
     """
     reader = RecordReader(record, source, line)
     messages, references = _PARSERS[format](reader)
-    while messages and messages[-1].role == "assistant" and not messages[-1].content.strip():
+    while messages and messages[-1].role == "assistant" and messages[-1].empty:
         messages = messages[:-1]  # an empty response is a missing one
     if not any(message.role == "user" for message in messages):
         raise reader.error("has no prompt", "no prompt")
@@ -77,13 +77,16 @@ def parse_record(
             raise reader.error(f"has no response (its fields: {', '.join(map(str, record))})", "no response")
         references = []
     for message in messages[:-1]:
-        if message.role == "assistant" and not message.content.strip():
+        if message.role == "assistant" and message.empty:
             raise reader.error("has an empty assistant turn", "no response")
     if any(message.role == "system" for message in messages[1:]):
         raise reader.error("has a system message that isn't the first", "misplaced system message")
+    if needs_response and not any(m.role == "assistant" and m.learnt for m in messages):
+        raise reader.error("has no response to learn: every weight is 0", "nothing to learn")
+    tools = reader.tools()
     if unused is not None:
         unused.update(reader.unused)
-    return Example(tuple(messages), tuple(references), source, line)
+    return Example(tuple(messages), tuple(references), source, line, tools)
 
 
 _Parsed = tuple[list[Message], list[str]]

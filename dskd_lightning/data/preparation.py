@@ -154,6 +154,7 @@ def _write(
             ]
         ]
         for example in read_examples(sources, settings, counts):
+            example = _as_models_read(example, renderers, counts)
             learnt = example if example.response is not None else _with_placeholder(example)
             rendered = [renderer.render(learnt) for renderer in renderers]
             cut = truncate(rendered, settings.max_length, settings.max_prompt_length, starts)
@@ -174,6 +175,17 @@ def _write(
         )
     np.save(folder / "lengths.npy", np.array(lengths, np.int32).reshape(-1, len(renderers)))
     (folder / "report.json").write_text(json.dumps(counts, indent=1))
+
+
+def _as_models_read(example: Example, renderers: Sequence[ChatRenderer], counts: Counter[str]) -> Example:
+    """The one text of every response that all models read, the student's way of calling tools in it."""
+    if any(renderer.template.drops_reasoning for renderer in renderers):
+        kept = example.without_earlier_reasoning()
+        counts["examples without the reasoning of earlier answers"] += kept is not example
+        example = kept
+    outer = any(m.role == "assistant" and m.content != m.content.strip() for m in example.messages)
+    counts["responses without their outer whitespace"] += outer
+    return renderers[0].template.spelled_out(example)
 
 
 def _with_placeholder(example: Example) -> Example:
@@ -217,13 +229,22 @@ class _Writer:
 def _example_schema() -> Any:
     import pyarrow as pa
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    message = pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("learnt", pa.bool_()),
+            ("extra", pa.string()),
+            ("special", pa.bool_()),
+        ]
+    )
     return pa.schema(
         [
             ("messages", pa.list_(message)),
             ("references", pa.list_(pa.string())),
             ("source", pa.string()),
             ("line", pa.int64()),
+            ("tools", pa.string()),
         ]
     )
 
@@ -242,6 +263,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 def _announce(dataset: PreparedDataset, sources: Sequence[Source]) -> None:
     report = dataset.report
+    report = {name: number for name, number in report.items() if number}
     lost = any(number for name, number in report.items() if name not in ("read", "used"))
     names = ", ".join(source.name for source in sources)
     _log.log(logging.WARNING if lost else logging.INFO, "%s: %s.", names, _listed(report))

@@ -130,8 +130,8 @@ class PreparedDataset:
         """The raw example in row ``index``."""
         chunk, at = self._examples.row(index)
         row = {name: chunk.column(name)[at].as_py() for name in chunk.schema.names}
-        messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-        return Example(messages, tuple(row["references"]), row["source"], row["line"])
+        messages = tuple(Message(**m) for m in row["messages"])
+        return Example(messages, tuple(row["references"]), row["source"], row["line"], row["tools"])
 
     def rendered(self, index: int, model: int = 0) -> RenderedExample:
         """Tokens of row ``index`` for the student (0) or teacher ``model - 1``."""

@@ -189,7 +189,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _cell(key: str, value: str) -> Any:
     """Conversations in a CSV cell are JSON; everything else is text."""
-    if key in ("messages", "conversations"):
+    if key in ("messages", "conversations", "tools", "history"):
         try:
             return json.loads(value)
         except json.JSONDecodeError:

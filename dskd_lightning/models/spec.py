@@ -23,6 +23,7 @@ class ModelSpec:
         chat_template: a Jinja chat template or a file that holds one, instead of the tokenizer's.
         prompt_template: a Python format string with ``{prompt}`` (and optionally ``{system}``)
             for models without a chat template; wins over any chat template.
+        template_options: further arguments of the chat template, such as ``enable_thinking: true``.
         dtype: the weights' type; ``auto`` keeps the checkpoint's.
         attn_implementation: transformers' attention implementation; None lets it choose.
         trust_remote_code: run Python code from the model repository. Off unless you say so.
@@ -33,6 +34,7 @@ class ModelSpec:
     tokenizer: str | None = None
     chat_template: str | None = None
     prompt_template: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False

@@ -124,7 +124,7 @@ def cache_parts(
         dtype: how states are stored.
         memory: keeps hashes for the next time.
     """
-    template = renderer.prompt_template or renderer.tokenizer.chat_template
+    template = [renderer.prompt_template or renderer.tokenizer.chat_template, renderer.template.options]
     return {
         "teacher weights": source_fingerprint(spec, memory),
         "teacher dtype": spec.dtype,
