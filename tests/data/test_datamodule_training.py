@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -338,3 +339,22 @@ def test_two_ranks_share_every_batch(make, tmp_path: Path) -> None:
     states = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [tuple(a + b) for a, b in zip(states[0][0], states[1][0], strict=True)] == one.seen
     assert sorted(states[0][1] + states[1][1]) == list(range(23))
+
+
+def test_a_workers_error_is_its_sentence_alone(make, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("one sentence.")
+
+    dm = make(num_workers=1)
+    loader = dm.train_dataloader()
+    monkeypatch.setattr(type(loader.collator), "__call__", fail)
+    with pytest.raises(UserError) as caught:
+        next(iter(loader))
+    assert str(caught.value) == "one sentence."
+
+
+def test_a_data_file_whose_name_is_no_text(make, data_file: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(data_file.parent) + b"/a\xff.jsonl"))
+    path.write_text(data_file.read_text())
+    examples = make(train=str(path)).examples("train")
+    assert examples.dataset.example(0).source.endswith("/a\ufffd.jsonl")
