@@ -197,7 +197,7 @@ def test_full_disk_is_one_sentence(tmp_path, model_folder, capsys, monkeypatch):
 def test_an_unusable_place_is_one_sentence(monkeypatch, capsys, error):
     number = getattr(errno, error)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), b"some/\x1b[31mplace")
 
     monkeypatch.setattr(sys.modules["dskd_lightning.cli.main"], "run_function", fail)
@@ -377,9 +377,10 @@ def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):
     grid = tmp_path / "study/grid/DSKD"
     chosen = json.loads((grid / "grid.json").read_text())
     assert chosen["chosen"] == {"model.optimizer.init_args.lr": 1e-2}
-    assert not (grid / "0/checkpoints").exists()
+    loser, best = chosen["folders"]
+    assert not (grid / loser / "checkpoints").exists()
     assert (tmp_path / "study/DSKD/checkpoints/best.ckpt").is_file()
-    assert (tmp_path / "study/DSKD").resolve() == grid / "1"
+    assert (tmp_path / "study/DSKD").resolve() == grid / best
     result = json.loads((tmp_path / "study/DSKD/variant.json").read_text())
     assert result["trained"]
     assert result["training"] == json.loads((tmp_path / "study/DSKD/training.json").read_text())
