@@ -193,6 +193,6 @@ def _cell(key: str, value: str) -> Any:
     if key in ("messages", "conversations"):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # malformed, or beyond Python's limits
             return value
     return value
