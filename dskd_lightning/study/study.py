@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import math
-import multiprocessing
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +19,10 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import option, read_yaml
 from dskd_lightning.study.names import check_name
+from dskd_lightning.study.process import run_process
 from dskd_lightning.study.reading import mapping, read_values, texts
 from dskd_lightning.study.summary import summarise
-from dskd_lightning.study.worker import read_result, run_variant
+from dskd_lightning.study.worker import read_result
 
 __all__ = ["Study", "Variant"]
 
@@ -220,37 +215,7 @@ class Study:
         arguments = [f"--config={file}" for file in (*self.base, *variant.configs, overlay)]
         arguments += [option(key, value) for key, value in point.items()]
         arguments.append(f"--output={folder}")
-        # A process each, so that peak memory is the variant's own and nothing leaks between them.
-        process = multiprocessing.get_context("spawn").Process(
-            target=run_variant, args=(arguments, str(folder), settings, variant.train, test)
-        )
-        process.start()
-        with _passed_on(process):
-            process.join()
-        if process.exitcode != 0:
-            raise UserError(
-                f"study: variant {variant.name!r} failed with exit status {process.exitcode}; "
-                "its messages are above."
-            )
-
-
-@contextlib.contextmanager
-def _passed_on(process: BaseProcess) -> Iterator[None]:
-    """SIGTERM to the study ends its worker, too, which would train on alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: object) -> None:
-        process.terminate()
-        process.join()
-        sys.exit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        run_process(variant.name, arguments, folder, settings, variant.train, test)
 
 
 def _remove(folder: Path) -> None:

@@ -206,7 +206,7 @@ def test_sigterm_to_a_study_ends_its_worker(tmp_path) -> None:
     script = tmp_path / "main.py"
     script.write_text(
         "import multiprocessing, sys, time\n"
-        "from dskd_lightning.study.study import _passed_on\n"
+        "from dskd_lightning.study.process import _passed_on\n"
         "if __name__ == '__main__':\n"
         "    process = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
         "    process.start()\n"
