@@ -1,16 +1,18 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and JSON files that may be neither."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["replacing", "write_atomic"]
+__all__ = ["read_object", "replacing", "write_atomic"]
 
 
 @contextlib.contextmanager
@@ -50,3 +52,26 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or choose another folder."
         ) from error
+
+
+def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file, which something may have damaged.
+        remedy: how the error ends.
+
+    Raises:
+        UserError: it can't be read, isn't JSON, is nested too deep, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}.") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deep; {remedy}.") from error
+    except ValueError as error:  # JSON, UTF-8, and Python's limit on the digits of a number
+        raise UserError(f"{path}: malformed JSON ({error}); {remedy}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}; {remedy}.")
+    return value

@@ -8,6 +8,7 @@ from dskd_lightning.comparison.endpoint import ChatEndpoint
 from dskd_lightning.comparison.judge import CostLimit, judge_pairs
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.text import visible
 
 __all__ = ["judge_runs"]
 
@@ -45,5 +46,5 @@ def judge_runs(
     )
     print(f"{summary.counts} in {output}")
     if summary.stopped is not None:
-        print(f"ended early: {summary.stopped}; run the command again to go on")
+        print(f"ended early: {visible(summary.stopped)}; run the command again to go on")
     return int(summary.stopped is not None)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from dskd_lightning import __version__
 from dskd_lightning.errors import UserError
-from dskd_lightning.launch.arguments import run_function
+from dskd_lightning.launch.arguments import check_configs, run_function
 from dskd_lightning.runs.console import configure_output
+from dskd_lightning.runs.text import visible
 
 __all__ = ["main"]
 
@@ -34,6 +36,27 @@ _USAGE = """usage: dskd COMMAND [options]
 """
 
 
+_ROOM = "free space or choose another --output"
+_RIGHTS = "allow writing there or choose another --output"
+_PLACE = "choose another --output"
+_STORAGE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on file sizes (`ulimit -f`) or choose another --output",
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENAMETOOLONG: "choose a shorter --output",
+    errno.ENOTDIR: "a part of that path is no folder: choose another --output",
+    errno.EISDIR: "it is a folder: choose another --output",
+    errno.EEXIST: "something else has that name: choose another --output",
+    errno.ELOOP: _PLACE,
+    errno.EIO: "check the disk or choose another --output",
+    errno.ESTALE: "check the network disk or choose another --output",
+}
+"""What a user can do about a file that can't be used; other errors are faults of the program."""
+
+
 def _commands() -> dict[str, Callable[..., object]]:
     from dskd_lightning.cli import commands
 
@@ -45,6 +68,7 @@ def _run(arguments: list[str]) -> int:
     if command in _TRAINER_COMMANDS:
         from dskd_lightning.launch.lightning_cli import DistillationCLI
 
+        check_configs(arguments)
         DistillationCLI(args=arguments)
         return 0
     commands = _commands()
@@ -57,7 +81,7 @@ def _run(arguments: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``dskd`` with ``arguments`` (default: the process's); returns the exit status.
 
-    A `UserError` or a full disk prints one sentence and gives status 2 or 3.
+    A `UserError` prints one sentence and gives status 2, a file that can't be read or written gives 3.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     configure_output()
@@ -70,17 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        print(f"dskd: error: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _STORAGE:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"dskd: error: cannot write{where}: {error.strerror}; free space or choose another --output.",
-            file=sys.stderr,
-        )
+        where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        _complain(f"cannot read or write{where}: {error.strerror}; {_STORAGE[error.errno]}.")
         return 3
+
+
+def _complain(message: str) -> None:
+    """One message; it may quote data and models, which must not steer the terminal."""
+    print(f"dskd: error: {visible(message)}", file=sys.stderr)
 
 
 def entry_point() -> None:

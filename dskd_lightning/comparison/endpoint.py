@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,18 @@ __all__ = ["ChatEndpoint", "EndpointError", "Reply"]
 logger = logging.getLogger(__name__)
 
 _RETRIED = (408, 409, 429, 500, 502, 503, 504)
+_MOST_BYTES = 16 * 2**20
+_READ_BYTES = 1 << 16
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected request would carry the key to wherever the server says."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class EndpointError(RuntimeError):
@@ -43,7 +56,7 @@ class ChatEndpoint:
         model: the model to ask for.
         api_key_variable: name of the environment variable that holds the key; None sends none.
         max_tokens: most tokens of a reply.
-        timeout: seconds to wait for a reply.
+        timeout: most seconds of one attempt, from connecting to the reply's last byte.
         retries: further attempts after a failure that may pass.
         backoff: seconds before the first retry, doubled each time.
         sleep: how to wait, for tests.
@@ -80,10 +93,21 @@ class ChatEndpoint:
                 return self._post(body)
             except urllib.error.HTTPError as error:
                 reason, final = f"HTTP {error.code} {error.reason}", error.code not in _RETRIED
+                if 300 <= error.code < 400:
+                    reason += ": a redirect isn't followed, which would take the key elsewhere"
                 asked = error.headers.get("Retry-After", "") if error.headers else ""
                 pause = float(asked) if asked.isdigit() else wait
                 error.close()
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+            except (
+                OSError,
+                http.client.HTTPException,
+                LookupError,
+                AttributeError,
+                OverflowError,
+                RecursionError,
+                TypeError,
+                ValueError,
+            ) as error:
                 reason, final, pause = f"{type(error).__name__}: {error}", False, wait
             if final or attempt == self.retries:
                 raise EndpointError(f"{self.base_url} failed after {attempt + 1} attempts ({reason})")
@@ -98,8 +122,47 @@ class ChatEndpoint:
             headers["Authorization"] = f"Bearer {os.environ[self.api_key_variable]}"
         url = self.base_url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            answer = json.loads(response.read())
+        answer = json.loads(_fetch(request, self.timeout))
         text = answer["choices"][0]["message"]["content"]
         usage = answer.get("usage") or {}
         return Reply(str(text or ""), int(usage.get("total_tokens") or 0))
+
+
+def _fetch(request: urllib.request.Request, seconds: float) -> bytes:
+    """The body of the reply.
+
+    A socket's timeout bounds each of its reads, not their number: a server that sends a byte now
+    and then would hold us for ever. So a thread reads, and is waited for no longer than this.
+
+    Raises:
+        TimeoutError: the reply isn't whole in time.
+        OSError: there is none.
+    """
+    found: list[bytes | Exception] = []
+
+    def read() -> None:
+        try:
+            with _OPENER.open(request, timeout=seconds) as response:
+                found.append(_body(response, time.monotonic() + seconds))
+        except Exception as error:  # raised where it is waited for
+            found.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        raise TimeoutError(f"no whole reply in {seconds:g} s")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _body(response: http.client.HTTPResponse, until: float) -> bytes:
+    body = bytearray()
+    while block := response.read1(_READ_BYTES):
+        body += block
+        if len(body) > _MOST_BYTES:
+            raise ValueError(f"the reply has more than {_MOST_BYTES >> 20} MiB")
+        if time.monotonic() > until:
+            raise TimeoutError("the reply took too long")
+    return bytes(body)

@@ -172,10 +172,20 @@ def _read(path: Path) -> dict[int, Judgement]:
     if not path.exists():
         return {}
     judgements: dict[int, Judgement] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as verdicts ({error}); delete it or name another."
+        ) from error
+    for number, line in enumerate(lines, 1):
         try:
             judgement = Judgement(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            if type(judgement.index) is not int or type(judgement.tokens) is not int:
+                raise TypeError("index and tokens must be integers")
+            if not {judgement.forward, judgement.backward} <= {"baseline", "candidate", "tie", None}:
+                raise ValueError("a verdict is baseline, candidate, tie or null")
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}:{number}: not a verdict ({error}); delete that line to judge it again."
             ) from error

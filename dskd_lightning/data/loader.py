@@ -103,7 +103,7 @@ class DistillationLoader:
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(self.seed),  # leave the global one to training
         )
-        for batch in loader:
+        for batch in _plain_errors(loader):
             self._position += 1
             yield batch
 
@@ -131,6 +131,14 @@ class DistillationLoader:
         content.update(np.ascontiguousarray(self.indices).tobytes())
         content.update(repr((astuple(self.settings), self.shuffle, self.seed, self.ranks)).encode())
         return content.hexdigest()[:16]
+
+
+def _plain_errors(loader: DataLoader[DistillationBatch]) -> Iterator[DistillationBatch]:
+    """The batches; PyTorch wraps the sentence of a worker's `UserError` into its traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
 class _Batches(Dataset[DistillationBatch]):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.checked_files import blocks_of, damaged, write_report
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.formats import DetectedFormat, Format, InvalidRecord, detect_format, parse_record
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row
@@ -28,7 +29,7 @@ from dskd_lightning.errors import UserError
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
 
 _log = logging.getLogger(__name__)
-_VERSION = 2  # of the files' layout and of the rendering
+_VERSION = 3  # of the files' layout and of the rendering
 _CHUNK = 512
 
 
@@ -116,6 +117,8 @@ def prepare(
     folder = cache_dir / cache_key(sources, renderers, settings)
     if (folder / "report.json").is_file():
         return PreparedDataset(folder)
+    if folder.exists():  # it is moved there whole
+        raise damaged(folder / "report.json", "it is missing")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -132,8 +135,6 @@ def prepare(
             f"Can't write the data cache in '{cache_dir}' ({error.strerror or error}): free space there or "
             "set `cache_dir`."
         ) from error
-    if not (folder / "report.json").is_file():
-        raise UserError(f"'{folder}' is an incomplete data cache: delete that folder.")
     dataset = PreparedDataset(folder)
     _announce(dataset, sources)
     return dataset
@@ -174,7 +175,8 @@ def _write(
             f"No example is left of {names} ({_listed(counts)}): check the files and the lengths."
         )
     np.save(folder / "lengths.npy", np.array(lengths, np.int32).reshape(-1, len(renderers)))
-    (folder / "report.json").write_text(json.dumps(counts, indent=1))
+    streams = {writer.path.name: blocks_of(writer.path, writer.batches) for writer in writers}
+    write_report(folder / "report.json", counts, [folder / "lengths.npy"], streams)
 
 
 def _as_models_read(example: Example, renderers: Sequence[ChatRenderer], counts: Counter[str]) -> Example:
@@ -196,12 +198,13 @@ class _Writer:
     """Rows into an Arrow stream, a chunk in memory at a time."""
 
     def __init__(self, path: Path, schema: Any) -> None:
-        self._path, self._schema, self._rows = path, schema, list[dict[str, Any]]()
+        self.path, self._schema, self._rows = path, schema, list[dict[str, Any]]()
+        self.batches: list[int] = []  # rows of each record batch so far
 
     def __enter__(self) -> _Writer:
         import pyarrow as pa
 
-        self._file = pa.OSFile(str(self._path), "wb")
+        self._file = pa.OSFile(str(self.path), "wb")
         self._stream = pa.ipc.new_stream(self._file, self._schema)
         return self
 
@@ -215,6 +218,7 @@ class _Writer:
 
         if self._rows:
             self._stream.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
+            self.batches.append(len(self._rows))
             self._rows.clear()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

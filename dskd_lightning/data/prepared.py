@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy.typing as npt
 
 from dskd_lightning.alignment.byte_spans import ByteSpans
 from dskd_lightning.data.chat import RenderedConversation
+from dskd_lightning.data.checked_files import ArrowRows, read_array, read_report
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.structures import IGNORE_INDEX
 
@@ -86,42 +85,24 @@ def _rendered(row: dict[str, Any]) -> RenderedExample:
     return RenderedExample(tokens[:-1], labels, tuple(spans))
 
 
-class _ArrowFile:
-    """Random access to the rows of a memory-mapped Arrow stream."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._chunks: list[Any] | None = None
-        self._starts: list[int] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_chunks": None, "_starts": []}  # each worker maps the file itself
-
-    def row(self, index: int) -> tuple[Any, int]:
-        """The record batch that holds row ``index``, and where in it."""
-        if self._chunks is None:
-            import pyarrow as pa
-
-            self._chunks = pa.ipc.open_stream(pa.memory_map(str(self._path))).read_all().to_batches()
-            self._starts = np.cumsum([0, *(chunk.num_rows for chunk in self._chunks)]).tolist()
-        at = bisect.bisect_right(self._starts, index) - 1
-        return self._chunks[at], index - self._starts[at]
-
-
 class PreparedDataset:
     """What `prepare` wrote for one set of sources and one tuple of models.
 
     Args:
         folder: the cache folder; its name is the fingerprint of content, tokenizers and settings.
+
+    Raises:
+        UserError: a file is missing or damaged; damage within the large ones shows where it is read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.fingerprint = folder.name
-        self.report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        self.lengths: _Ints = np.load(folder / "lengths.npy")
-        self._examples = _ArrowFile(folder / "examples.arrow")
-        self._models = [_ArrowFile(folder / f"model-{i}.arrow") for i in range(self.lengths.shape[1])]
+        self.report, arrays, streams = read_report(folder / "report.json")
+        self.lengths: _Ints = read_array(folder / "lengths.npy", arrays["lengths.npy"])
+        rows = {name: ArrowRows(folder / name, blocks) for name, blocks in streams.items()}
+        self._examples = rows["examples.arrow"]
+        self._models = [rows[f"model-{i}.arrow"] for i in range(self.lengths.shape[1])]
 
     def __len__(self) -> int:
         return len(self.lengths)

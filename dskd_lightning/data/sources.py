@@ -14,6 +14,7 @@ from typing import Any
 from dskd_lightning.data.json_stream import iter_json
 from dskd_lightning.demo import DATASET
 from dskd_lightning.errors import UserError
+from dskd_lightning.runs.text import visible
 
 __all__ = ["Record", "Source", "resolve_sources"]
 
@@ -133,11 +134,11 @@ def _resolve(entry: str, split: str) -> list[Source]:
             raise UserError(
                 f"The folder '{entry}' holds no {', '.join(_SUFFIXES)} file: name another folder."
             )
-        return [Source(str(file), file) for file in files]
+        return [Source(visible(str(file)), file) for file in files]
     if path.exists():
         if path.suffix not in _SUFFIXES:
             raise UserError(f"'{entry}' is no {', '.join(_SUFFIXES)} file: convert or rename it.")
-        return [Source(entry, path)]
+        return [Source(visible(entry), path)]
     match = _HUB_ID.fullmatch(entry)
     if match is None or path.suffix in _SUFFIXES or entry.startswith((".", "/", "~")):
         raise UserError(f"The data file '{entry}' doesn't exist: correct the path.")
@@ -192,6 +193,6 @@ def _cell(key: str, value: str) -> Any:
     if key in ("messages", "conversations", "tools", "history"):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # malformed, or beyond Python's limits
             return value
     return value

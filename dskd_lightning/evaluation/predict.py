@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.writer import PredictionWriter
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import read_object, write_atomic
 from dskd_lightning.generation.generator import Generator
 from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
@@ -86,7 +86,7 @@ def _check_settings(
     }
     settings = {"model": model_id, "prompts": hashlib.sha256(prompts).hexdigest(), **lengths}
     if path.exists():
-        previous = json.loads(path.read_text(encoding="utf-8"))
+        previous = read_object(path, f"delete the folder '{path.parent}' to generate its predictions again")
         changed = sorted(key for key in {*settings, *previous} if settings.get(key) != previous.get(key))
         if changed:
             raise UserError(

@@ -114,5 +114,8 @@ def _read_partial(path: Path) -> list[Prediction]:
     whole, _, cut = path.read_bytes().rpartition(b"\n")
     if cut:
         logger.warning("%s: ignored a last line that was cut off; it is generated again", path)
-    lines = whole.decode("utf-8").split("\n") if whole else []
+    try:
+        lines = whole.decode("utf-8").split("\n") if whole else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is damaged ({error}); delete that file to generate it again.") from error
     return [Prediction.from_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]

@@ -6,15 +6,54 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
-__all__ = ["option", "run_function"]
+from dskd_lightning.errors import UserError
+
+__all__ = ["check_configs", "option", "read_yaml", "run_function"]
 
 
 def option(key: str, value: object) -> str:
     """``--key=value`` as a parser reads ``value`` back; JSON's quotes would become part of a text."""
     return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty one.
+
+    Raises:
+        UserError: it can't be read, isn't YAML, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deep to be a config; restore the file.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, dates that are none
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not YAML ({reason}); correct or restore the file.") from error
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: must hold keys and values, not {type(values).__name__}; correct the file.")
+    return values or {}
+
+
+def check_configs(arguments: Sequence[str]) -> None:
+    """Read every file of ``--config``, whose damage the parser would tell by a traceback.
+
+    Raises:
+        UserError: one can't be read.
+    """
+    following = [*arguments[1:], ""]
+    for argument, value in zip(arguments, following, strict=True):
+        name, equals, given = argument.partition("=")
+        path = given if equals else value
+        if name == "--config" and "\n" not in path and len(path) < 4096 and Path(path).is_file():
+            read_yaml(Path(path))
 
 
 def run_function(function: Callable[..., object], arguments: Sequence[str], prog: str) -> object:

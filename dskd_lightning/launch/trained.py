@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.launch.arguments import option
+from dskd_lightning.launch.arguments import option, read_yaml
 from dskd_lightning.models.spec import LoraSpec, PruneSpec, StudentSpec
 from dskd_lightning.models.student import build_student
 
@@ -62,7 +62,7 @@ def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> Distil
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the folder of a finished run.")
     checkpoint = find_checkpoint(run, ckpt_path)
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_yaml(path)
     for key in ("ckpt_path", "weights_only"):  # options of `fit`, not of the objects it makes
         config.pop(key, None)
     settings = {"output": str(run), **options}

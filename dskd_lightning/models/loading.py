@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from typing import Any
@@ -11,13 +12,14 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.models.sources import Source, load_errors, quiet, resolve_source
+from dskd_lightning.models.sources import Source, adapter_base, load_errors, quiet, resolve_source
 from dskd_lightning.models.spec import ModelSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_head
 
 __all__ = ["load_config", "load_model", "load_teacher", "load_tokenizer"]
 
+_ADAPTER_NEEDS = "a folder needs peft's adapter_config.json and weights"
 _NEEDS = "a folder needs a config.json and its weights, as `save_pretrained` writes them"
 
 
@@ -28,6 +30,8 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         UserError: nothing can be loaded from the source.
     """
     source = resolve_source(spec.source)
+    if base := adapter_base(source):
+        return load_config(_of_base(spec, base))
     with load_errors("model", spec.source, _NEEDS):
         return AutoConfig.from_pretrained(source.location, **_hub(spec))
 
@@ -46,6 +50,8 @@ def load_model(spec: ModelSpec, *, quantization: str | None = None) -> PreTraine
         UserError: the source can't be loaded, lacks weights, or can't be quantised here.
     """
     source = resolve_source(spec.source)
+    if base := adapter_base(source):
+        return _with_adapter(spec, base, quantization)
     arguments: dict[str, Any] = {"dtype": _dtype(spec), **_hub(spec)}
     if spec.attn_implementation is not None:
         arguments["attn_implementation"] = spec.attn_implementation
@@ -62,9 +68,32 @@ def load_model(spec: ModelSpec, *, quantization: str | None = None) -> PreTraine
             f"The checkpoint '{spec.source}' lacks {len(missing)} weights of a {type(model).__name__} "
             f"(first: {missing[0]}), which would stay random: give a complete causal language model."
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # by transformers, from the Hub
+        raise UserError(
+            f"'{spec.source}' is an adapter, no whole model: download it and give the folder, or give its "
+            "base as `source` (a teacher takes the adapter as `adapter`)."
+        )
     if source.gguf is not None:
         model.name_or_path = model.config.name_or_path = ""  # a cache folder is no address to export
     return model.eval()
+
+
+def _with_adapter(spec: ModelSpec, base: str, quantization: str | None) -> PreTrainedModel:
+    """The model of a folder that holds an adapter alone, merged: it trains and exports like any other."""
+    if quantization is not None:
+        raise UserError(
+            f"'{spec.source}' is an adapter, which merging into quantised weights would round away: give "
+            f"'{base}' as `source` and the folder as `adapter`."
+        )
+    model: Any = load_model(_of_base(spec, base))
+    with load_errors("adapter", spec.source, _ADAPTER_NEEDS):
+        model = PeftModel.from_pretrained(model, resolve_source(spec.source).location).merge_and_unload()
+    model.name_or_path = model.config.name_or_path = ""  # what that name loads lacks the adapter
+    return model.requires_grad_(True).eval()
+
+
+def _of_base(spec: ModelSpec, base: str) -> ModelSpec:
+    return dataclasses.replace(spec, source=base, revision=None)
 
 
 def load_teacher(spec: TeacherSpec) -> PreTrainedModel:
@@ -77,7 +106,7 @@ def load_teacher(spec: TeacherSpec) -> PreTrainedModel:
     """
     model: Any = load_model(spec, quantization=spec.quantization)
     if spec.adapter is not None:
-        with load_errors("adapter", spec.adapter, "a folder needs peft's adapter_config.json and weights"):
+        with load_errors("adapter", spec.adapter, _ADAPTER_NEEDS):
             adapted = PeftModel.from_pretrained(model, spec.adapter)
             model = adapted.get_base_model() if spec.quantization else adapted.merge_and_unload()
     model.requires_grad_(False).eval()

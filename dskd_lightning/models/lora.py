@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +15,9 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import LoraSpec
 
 __all__ = ["add_lora"]
+
+_LEAVE_WEIGHTS = ("gaussian", "eva", "orthogonal")
+"""Initialisations by name that change nothing but the adapter."""
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
@@ -48,9 +52,39 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
             "leave the head out of `lora.targets`."
         )
     try:
-        return get_peft_model(model, LoraConfig(**(arguments | spec.config)))  # type: ignore[return-value]
+        config = LoraConfig(**(arguments | spec.config))
+        if _keeps_weights(config):
+            return get_peft_model(model, config)  # type: ignore[return-value]
+        return _rewritten(model, config)
     except (TypeError, ValueError) as error:
         raise UserError(f"peft refuses `student.lora`: {' '.join(str(error).split())}") from error
+
+
+def _keeps_weights(config: LoraConfig) -> bool:
+    kind = config.init_lora_weights
+    return not isinstance(kind, str) or kind.lower() in _LEAVE_WEIGHTS
+
+
+def _rewritten(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Adapters whose initialisation changes the weights under them (PiSSA and its like).
+
+    Checkpoints hold the adapter alone: whoever resumes or exports builds what lies under it again,
+    on whatever device. So it is made on the CPU from one fixed seed. An adapter that is saved gets
+    its base beside it, and must not be initialised like that again.
+    """
+    device = model.device
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)
+        if device.type != "meta":
+            model.cpu()  # type: ignore[call-arg]
+        adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+    if device.type != "meta":
+        adapted.to(device)
+    model.name_or_path = model.config.name_or_path = ""
+    for known in adapted.peft_config.values():
+        known.base_model_name_or_path = ""
+        known.init_lora_weights = True  # type: ignore[attr-defined]
+    return adapted
 
 
 def _matches(model: PreTrainedModel, targets: list[str] | str) -> list[nn.Module]:

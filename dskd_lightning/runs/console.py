@@ -6,6 +6,8 @@ import logging
 import sys
 import warnings
 
+from dskd_lightning.runs.text import visible
+
 __all__ = ["configure_output"]
 
 _EXPECTED = (
@@ -19,7 +21,13 @@ _EXPECTED = (
 
 
 class _StandardError(logging.StreamHandler):
-    """Writes to whatever ``sys.stderr`` is at the time, which notebooks and tests replace."""
+    """Writes to whatever ``sys.stderr`` is at the time, which notebooks and tests replace.
+
+    Messages quote data and models, whose control characters must not reach the terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         if "Tip:" not in record.getMessage():  # Lightning advertises

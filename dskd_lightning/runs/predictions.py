@@ -16,6 +16,8 @@ __all__ = ["Prediction", "check_complete", "describe_problems", "prediction_file
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 1 << 63
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -48,12 +50,24 @@ class Prediction:
         """
         try:
             values: dict[str, Any] = json.loads(line)
+            if not isinstance(values.get("references"), list):
+                raise TypeError("references must be a list of texts")
             values["references"] = tuple(values["references"])
             prediction = cls(**values)
             texts = (prediction.prompt, prediction.response, *prediction.references)
-            if not isinstance(prediction.index, int) or not all(isinstance(text, str) for text in texts):
-                raise TypeError("index must be an integer; prompt, response and references text")
-        except (ValueError, KeyError, TypeError) as error:
+            counts = (prediction.index, prediction.tokens, 0 if prediction.seed is None else prediction.seed)
+            if (
+                not all(type(count) is int and abs(count) < _LARGEST for count in counts)
+                or not all(isinstance(text, str) for text in texts)
+                or not isinstance(prediction.finished, bool)
+            ):
+                raise TypeError(
+                    "index, tokens and seed must be an integer; prompt, response and references text; "
+                    "finished true or false"
+                )
+        except RecursionError as error:
+            raise UserError(f"{where}: not a prediction (nested too deep); delete the file.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise UserError(
                 f"{where}: not a prediction ({error}); each line must be a JSON object with {names}."

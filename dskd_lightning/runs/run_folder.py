@@ -19,8 +19,6 @@ Only ``predictions/`` is needed for a comparison; the rest is shown where it is 
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -28,9 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import read_object
+from dskd_lightning.runs.metrics_file import read_rows
 from dskd_lightning.runs.predictions import Prediction, read_predictions
 
 __all__ = ["AlignmentMap", "Curves", "RunFolder"]
+
+_REMEDY = "delete it or write it again"
+_LARGEST = 1e308
 
 Curves = dict[str, list[tuple[float, float]]]
 """Metric name -> (step, value) points in order."""
@@ -112,15 +115,15 @@ class RunFolder:
             path=path,
             name=name or Path(os.path.abspath(path)).name,
             predictions=_read_all_predictions(path / "predictions"),
-            metrics={key: float(value) for key, value in metrics.items() if isinstance(value, (int, float))},
+            metrics=_numbers(metrics, path / "metrics.json"),
             curves=_read_curves(path / "metrics.csv"),
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
             environment=_read_json(path / "environment.json") or {},
-            efficiency=_read_json(path / "efficiency.json"),
+            efficiency=_read_costs(path / "efficiency.json"),
             alignments=tuple(_read_alignment(file) for file in sorted(path.glob("alignments/*.json"))),
-            teacher_efficiency=_read_json(path / "teacher_efficiency.json"),
-            representation=_read_json(path / "representation.json"),
-            training=_read_json(path / "training.json"),
+            teacher_efficiency=_read_costs(path / "teacher_efficiency.json"),
+            representation=_read_representation(path / "representation.json"),
+            training=_read_costs(path / "training.json"),
         )
 
 
@@ -141,33 +144,65 @@ def _read_all_predictions(folder: Path) -> dict[int | None, list[Prediction]]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+    return read_object(path, _REMEDY) if path.is_file() else None
+
+
+def _read_costs(path: Path) -> dict[str, Any] | None:
+    """Costs by name: numbers, but for a few texts and what couldn't be measured."""
+    values = _read_json(path)
+    if values is not None:
+        measured = {
+            k: v for k, v in values.items() if v is not None and k not in ("device", "energy_sources")
+        }
+        if len(_numbers(measured, path)) < len(measured):
+            raise _damaged(path, "a cost is no number")
+    return values
+
+
+def _read_representation(path: Path) -> dict[str, Any] | None:
+    """Numbers by name for each stage, and singular values of each projector."""
+    values = _read_json(path)
+    for stage in ("before", "after"):
+        found = (values or {}).get(stage) or {}
+        if not isinstance(found, dict) or len(_numbers(found, path)) < len(found):
+            raise _damaged(path, f"{stage!r} must hold numbers by name")
+    spectra = (values or {}).get("projectors") or {}
+    if not isinstance(spectra, dict):
+        raise _damaged(path, "'projectors' must be an object")
+    for name, projector in spectra.items():
+        spectrum = projector.get("singular_values", []) if isinstance(projector, dict) else None
+        if not isinstance(spectrum, list) or not all(_is_number(value) for value in spectrum):
+            raise _damaged(path, f"projector {name!r} must hold a list of singular values")
+    return values
+
+
+def _numbers(values: dict[str, Any], path: Path) -> dict[str, float]:
+    """Those values that are numbers."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON ({error}); delete it or write it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}.")
-    return value
+        return {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
+    except OverflowError as error:
+        raise _damaged(path, "a number is too large") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: is damaged ({reason}); {_REMEDY}.")
 
 
 def _read_curves(path: Path) -> Curves:
     curves: Curves = {}
-    if not path.is_file():
-        return curves
-    with path.open(encoding="utf-8", newline="") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 2):
-            try:
-                step = float(row.pop("step", None) or number - 2)
-                points = {key: float(text) for key, text in row.items() if key and text and key != "epoch"}
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{path}:{number}: not a number ({error}); expected a CSVLogger file."
-                ) from error
-            for key, value in points.items():
-                if math.isfinite(value):
-                    curves.setdefault(key, []).append((step, value))
+    for number, row in enumerate(read_rows(path) if path.is_file() else (), 2):
+        try:
+            step = float(row.pop("step", number - 2))
+            points = {key: float(text) for key, text in row.items() if key != "epoch"}
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not a number ({error}); expected a CSVLogger file.") from error
+        for key, value in points.items():
+            if math.isfinite(value):
+                curves.setdefault(key, []).append((step, value))
     return curves
 
 
@@ -176,8 +211,9 @@ def _read_alignment(path: Path) -> AlignmentMap:
     try:
         rows = tuple(tuple(float(weight) for weight in row) for row in values["weights"])
         title = str(values.get("title", path.stem))
-        return AlignmentMap(title, tuple(values["student"]), tuple(values["teacher"]), rows)
-    except (KeyError, TypeError, ValueError) as error:
+        student, teacher = (tuple(map(str, values[side])) for side in ("student", "teacher"))
+        return AlignmentMap(title, student, teacher, rows)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import yaml
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
-from dskd_lightning.launch.arguments import option
+from dskd_lightning.launch.arguments import option, read_yaml
+from dskd_lightning.study.names import check_name
+from dskd_lightning.study.process import run_process
+from dskd_lightning.study.reading import mapping, read_values, texts
 from dskd_lightning.study.summary import summarise
-from dskd_lightning.study.worker import DONE, run_variant
+from dskd_lightning.study.worker import read_result
 
 __all__ = ["Study", "Variant"]
 
@@ -30,12 +34,13 @@ class Variant:
     """One configuration of a study.
 
     Args:
-        name: its folder and its name in tables.
+        name: its folder and its name in tables, see `check_name`.
         config: keys laid over the base configs, as in a YAML file.
         configs: more YAML files, relative to the study file.
         train: False evaluates the student as it is before training.
-        grid: ``key -> values``; every combination is trained in ``grid/NAME``, the best on
-            validation is tested and linked as ``NAME``.
+        grid: ``key -> values``; every combination is trained in ``grid/NAME/SETTINGS``, a folder
+            called by a digest of all its settings; the best on validation is tested and linked as
+            ``NAME``.
     """
 
     name: str
@@ -77,22 +82,13 @@ class Study:
             UserError: the file is missing, malformed, or has an unknown key.
         """
         path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: is not YAML ({error}).") from error
-        if not isinstance(values, dict) or not {"base", "variants"} <= values.keys():
-            raise UserError(f"{path}: a study needs the keys `base` and `variants`.")
-        unknown = sorted(values.keys() - {"output", "base", "variants", "select", "report", "grid"})
-        if unknown:
-            raise UserError(f"{path}: unknown key {unknown[0]!r} in the study.")
-        base = tuple((path.parent / name).resolve() for name in values["base"])
-        grid = values.get("grid") or {}
-        variants = tuple(
-            _variant(path, name, options or {}, grid) for name, options in values["variants"].items()
-        )
+        values = read_values(path)
+        base = tuple((path.parent / name).resolve() for name in texts(path, "base", values["base"]))
+        grid = mapping(path, "grid", values.get("grid"), lists=True)
+        found = mapping(path, "variants", values["variants"])
+        if len(found) < len(values["variants"]):
+            raise UserError(f"{path}: two variants have one name: rename one.")
+        variants = tuple(_variant(path, name, options, grid) for name, options in found.items())
         for file in [*base, *(Path(f) for v in variants for f in v.configs)]:
             if not file.is_file():
                 raise UserError(f"{path}: there is no config {file}.")
@@ -100,15 +96,16 @@ class Study:
             output=Path(output or values.get("output") or f"runs/{path.stem}"),
             base=base,
             variants=variants,
-            select=values.get("select", cls.select),
-            report=values.get("report", True),
+            select=values.get("select") or cls.select,
+            report=values.get("report") is not False,
         )
 
     def run(self, overwrite: bool = False, only: Sequence[str] | None = None) -> None:
         """Run what is not finished yet, each variant in a process of its own, then summarise.
 
         Raises:
-            UserError: ``only`` names no variant, or a variant failed.
+            UserError: ``only`` names no variant, a finished variant was trained with other settings,
+                or a variant failed.
         """
         known = {variant.name for variant in self.variants}
         if unknown := sorted(set(only or ()) - known):
@@ -119,48 +116,98 @@ class Study:
             if only is None or variant.name in only:
                 self._run_variant(variant, overwrite)
         finished = {
-            v.name: self.output / v.name for v in self.variants if (self.output / v.name / DONE).is_file()
+            v.name: self.output / v.name for v in self.variants if self._is_finished(v, self.output / v.name)
         }
         baseline = next((v.name for v in self.variants if v.train and v.name in finished), None)
         summarise(self.output, finished, report=self.report, baseline=baseline)
 
+    def _is_finished(self, variant: Variant, folder: Path) -> bool:
+        """Whether the folder holds a tested run with settings that the study still gives the variant."""
+        result = read_result(folder) or {}
+        settings = {self._settings(variant, point) for point in variant.points()}
+        return "test" in result and result.get("settings") in settings
+
     def _run_variant(self, variant: Variant, overwrite: bool) -> None:
         folder = self.output / variant.name
+        trials = self.output / "grid" / variant.name
         if overwrite:
             _remove(folder)
-            _remove(self.output / "grid" / variant.name)
-        if (folder / DONE).is_file():
+            _remove(trials)
+        points = {self._settings(variant, point): point for point in variant.points()}
+        if len(points) == 1:
+            ((settings, point),) = points.items()
+            self._finish(variant, folder, settings, point)
+            return
+        if folder.is_dir() and not folder.is_symlink():
+            raise UserError(
+                f"study: '{folder}' holds a run of {variant.name!r} without a grid; start over with "
+                "`--overwrite true`, or rename the variant."
+            )
+        best = self._search(variant, points)
+        self._finish(variant, trials / best, best, points[best])
+        _remove(folder)
+        folder.symlink_to((trials / best).relative_to(self.output), target_is_directory=True)
+
+    def _settings(self, variant: Variant, point: dict[str, Any]) -> str:
+        """Digest of all that the study says of one run: what its folder belongs to."""
+        files = [read_yaml(Path(file)) for file in (*map(str, self.base), *variant.configs)]
+        values = json.dumps([files, variant.config, variant.train, point], default=str)
+        return hashlib.sha256(values.encode()).hexdigest()[:16]
+
+    def _finish(self, variant: Variant, folder: Path, settings: str, point: dict[str, Any]) -> None:
+        """Train and test one point, or what of it is left to do."""
+        result = read_result(folder)
+        if folder.is_symlink():  # left by a grid that the study file no longer has
+            _remove(folder)
+            result = None
+        elif result is not None and result.get("settings") != settings:
+            raise UserError(
+                f"study: '{folder}' was trained with other settings than the study now gives "
+                f"{variant.name!r}; start over with `--overwrite true`, name another --output, or rename the "
+                "variant."
+            )
+        if result is not None and "test" in result:
             logger.info("%s: finished earlier, kept", variant.name)
             return
-        points = variant.points()
-        if len(points) == 1:
-            self._process(variant, folder, points[0], test=True)
-            return
-        best = self._search(variant, points)
-        trial = self.output / "grid" / variant.name / str(best)
-        self._process(variant, trial, points[best], test=True)
-        _remove(folder)
-        folder.symlink_to(trial.relative_to(self.output), target_is_directory=True)
+        if result is not None and variant.train and not any(folder.glob("checkpoints/*.ckpt")):
+            _remove(folder)  # it lost against a point that the grid no longer has: train it again
+        self._process(variant, folder, settings, point, test=True)
 
-    def _search(self, variant: Variant, points: Sequence[dict[str, Any]]) -> int:
-        """Train every point of a grid; the best one's index. The others lose their checkpoints."""
-        scores: list[float] = []
-        best = 0
-        for index, point in enumerate(points):
-            trial = self.output / "grid" / variant.name / str(index)
-            if not (trial / DONE).is_file():
+    def _search(self, variant: Variant, points: Mapping[str, dict[str, Any]]) -> str:
+        """Train every point of a grid; the best one's folder. The others lose their checkpoints."""
+        trials = self.output / "grid" / variant.name
+        scores: dict[str, float] = {}
+        for settings, point in points.items():
+            trial = trials / settings
+            if read_result(trial) is None:
                 _remove(trial)
-                self._process(variant, trial, point, test=False)
-            scores.append(json.loads((trial / DONE).read_text(encoding="utf-8"))["validation"][self.select])
-            previous, best = best, min(range(len(scores)), key=scores.__getitem__)
-            for loser in {previous, index} - {best}:
-                _remove(self.output / "grid" / variant.name / str(loser) / "checkpoints")
-        chosen = {"points": points, self.select: scores, "chosen": points[best]}
-        write_atomic(self.output / "grid" / variant.name / "grid.json", json.dumps(chosen, indent=2) + "\n")
-        logger.info("%s: %s chosen among %s", variant.name, points[best], scores)
+                self._process(variant, trial, settings, point, test=False)
+            scores[settings] = self._score(trial)
+            best = min(scores, key=scores.__getitem__)
+            for loser in scores.keys() - {best}:
+                _remove(trials / loser / "checkpoints")
+        chosen = {
+            "points": list(points.values()),
+            "folders": list(points),
+            self.select: [scores[settings] for settings in points],
+            "chosen": points[best],
+        }
+        write_atomic(trials / "grid.json", json.dumps(chosen, indent=2) + "\n")
+        logger.info("%s: %s chosen among %s", variant.name, points[best], list(scores.values()))
         return best
 
-    def _process(self, variant: Variant, folder: Path, point: dict[str, Any], test: bool) -> None:
+    def _score(self, trial: Path) -> float:
+        """What `select` is on validation; infinity where it is no number."""
+        validation = (read_result(trial) or {}).get("validation") or {}
+        if self.select not in validation:
+            known = ", ".join(sorted(validation)) or "nothing: give `data.val` or `data.val_split`"
+            raise UserError(f"study: `select: {self.select}` isn't measured in validation; there is {known}.")
+        score = float(validation[self.select])
+        return score if math.isfinite(score) else math.inf
+
+    def _process(
+        self, variant: Variant, folder: Path, settings: str, point: dict[str, Any], test: bool
+    ) -> None:
         logger.info("--- %s %s", variant.name, point or "")
         folder.mkdir(parents=True, exist_ok=True)
         overlay = folder / "variant.yaml"
@@ -168,17 +215,7 @@ class Study:
         arguments = [f"--config={file}" for file in (*self.base, *variant.configs, overlay)]
         arguments += [option(key, value) for key, value in point.items()]
         arguments.append(f"--output={folder}")
-        # A process each, so that peak memory is the variant's own and nothing leaks between them.
-        process = multiprocessing.get_context("spawn").Process(
-            target=run_variant, args=(arguments, str(folder), variant.train, test)
-        )
-        process.start()
-        process.join()
-        if process.exitcode != 0:
-            raise UserError(
-                f"study: variant {variant.name!r} failed with exit status {process.exitcode}; "
-                "its messages are above."
-            )
+        run_process(variant.name, arguments, folder, settings, variant.train, test)
 
 
 def _remove(folder: Path) -> None:
@@ -188,15 +225,22 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _variant(path: Path, name: str, options: dict[str, Any], grid: dict[str, list[Any]]) -> Variant:
+def _variant(path: Path, name: str, values: object, grid: dict[str, list[Any]]) -> Variant:
+    check_name(path, name)
+    key = f"variants.{name}"
+    options = mapping(path, key, values)
     unknown = sorted(options.keys() - {"config", "configs", "train", "grid"})
     if unknown:
-        raise UserError(f"{path}: variants.{name} has an unknown key {unknown[0]!r}.")
+        raise UserError(f"{path}: {key} has an unknown key {unknown[0]!r}.")
     train = options.get("train", True)
+    if not isinstance(train, bool):
+        raise UserError(f"{path}: `{key}.train` must be true or false.")
+    own = mapping(path, f"{key}.grid", options["grid"], lists=True) if "grid" in options else grid
+    files = texts(path, f"{key}.configs", options.get("configs"))
     return Variant(
-        name=str(name),
-        config=options.get("config") or {},
-        configs=tuple(str((path.parent / file).resolve()) for file in options.get("configs") or ()),
+        name=name,
+        config=mapping(path, f"{key}.config", options.get("config")),
+        configs=tuple(str((path.parent / file).resolve()) for file in files),
         train=train,
-        grid=options.get("grid", grid) if train else {},
+        grid=own if train else {},
     )

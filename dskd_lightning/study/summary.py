@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dskd_lightning.files import write_atomic
 from dskd_lightning.runs.run_folder import RunFolder
-from dskd_lightning.study.worker import DONE
+from dskd_lightning.runs.text import visible
+from dskd_lightning.study.worker import read_result
 
 __all__ = ["summarise"]
 
@@ -53,11 +55,11 @@ def summarise(
         for name, row in rows.items()
     }
     headings = ["", *(label for _, label, _ in columns)]
-    table = Table(title=f"{output.name}: held-out results")
+    table = Table(title=Text(f"{visible(output.name)}: held-out results"))
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
     for name, row in cells.items():
-        table.add_row(name, *row)
+        table.add_row(Text(name), *row)
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join([name, *row]) + " |" for name, row in cells.items()]
     write_atomic(output / "table.md", "\n".join(lines) + "\n")
@@ -70,15 +72,16 @@ def summarise(
         ordered = sorted(runs.items(), key=lambda run: run[0] != baseline)
         compare_runs([f"{name}={path}" for name, path in ordered], output=output / "report")
     Console().print(table)
-    print(f"table, curves and report are in {output}")
+    print(f"table, curves and report are in {visible(str(output))}")
 
 
 def _row(folder: Path) -> dict[str, float]:
-    result: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    result: dict[str, Any] = read_result(folder) or {}
     row = {key: float(value) for key, value in result.get("test", {}).items()}
-    if cost := result.get("training"):
-        row["training_seconds"] = cost["seconds"]
-        row["peak_memory_gib"] = cost["peak_bytes"] / 2**30
+    cost = result.get("training") or {}
+    for key, name, unit in (("seconds", "training_seconds", 1), ("peak_bytes", "peak_memory_gib", 2**30)):
+        if key in cost:
+            row[name] = cost[key] / unit
     return row
 
 

@@ -3,45 +3,83 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.runs.text import visible
 
-__all__ = ["DONE", "run_variant"]
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+__all__ = ["DONE", "read_result", "run_variant"]
 
 DONE = "variant.json"
 """Written after training, and again with the test's numbers after it."""
+_LARGEST = 1e308
 
 
-def run_variant(arguments: list[str], folder: str, train: bool, test: bool) -> None:
-    """Train and test as ``dskd fit`` and ``dskd test`` would; exits 2 on a user's mistake.
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What ``variant.json`` of a run folder says, or None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / DONE
+    if not path.is_file():
+        return None
+    result = read_object(path, f"delete the folder '{folder}' to run it again")
+    parts = [result.get(key) or {} for key in ("validation", "test", "training")]
+    if not all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in parts):
+        raise UserError(f"{path}: holds no numbers; delete the folder '{folder}' to run it again.")
+    return result
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
+
+
+def run_variant(arguments: list[str], folder: str, settings: str, train: bool, test: bool) -> None:
+    """Train and test as ``dskd fit`` and ``dskd test`` would.
 
     What ``variant.json`` in the folder says to be trained already is only tested.
+
+    Args:
+        arguments: the command line, without a command.
+        folder: of the run.
+        settings: digest of all settings, kept with the result.
+        train: False evaluates the student as it is before training.
+        test: False stops after training.
+
+    Raises:
+        SystemExit: 2 on a user's mistake, 143 after SIGTERM.
     """
     from dskd_lightning.runs.console import configure_output
 
     configure_output()
     try:
-        _run(arguments, Path(folder), train, test)
+        _run(arguments, Path(folder), settings, train, test)
     except UserError as error:
-        print(f"dskd: error: {error}", file=sys.stderr)
+        print(f"dskd: error: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as stop:  # after SIGTERM Lightning ends training with the status of success
+        sys.exit(stop.code or 128 + signal.SIGTERM)
 
 
-def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
+def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: bool) -> None:
     from dskd_lightning.launch.lightning_cli import DistillationCLI
 
-    done = folder / DONE
-    result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    result = read_result(folder) or {}
     # A new student ends what the folder held, unless it was trained here.
     cli = DistillationCLI(args=[*arguments, f"--overwrite={str(not result).lower()}"], run=False)
     if not result:
-        result = {"trained": train}
+        result = {"settings": settings, "trained": train}
         if train:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            _stop_if_told(cli.trainer)
             result["validation"] = {
                 name: float(value)
                 for name, value in cli.trainer.callback_metrics.items()
@@ -57,4 +95,11 @@ def _run(arguments: list[str], folder: Path, train: bool, test: bool) -> None:
             verbose=False,
         )
         result["test"] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    write_atomic(done, json.dumps(result, indent=2) + "\n")
+        _stop_if_told(cli.trainer)
+    write_atomic(folder / DONE, json.dumps(result, indent=2) + "\n")
+
+
+def _stop_if_told(trainer: Trainer) -> None:
+    """After SIGTERM a test goes on to its end, and a strategy may end training without an exception."""
+    if trainer.received_sigterm or trainer.interrupted:
+        sys.exit(128 + signal.SIGTERM)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import write_atomic
 from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.output import input_embeddings, language_head
@@ -95,6 +98,8 @@ def ensure_caches(
         for index, spec in enumerate(specs)
         for stage in stages
     }
+    for cache in wanted.values():
+        _check_manifest(cache, specs[cache.teacher])
     missing = [cache for cache in wanted.values() if not is_complete(cache.folder)]
     if missing and not required:
         return None
@@ -134,6 +139,19 @@ def _wanted(
     renderer = datamodule.renderers[index + 1]
     parts = cache_parts(spec, renderer, dataset, index + 1, settings.dtype, memory)
     return _Wanted(index, dataset, parts, root)
+
+
+def _check_manifest(cache: _Wanted, spec: TeacherSpec) -> None:
+    """Refuse a manifest that says something else than its folder's name and the config."""
+    manifest = Manifest.read(cache.folder)
+    if manifest is None:
+        return
+    same_type = spec.dtype in ("auto", manifest.teacher_dtype) or spec.quantization is not None
+    if manifest.parts != cache.parts or manifest.dtype != cache.parts["cache dtype"] or not same_type:
+        raise UserError(
+            f"The teacher cache's '{cache.folder / 'manifest.json'}' is damaged (it contradicts the folder's "
+            f"name): delete the folder '{cache.folder}', which computes it anew."
+        )
 
 
 def _explanation(cache: _Wanted, spec: TeacherSpec) -> str:
@@ -226,8 +244,10 @@ def _begin(folder: Path, manifest: Manifest, tokens: np.ndarray) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if Manifest.read(folder) is None:
-            np.save(folder / "tokens.npy", tokens)
-            manifest.write(folder)
+            index = io.BytesIO()
+            np.save(index, tokens)
+            write_atomic(folder / "tokens.npy", index.getvalue())
+            replace(manifest, index_crc32=zlib.crc32(index.getvalue())).write(folder)
     except OSError as error:
         raise UserError(
             f"Can't write the teacher cache '{folder}' ({error.strerror or error}): set "

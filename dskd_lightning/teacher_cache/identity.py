@@ -15,7 +15,7 @@ from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
-from dskd_lightning.models.sources import load_errors, resolve_source
+from dskd_lightning.models.sources import adapter_base, load_errors, resolve_source
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import CacheDtype
 from dskd_lightning.teacher_cache.manifest import VERSION
@@ -23,11 +23,15 @@ from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 __all__ = ["Memory", "cache_parts", "response_tokens", "source_fingerprint"]
 
-_BLOCK = 8 * 2**20
+_SAMPLES = 256
+_SAMPLE_BYTES = 4096
 
 
 class Memory:
-    """Hashes of large files and of data, kept by path, size and time of change.
+    """Hashes of large files and of data, kept by path, size, time of change and a sample of the content.
+
+    Whoever copies other weights over with the old size and time is seen by the sample, unless they
+    differ in none of its bytes: `_SAMPLES` pieces all over the file, and its ends.
 
     Args:
         path: a JSON file; a damaged one is forgotten.
@@ -43,7 +47,7 @@ class Memory:
     def file(self, path: Path) -> str:
         """SHA-256 of a file's content."""
         state = path.stat()
-        name = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+        name = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {_sample(path, state.st_size)}"
         if name not in self._known:
             with path.open("rb") as file:
                 self._keep(name, hashlib.file_digest(file, "sha256").hexdigest())
@@ -68,6 +72,19 @@ class Memory:
         write_atomic(self._path, json.dumps(self._known, indent=1))
 
 
+def _sample(path: Path, size: int) -> str:
+    """Hash of a small file, or of pieces of a large one, its ends among them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= 2 * _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+        else:
+            for start in np.linspace(0, size - _SAMPLE_BYTES, _SAMPLES, dtype=np.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
 def response_tokens(dataset: PreparedDataset, model: int) -> npt.NDArray[np.int32]:
     """``[examples]``, response positions of each example for ``model``."""
     counts = (len(dataset.rendered(index, model).response) for index in range(len(dataset)))
@@ -90,7 +107,11 @@ def _place(name: str, revision: str | None, memory: Memory, config: str) -> obje
     if source.gguf is not None:
         return memory.file(source.gguf)
     if source.local:
-        return [[file.name, memory.file(file)] for file in _model_files(Path(source.location), config)]
+        folder = Path(source.location)
+        files: list[object] = [[file.name, memory.file(file)] for file in _model_files(folder, config)]
+        if base := adapter_base(source):  # a folder with an adapter alone, which goes on some model
+            files.append(_place(base, None, memory, "config.json"))
+        return files
     with load_errors("model", name, f"a folder needs {config}"):
         found = cached_file(source.location, config, revision=revision or "main")
     if found is None:
@@ -100,7 +121,10 @@ def _place(name: str, revision: str | None, memory: Memory, config: str) -> obje
 
 def _model_files(folder: Path, config: str) -> Iterator[Path]:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    yield from (path for path in (folder / config, *weights, *sorted(folder.glob("*.py"))) if path.is_file())
+    configs = (folder / config, folder / "adapter_config.json")
+    yield from (
+        path for path in dict.fromkeys((*configs, *weights, *sorted(folder.glob("*.py")))) if path.is_file()
+    )
 
 
 def cache_parts(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ __all__ = ["Layout", "Manifest", "cache_key", "differing_parts"]
 
 _Counts = npt.NDArray[np.int64]
 VERSION = "1"
+_TEACHER_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def cache_key(parts: Mapping[str, str]) -> str:
@@ -45,6 +48,7 @@ class Manifest:
         weights: `weights_fingerprint` of the loaded teacher.
         head: fingerprint of its head and embeddings, which training loads alone.
         notes: for people: the source, lengths, versions.
+        index_crc32: checksum of ``tokens.npy``; None in caches of old versions.
     """
 
     parts: dict[str, str]
@@ -55,6 +59,16 @@ class Manifest:
     weights: str
     head: str
     notes: dict[str, str] = field(default_factory=dict)
+    index_crc32: int | None = None
+
+    def __post_init__(self) -> None:
+        texts = (self.teacher_dtype, self.dtype, self.weights, self.head, *self.parts.values())
+        if not isinstance(self.parts, dict) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("its parts, types and fingerprints must be text")
+        if self.dtype not in get_args(CacheDtype) or self.teacher_dtype not in _TEACHER_DTYPES:
+            raise ValueError(f"there is no type {self.dtype!r} or {self.teacher_dtype!r}")
+        if not all(type(count) is int and count > 0 for count in (self.hidden_size, self.shard_tokens)):
+            raise ValueError("sizes must be positive integers")
 
     @property
     def key(self) -> str:
@@ -71,15 +85,25 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            seal = values.pop("crc32", None)  # caches of old versions have none
+            if seal is not None and seal != _seal(values):
+                raise ValueError("its checksum differs")
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise UserError(
                 f"'{path}' is no manifest of a teacher cache ({error}): delete '{folder}'."
             ) from error
 
     def write(self, folder: Path) -> None:
         """Write it atomically."""
-        write_atomic(folder / "manifest.json", json.dumps(asdict(self), indent=1) + "\n")
+        values = asdict(self)
+        text = json.dumps({**values, "crc32": _seal(values)}, indent=1)
+        write_atomic(folder / "manifest.json", text + "\n")
+
+
+def _seal(values: Mapping[str, object]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 class Layout:

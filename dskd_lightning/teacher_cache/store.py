@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,14 @@ def read_layout(folder: Path, manifest: Manifest) -> Layout:
     """
     path = folder / "tokens.npy"
     try:
-        return Layout(np.load(path), manifest.shard_tokens)
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+        if manifest.index_crc32 not in (None, zlib.crc32(content)):
+            raise ValueError("its checksum differs")
+        return Layout(np.load(io.BytesIO(content)), manifest.shard_tokens)
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise UserError(
-            f"The teacher cache index '{path}' is damaged ({error}): delete '{folder}'."
+            f"The teacher cache index '{path}' is damaged ({error}): delete the folder '{folder}', which "
+            "computes it anew."
         ) from error
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor
 from dskd_lightning.callbacks.completions import log_completions
+from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.representation import effective_rank
 from dskd_lightning.runs.tables import CompletionTable
 
@@ -46,6 +51,93 @@ def test_steps_that_run_again_replace_their_rows(tmp_path):
     with (tmp_path / "metrics.csv").open() as stream:
         rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(stream)]
     assert rows == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_an_earlier_log_stays_until_new_rows_are_saved(tmp_path):
+    first = ResumableCSVLogger(tmp_path)
+    first.log_metrics({"loss": 1.0}, 0)
+    first.save()
+    before = (tmp_path / "metrics.csv").read_bytes()
+    for options in ({"resume": True, "retrain": True}, {"resume": True}, {}):
+        killed = ResumableCSVLogger(tmp_path, **options)
+        _ = killed.experiment  # Lightning makes it before the models are loaded
+        killed.finalize("failed")
+        assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_rows_that_were_there(tmp_path, monkeypatch):
+    first = ResumableCSVLogger(tmp_path)
+    for step in range(5):
+        first.log_metrics({"loss": float(step)}, step)
+    first.save()
+    first.log_metrics({"loss": 5.0}, 5)
+    real, calls = io.FileIO.write, []
+
+    def full(file: io.FileIO, data: bytes) -> int:
+        if calls:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        calls.append(real(file, data[:2]))
+        return calls[0]
+
+    with monkeypatch.context() as patch:
+        opened = open
+
+        class Full(io.FileIO):
+            write = full
+
+        def open_(path, mode="r", *arguments, **options):
+            return Full(path, mode) if mode == "ab" else opened(path, mode, *arguments, **options)
+
+        patch.setattr(Path, "open", lambda path, mode="r", *a, **o: open_(path, mode, *a, **o))
+        with pytest.raises(OSError, match="No space"):
+            first.save()
+    assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0", "3.0", "4.0"]
+
+    resumed = ResumableCSVLogger(tmp_path, resume=True)
+    resumed.log_metrics({"loss": 5.0, "new": 1.0}, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(UserError, match="No space left"):
+            resumed.save()
+    assert len(rows(tmp_path)) == 5
+    resumed.save()
+    assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0", "3.0", "4.0", "5.0"]
+
+
+def test_rows_are_appended_where_the_columns_stay(tmp_path):
+    log = ResumableCSVLogger(tmp_path)
+    log.log_metrics({"b": 1.0}, 0)
+    log.save()
+    inode = (tmp_path / "metrics.csv").stat().st_ino
+    log.log_metrics({"b": 2.0}, 1)
+    log.save()
+    assert (tmp_path / "metrics.csv").stat().st_ino == inode
+    log.log_metrics({"a": 3.0}, 2)
+    log.save()
+    assert rows(tmp_path) == [
+        {"b": "1.0", "step": "0"},
+        {"b": "2.0", "step": "1"},
+        {"a": "3.0", "step": "2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"step,loss\n0,\xff\n", b"step,loss\n0,1,2\n", b"step,loss\nx,1\n", b'step,loss\n0,"1\n'],
+    ids=["bytes", "columns", "step", "quote"],
+)
+def test_a_damaged_log_is_named_before_training(tmp_path, content):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.csv: is damaged"):
+        ResumableCSVLogger(tmp_path, resume=True)
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"loss,step\n1.5,0\n0.")
+    log = ResumableCSVLogger(tmp_path, resume=True)
+    log.log_metrics({"loss": 0.5}, 1)
+    log.save()
+    assert rows(tmp_path) == [{"loss": "1.5", "step": "0"}, {"loss": "0.5", "step": "1"}]
 
 
 def test_effective_rank():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from dskd_lightning.cli import main
+from dskd_lightning.errors import UserError
+from dskd_lightning.launch.trained import open_run
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +181,6 @@ def test_nan_loss_stops_training(tmp_path, model_folder, capsys):
 
 
 def test_full_disk_is_one_sentence(tmp_path, model_folder, capsys, monkeypatch):
-    import errno
-
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     def full(*_: object, **__: object) -> None:
@@ -189,6 +191,63 @@ def test_full_disk_is_one_sentence(tmp_path, model_folder, capsys, monkeypatch):
     assert main(["fit", "--config", str(config)]) == 3
     assert "No space left" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("error", ["EPERM", "ENAMETOOLONG", "ENOTDIR", "EEXIST", "EFBIG", "EISDIR", "EIO"])
+def test_an_unusable_place_is_one_sentence(monkeypatch, capsys, error):
+    number = getattr(errno, error)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), b"some/\x1b[31mplace")
+
+    monkeypatch.setattr(sys.modules["dskd_lightning.cli.main"], "run_function", fail)
+    assert main(["export", "a", "b"]) == 3
+    message = capsys.readouterr().err
+    assert os.strerror(number) in message
+    assert "place" in message
+    assert "\x1b" not in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "place", ["data.jsonl", "data.jsonl/run", "dangling", "x" * 300], ids=lambda p: p[:12]
+)
+def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path, model_folder, capsys, place):
+    sft = {"class_path": "dskd_lightning.objectives.SFTObjective"}
+    config = write_config(tmp_path, model_folder(seed=1), None, **{"model.objective": sft})
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "else")
+    assert main(["fit", "--config", str(config), "--output", str(tmp_path / place)]) in (2, 3)
+    message = capsys.readouterr().err
+    assert "dskd: error: " in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("content", [b"model: \xff", b"model: [", b"[" * 5000, b"- 1"])
+def test_a_damaged_config_is_one_sentence(tmp_path, capsys, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    for arguments in (["test", "--config", str(path)], ["test", f"--config={path}"]):
+        assert main(arguments) == 2
+        message = capsys.readouterr().err
+        assert "config.yaml" in message
+        assert "Traceback" not in message
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/best.ckpt").touch()
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        open_run(tmp_path)
+
+
+def test_nothing_that_is_quoted_steers_the_terminal(monkeypatch, capsys):
+    def fail(*_: object, **__: object) -> None:
+        logging.getLogger("dskd_lightning.data").warning("unused field %s", "\x1b]0;title\x07")
+        raise UserError("template says \x1b[2Jgone \u202e")
+
+    monkeypatch.setattr(sys.modules["dskd_lightning.cli.main"], "run_function", fail)
+    assert main(["export", "a", "b"]) == 2
+    message = capsys.readouterr().err
+    assert "title" in message
+    assert "gone" in message
+    assert not {"\x1b", "\x07", "\u202e"} & set(message)
 
 
 def test_unreadable_file_is_one_sentence(tmp_path, model_folder, capsys):
@@ -318,9 +377,10 @@ def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):
     grid = tmp_path / "study/grid/DSKD"
     chosen = json.loads((grid / "grid.json").read_text())
     assert chosen["chosen"] == {"model.optimizer.init_args.lr": 1e-2}
-    assert not (grid / "0/checkpoints").exists()
+    loser, best = chosen["folders"]
+    assert not (grid / loser / "checkpoints").exists()
     assert (tmp_path / "study/DSKD/checkpoints/best.ckpt").is_file()
-    assert (tmp_path / "study/DSKD").resolve() == grid / "1"
+    assert (tmp_path / "study/DSKD").resolve() == grid / best
     result = json.loads((tmp_path / "study/DSKD/variant.json").read_text())
     assert result["trained"]
     assert result["training"] == json.loads((tmp_path / "study/DSKD/training.json").read_text())

@@ -198,7 +198,23 @@ def test_run_folder_parts(tmp_path) -> None:
     [
         ("metrics.json", "{", "malformed JSON"),
         ("metrics.json", "[]", "must be a JSON object"),
+        ("metrics.json", '{"loss": 1' + "0" * 4000 + "}", "a number is too large"),
+        ("metrics.json", '{"loss": 1' + "0" * 5000 + "}", "malformed JSON"),
+        ("metrics.json", "[" * 100_000, "nested too deep"),
         ("metrics.csv", "step,loss\n1,x\n", "metrics.csv:2: not a number"),
+        ("metrics.csv", "step,loss\n1,\udcff\n", "metrics.csv: is damaged"),
+        ("metrics.csv", "step,loss\n1,2,3\n", "more columns than the header"),
+        ("training.json", '{"seconds": "x"}', "training.json: is damaged"),
+        ("efficiency.json", '{"parameters": "many"}', "efficiency.json: is damaged"),
+        ("teacher_efficiency.json", '{"parameters": [1]}', "teacher_efficiency.json: is damaged"),
+        ("representation.json", '{"after": 3}', "representation.json: is damaged"),
+        ("representation.json", '{"after": {"cka": "x"}}', "representation.json: is damaged"),
+        (
+            "representation.json",
+            '{"projectors": {"p": {"singular_values": ["x"]}}}',
+            "representation.json: is damaged",
+        ),
+        ("environment.json", "\udcff", "malformed JSON"),
         ("alignments/a.json", '{"student": ["x"], "teacher": [], "weights": [[1]]}', "1 rows of 0"),
         ("alignments/a.json", "{}", "needs student, teacher and weights"),
     ],
@@ -206,7 +222,7 @@ def test_run_folder_parts(tmp_path) -> None:
 def test_damaged_run_folders(tmp_path, name, content, message) -> None:
     run = make_run(tmp_path / "r", [1])
     (run / name).parent.mkdir(exist_ok=True)
-    (run / name).write_text(content)
+    (run / name).write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         RunFolder.read(run)
     with pytest.raises(UserError, match="no such run folder"):

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dskd_lightning.comparison.endpoint import ChatEndpoint
-from dskd_lightning.comparison.judge import CostLimit, judge_pairs
+from dskd_lightning.comparison.endpoint import ChatEndpoint, EndpointError
+from dskd_lightning.comparison.judge import CostLimit, judge_pairs, judgement_counts
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.predictions import Prediction
 
@@ -140,6 +142,95 @@ def test_the_key_comes_from_the_environment(server, tmp_path, monkeypatch) -> No
     monkeypatch.setenv("JUDGE_KEY", "value")
     judge_pairs(endpoint(server, api_key_variable="JUDGE_KEY"), *pairs(1), tmp_path / "j")
     assert server.headers[0]["Authorization"] == "Bearer value"
+
+
+@pytest.fixture
+def raw_server() -> Iterator[Callable[..., str]]:
+    """``raw_server(reply)`` -> URL of a server whose ``reply(handler)`` writes what it likes."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def make(reply: Callable[[BaseHTTPRequestHandler], None]) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with contextlib.suppress(OSError):
+                    reply(self)
+
+            do_POST = do_GET
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/v1"
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_does_not_take_the_key_along(raw_server, monkeypatch, status) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "value")
+    seen: list[str] = []
+    other = raw_server(lambda handler: seen.append(handler.headers.get("Authorization")))
+
+    def redirect(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Location", other)
+        handler.end_headers()
+
+    chat = ChatEndpoint(raw_server(redirect), "judge", "JUDGE_KEY", retries=0)
+    with pytest.raises(EndpointError, match=f"HTTP {status}.*redirect"):
+        chat.complete("", "")
+    assert seen == []
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_a_reply_that_never_ends_is_given_up(raw_server, part) -> None:
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if part == "body" else b"X: "))
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+
+    chat = ChatEndpoint(raw_server(drip), "judge", retries=0, timeout=0.3)
+    begin = time.monotonic()
+    with pytest.raises(EndpointError, match="TimeoutError"):
+        chat.complete("", "")
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b" " * (17 << 20), "more than 16 MiB"),
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"choices": [{"message": {"content": ""}}], "usage": 3}', "AttributeError"),
+        (b'{"choices": [{"message": {"content": ""}}], "usage": {"total_tokens": 1e999}}', "OverflowError"),
+    ],
+    ids=["size", "depth", "usage", "infinity"],
+)
+def test_a_reply_that_is_no_answer(raw_server, body, reason) -> None:
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    with pytest.raises(EndpointError, match=reason):
+        ChatEndpoint(raw_server(reply), "judge", retries=0).complete("", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff", b"[" * 100_000, b'{"index": [0], "forward": "tie", "backward": "tie", "tokens": 1}'],
+    ids=["bytes", "depth", "types"],
+)
+def test_a_damaged_file_of_verdicts(tmp_path, line) -> None:
+    (tmp_path / "j").write_bytes(line + b"\n")
+    with pytest.raises(UserError, match="verdict"):
+        judgement_counts(tmp_path / "j")
 
 
 def test_bad_input(server, tmp_path) -> None:

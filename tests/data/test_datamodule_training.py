@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -338,3 +341,77 @@ def test_two_ranks_share_every_batch(make, tmp_path: Path) -> None:
     states = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [tuple(a + b) for a, b in zip(states[0][0], states[1][0], strict=True)] == one.seen
     assert sorted(states[0][1] + states[1][1]) == list(range(23))
+
+
+def test_a_workers_error_is_its_sentence_alone(make, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("one sentence.")
+
+    dm = make(num_workers=1)
+    loader = dm.train_dataloader()
+    monkeypatch.setattr(type(loader.collator), "__call__", fail)
+    with pytest.raises(UserError) as caught:
+        next(iter(loader))
+    assert str(caught.value) == "one sentence."
+
+
+def test_a_data_file_whose_name_is_no_text(make, data_file: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(data_file.parent) + b"/a\xff.jsonl"))
+    path.write_text(data_file.read_text())
+    examples = make(train=str(path)).examples("train")
+    assert examples.dataset.example(0).source.endswith("/a\ufffd.jsonl")
+
+
+def _flip(path: Path, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped first": lambda path: _flip(path, 0),
+    "flipped 20 %": lambda path: _flip(path, 0.2),
+    "flipped 60 %": lambda path: _flip(path, 0.6),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["examples.arrow", "model-0.arrow", "lengths.npy", "report.json"])
+def test_damaged_prepared_data_are_named_before_use(make, name: str, damage: str) -> None:
+    folder = make().examples("train").dataset.folder
+    DAMAGES[damage](folder / name)
+    with pytest.raises(UserError, match=rf"{folder.name}.*delete th"):
+        dataset_rows(make)
+    shutil.rmtree(folder)
+    assert len(make().examples("train").dataset) == len(dataset_rows(make))
+
+
+def dataset_rows(make) -> list:
+    dataset = make().examples("train").dataset
+    assert all(dataset.example(index).messages for index in range(len(dataset)))
+    return [dataset.rendered(index) for index in range(len(dataset))]
+
+
+def test_every_byte_that_is_read_of_prepared_data_is_checked(make, monkeypatch) -> None:
+    """Blocks are small here, so that one flipped byte anywhere is in one of many."""
+    monkeypatch.setattr("dskd_lightning.data.preparation._CHUNK", 3)
+    whole = dataset_rows(make)
+    folder = make().examples("train").dataset.folder
+    path = folder / "model-0.arrow"
+    good = path.read_bytes()
+    for at in range(0, len(good) - 8, max(1, len(good) // 50)):  # the last 8 end the stream
+        content = bytearray(good)
+        content[at] ^= 0x10
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"model-0\.arrow: its checksum differs"):
+            dataset_rows(make)
+    path.write_bytes(good)
+    again = dataset_rows(make)
+    assert all((a.input_ids == b.input_ids).all() for a, b in zip(whole, again, strict=True))
+    loaded = pickle.loads(pickle.dumps(make().examples("train").dataset))
+    assert (loaded.rendered(1).labels == whole[1].labels).all()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -245,3 +246,12 @@ def test_json_on_one_line_and_beyond_the_limits_of_python(tmp_path: Path) -> Non
         path.write_text(text)
         with pytest.raises(UserError, match=r"a\.json:1 "):
             list(iter_json(path))
+
+
+def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/a\xff\x1b.jsonl"
+    Path(os.fsdecode(path)).write_text('{"prompt": "a", "response": "b"}\n')
+    for entry in (os.fsdecode(path), str(tmp_path)):
+        (source,) = resolve_sources(entry)
+        assert [record.value["prompt"] for record in source.records()] == ["a"]
+        assert source.name.endswith("/a\ufffd\ufffd.jsonl")

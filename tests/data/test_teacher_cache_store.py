@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import pickle
 import shutil
 from collections import namedtuple
@@ -36,6 +37,7 @@ from dskd_lightning.teacher_cache import (
 )
 from dskd_lightning.teacher_cache.build import StateBuilder
 from dskd_lightning.teacher_cache.codecs import bytes_per_token, decode, encode
+from dskd_lightning.teacher_cache.identity import Memory, source_fingerprint
 
 WORDS = ["apples", "pears", "plums", "naïve", "🙂", "café", "fox", "12345", "dog"]
 
@@ -322,6 +324,96 @@ def test_a_damaged_index_is_named(make, name: str) -> None:
     (cache_folder(dm) / name).write_bytes(b"{")
     with pytest.raises(UserError, match=name.replace(".", r"\.") + ".*delete"):
         ensure(make())
+
+
+def test_a_changed_count_is_the_indexs_fault_and_the_advice_helps(make) -> None:
+    dm = make()
+    ensure(dm)
+    folder = cache_folder(dm)
+    tokens = np.load(folder / "tokens.npy")
+    tokens[3] += 1
+    np.save(folder / "tokens.npy", tokens)
+    with pytest.raises(UserError, match=rf"tokens\.npy.*delete the folder '{folder}'"):
+        ensure(make())
+    shutil.rmtree(folder)
+    ensure(make())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float33"},
+        {"teacher_dtype": "float33"},
+        {"teacher_dtype": "float16"},
+        {"teacher_dtype": 3},
+        {"hidden_size": "x"},
+        {"shard_tokens": 0},
+        {"parts": [1]},
+        {"index_crc32": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_crafted_manifest_is_refused(make, changes: dict, sealed: bool) -> None:
+    spec = make().teachers[0]
+    typed = dataclasses.replace(spec, dtype="float32")
+    ensure(make(teacher=typed))
+    folder = cache_folder_of(make, typed)
+    values = json.loads((folder / "manifest.json").read_text()) | changes
+    if not sealed:  # as old versions wrote it, or someone who knows how
+        values.pop("crc32", None)
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="delete"):
+        ensure(make(teacher=typed))
+
+
+def cache_folder_of(make, teacher: TeacherSpec) -> Path:
+    dm = make(teacher=teacher)
+    ensure(dm)
+    return cache_folder(dm)
+
+
+def test_a_teacher_replaced_with_its_old_size_and_time_is_seen(make, model_folder, tmp_path: Path) -> None:
+    first, second = (model_folder(tokenizer="sentencepiece", hidden=24, seed=seed) for seed in (0, 1))
+    folder = tmp_path / "teacher"
+    shutil.copytree(first, folder)
+    ensure(make(teacher=TeacherSpec(str(folder))))
+    old, new = folder / "model.safetensors", Path(second, "model.safetensors")
+    times = old.stat()
+    assert new.stat().st_size == times.st_size
+    shutil.copyfile(new, old)
+    os.utime(old, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="differs in: teacher weights"):
+        ensure(make(teacher=TeacherSpec(str(folder)), teacher_cache=TeacherCacheSettings(build=False)))
+
+
+def test_a_large_file_is_sampled_all_over(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    content = bytearray(8 * 2**20)
+    path.write_bytes(content)
+    times = path.stat()
+    memory = Memory(tmp_path / "known.json")
+    before = memory.file(path)
+    assert memory.file(path) == before
+    for start in (0, 3 * 2**20 + 17, len(content) - 1):  # a tensor of 64 kB, or the last byte
+        changed = bytearray(content)
+        changed[start : start + 65536] = b"x" * min(65536, len(content) - start)
+        path.write_bytes(changed)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert Memory(tmp_path / "known.json").file(path) != before
+
+
+def test_an_adapters_base_is_part_of_the_teacher(tmp_path: Path, model_folder) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model_folder(), tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2))
+    model.save_pretrained(tmp_path / "adapter")
+    spec = TeacherSpec(str(tmp_path / "adapter"))
+    before = source_fingerprint(spec, Memory(tmp_path / "known.json"))
+    flip(tmp_path / "base/model.safetensors", -3)
+    assert source_fingerprint(spec, Memory(tmp_path / "known.json")) != before
 
 
 def test_a_killed_build_goes_on(make, monkeypatch) -> None:

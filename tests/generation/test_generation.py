@@ -187,3 +187,18 @@ def test_predict_refuses_another_models_predictions(model, tokenizer, tmp_path) 
         predict(generator, records(), tmp_path, model_id="other", seeds=(1,))
     with pytest.raises(UserError, match="prompts changed"):
         predict(generator, records()[1:], tmp_path, model_id="m", seeds=(1,))
+
+
+@pytest.mark.parametrize("content", [b'{"mod', b"[1]", b"\xff", b"", b"[" * 100_000])
+def test_predict_names_damaged_settings(model, tokenizer, tmp_path, content) -> None:
+    (tmp_path / "settings.json").write_bytes(content)
+    generator = Generator(model, tokenizer, GenerationSettings(max_new_tokens=2))
+    with pytest.raises(UserError, match=r"settings\.json: .*; delete the folder"):
+        predict(generator, records(), tmp_path, model_id="m", seeds=(1,))
+
+
+def test_predict_names_a_damaged_partial_file(model, tokenizer, tmp_path) -> None:
+    (tmp_path / "seed_1.jsonl.partial-0").write_bytes(b"\xff\n")
+    generator = Generator(model, tokenizer, GenerationSettings(max_new_tokens=2))
+    with pytest.raises(UserError, match=r"partial-0.*delete"):
+        predict(generator, records(), tmp_path, model_id="m", seeds=(1,))

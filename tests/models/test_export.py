@@ -192,3 +192,26 @@ def test_tied_weights_count_once(tied_folder):
     assert report["head"].total == 0
     assert report["total"].total == sum(parameter.numel() for parameter in model.parameters())
     assert report["total"].bytes == 4 * report["total"].total
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_that_rewrite_the_base_are_exported_as_trained(model_folder, tmp_path, kind, merge):
+    """A checkpoint holds the adapter alone: the weights under it are made again, after other random draws."""
+    spec = StudentSpec(model_folder(hidden=32), lora=LoraSpec(rank=2, config={"init_lora_weights": kind}))
+    trained, _ = build_student(spec)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    kept = {name: value for name, value in trained.named_parameters() if value.requires_grad}
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    again, tokenizer = build_student(spec)
+    assert torch.equal(torch.get_rng_state(), before) or kind == "olora"
+    again.load_state_dict(kept, strict=False)
+    folder = export_student(again.eval(), tokenizer, tmp_path / "x", merge=merge)
+    load = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
+    ids = torch.arange(8)[None]
+    expected = trained.eval()(ids).logits
+    torch.testing.assert_close(load.from_pretrained(folder)(ids).logits, expected, rtol=1e-4, atol=1e-4)

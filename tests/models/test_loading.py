@@ -146,6 +146,37 @@ def test_teacher_is_frozen_and_its_adapter_merged(tmp_path):
         load_teacher(TeacherSpec(str(tmp_path / "base"), adapter=str(tmp_path / "base")))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora", "head", "dora", "saved"],
+)
+def test_a_folder_with_an_adapter_alone_is_the_whole_model(tmp_path, options):
+    family("llama").save_pretrained(tmp_path / "base")
+    base = load_model(ModelSpec(str(tmp_path / "base")))
+    adapted = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    if "modules_to_save" in options:
+        with torch.no_grad():
+            adapted.get_output_embeddings().modules_to_save["default"].weight.mul_(1.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = load_model(ModelSpec(str(tmp_path / "adapter")))
+    names = {name for name, _ in load_model(ModelSpec(str(tmp_path / "base"))).named_parameters()}
+    assert {name for name, _ in model.named_parameters()} == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.name_or_path == model.config.name_or_path == ""
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "exported")
+    assert not (tmp_path / "exported/adapter_config.json").exists()
+    again = load_model(ModelSpec(str(tmp_path / "exported")))
+    torch.testing.assert_close(again(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_quantised_teacher_needs_bitsandbytes(model_folder, monkeypatch):
     monkeypatch.setattr("dskd_lightning.models.loading.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):

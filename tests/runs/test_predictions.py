@@ -7,6 +7,8 @@ from dskd_lightning.evaluation.writer import PredictionWriter
 from dskd_lightning.files import write_atomic
 from dskd_lightning.runs.predictions import Prediction, describe_problems, read_predictions
 
+LINE = '{"index": 0, "prompt": "", "references": [], "response": "", %(more)s}'
+
 
 def prediction(index: int, response: str = "yes\u2028no", **values) -> Prediction:
     return Prediction(index, f"prompt {index}", ("yes",), response, 10, 3, **values)
@@ -52,7 +54,15 @@ def test_an_index_is_written_once(tmp_path) -> None:
         ('{"index": 1}', ":1: not a prediction"),
         ("[1]", ":1: not a prediction"),
         ('{"index": 1, "prompt": 3, "references": [], "response": ""}', "must be an integer; prompt"),
+        (LINE % {"more": '"tokens": "x"'}, "must be an integer"),
+        (LINE % {"more": '"tokens": 1' + "0" * 400}, "must be an integer"),
+        (LINE % {"more": '"tokens": 1' + "0" * 5000}, ":1: not a prediction"),
+        (LINE % {"more": '"seed": [1]'}, "must be an integer"),
+        (LINE % {"more": '"finished": "no"'}, "finished true or false"),
+        ('{"index": 0, "prompt": "", "references": "abc", "response": ""}', "references must be a list"),
+        ("[" * 100_000, ":1: not a prediction"),
     ],
+    ids=lambda value: value[:50],
 )
 def test_malformed_files(tmp_path, lines, message) -> None:
     (tmp_path / "a.jsonl").write_text(lines)

@@ -1,0 +1,56 @@
+"""A process for each variant, so that peak memory is the variant's own and nothing leaks between them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.study.worker import run_variant
+
+__all__ = ["run_process"]
+
+
+def run_process(
+    name: str, arguments: Sequence[str], folder: Path, settings: str, train: bool, test: bool
+) -> None:
+    """`run_variant` in a fresh process.
+
+    Raises:
+        UserError: it failed, or was told to stop.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=run_variant, args=(list(arguments), str(folder), settings, train, test)
+    )
+    process.start()
+    with _passed_on(process):
+        process.join()
+    if process.exitcode != 0:
+        raise UserError(
+            f"study: variant {name!r} failed with exit status {process.exitcode}; its messages are above."
+        )
+
+
+@contextlib.contextmanager
+def _passed_on(process: BaseProcess) -> Iterator[None]:
+    """SIGTERM to the study ends its worker, too, which would train on alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        process.terminate()
+        process.join()
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

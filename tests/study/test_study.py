@@ -1,0 +1,225 @@
+"""Studies: names, settings and results that belong to them; training itself is replaced by numbers."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.study import Study, Variant, worker
+from dskd_lightning.study import study as study_module
+
+METRIC = "val/nll_per_byte"
+
+
+class Recorder:
+    """Stands in for training: a point's loss is its distance from lr 0.05; the test tells the lr."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trained: list[float] = []
+        monkeypatch.setattr(Study, "_process", self._process)
+        monkeypatch.setattr(study_module, "summarise", self._summarise)
+
+    def _process(
+        self, variant: Variant, folder: Path, settings: str, point: dict[str, Any], test: bool
+    ) -> None:
+        lr = point.get("lr", variant.config.get("lr", 1.0))
+        folder.mkdir(parents=True, exist_ok=True)
+        result = worker.read_result(folder) or {}
+        if not result:
+            self.trained.append(lr)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            (folder / "checkpoints" / "best.ckpt").write_text(str(lr))
+            result = {"settings": settings, "trained": True, "validation": {METRIC: abs(lr - 0.05)}}
+        if test:
+            result["test"] = {"lr": float((folder / "checkpoints" / "best.ckpt").read_text())}
+        (folder / worker.DONE).write_text(json.dumps(result))
+
+    def _summarise(self, output: Path, runs: dict[str, Path], **_: object) -> None:
+        self.table = {name: worker.read_result(path)["test"]["lr"] for name, path in runs.items()}
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def read(folder: Path, **values: Any) -> Study:
+    base = folder / "base.yaml"
+    if not base.exists():
+        base.write_text("seed_everything: 1\n")
+    path = folder / "s.study.yaml"
+    path.write_text(
+        yaml.safe_dump({"output": str(folder / "out"), "base": ["base.yaml"], **values}, sort_keys=False)
+    )
+    return Study.read(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "..", ".", "", " ", "/tmp/x", "a/b", "a\\b", "a=b", "[/]", "a]", "a|b", ".hidden", "-x", "~",
+     "a\x1b[31m", "a\nb", "a\u202eb", "grid", "Report", "table.md", "x" * 101, "ü" * 60, "a "],
+)  # fmt: skip
+def test_names_that_are_no_folders_are_refused_at_once(tmp_path, name) -> None:
+    with pytest.raises(UserError, match="the variant name"):
+        read(tmp_path, variants={"good": None, name: None})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["logit KD", "DSKD (CMA), lr 1e-4", "X-Token P-KL", "größer", "v1.2", "+2%"])
+def test_ordinary_names_are_folders(tmp_path, recorder, name) -> None:
+    read(tmp_path, variants={name: None}).run()
+    assert (tmp_path / "out" / name / worker.DONE).is_file()
+
+
+def test_overwriting_deletes_nothing_beside_the_study(tmp_path, recorder) -> None:
+    for name in ("x", "out/x"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "mine").touch()
+    study = read(tmp_path, variants={"a": None})
+    (tmp_path / "out/a").symlink_to(tmp_path / "x")
+    study.run(overwrite=True)
+    assert (tmp_path / "x/mine").exists()
+    assert (tmp_path / "out/x/mine").exists()
+    assert not (tmp_path / "x" / worker.DONE).exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variants": ["a"]}, "`variants` must hold keys"),
+        ({"variants": {"a": 3}}, "`variants.a` must hold keys"),
+        ({"variants": {1: None, "1": None}}, "two variants have one name"),
+        ({"variants": {"a": {"grid": {"lr": []}}}}, "`variants.a.grid.lr` must be a list"),
+        ({"variants": {"a": None}, "grid": {"lr": 0.1}}, "`grid.lr` must be a list"),
+        ({"variants": {"a": {"configs": "x.yaml"}}}, "`variants.a.configs` must be a list"),
+        ({"variants": {"a": {"config": [1]}}}, "`variants.a.config` must hold keys"),
+        ({"variants": {"a": {"train": "no"}}}, "`variants.a.train` must be true or false"),
+        ({"variants": {"a": None}, "base": "base.yaml"}, "`base` must be a list"),
+        ({"variants": {"a": None}, "select": 3}, "`select` must be a text"),
+    ],
+)
+def test_malformed_study_files(tmp_path, values, message) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, **values)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"base: [", b"[" * 5000, b"- 1", b""])
+def test_damaged_study_files(tmp_path, content) -> None:
+    (tmp_path / "s.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"s\.yaml"):
+        Study.read(tmp_path / "s.yaml")
+
+
+def test_a_changed_grid_shows_its_own_points(tmp_path, recorder) -> None:
+    read(tmp_path, variants={"a": {"grid": {"lr": [1e-4, 0.08]}}}).run()
+    assert recorder.table == {"a": 0.08}
+    read(tmp_path, variants={"a": {"grid": {"lr": [0.06, 1e-4]}}}).run()
+    assert recorder.table == {"a": 0.06}
+    assert recorder.trained == [1e-4, 0.08, 0.06]  # a known point is kept
+    grid = json.loads((tmp_path / "out/grid/a/grid.json").read_text())
+    assert grid[METRIC] == pytest.approx([0.01, 0.0499])
+    assert grid["points"] == [{"lr": 0.06}, {"lr": 1e-4}]
+    for folder, point in zip(grid["folders"], grid["points"], strict=True):
+        score = json.loads((tmp_path / "out/grid/a" / folder / worker.DONE).read_text())["validation"][METRIC]
+        assert score == pytest.approx(abs(point["lr"] - 0.05))
+
+
+def test_a_loser_that_becomes_the_best_is_trained_again(tmp_path, recorder) -> None:
+    read(tmp_path, variants={"a": {"grid": {"lr": [0.05, 0.2, 0.3]}}}).run()
+    read(tmp_path, variants={"a": {"grid": {"lr": [0.2, 0.3]}}}).run()
+    assert recorder.table == {"a": 0.2}
+    assert recorder.trained == [0.05, 0.2, 0.3, 0.2]
+
+
+def test_without_a_change_nothing_runs_again(tmp_path, recorder) -> None:
+    variants = {"a": {"grid": {"lr": [0.1, 0.2]}}, "b": {"config": {"lr": 0.3}}}
+    read(tmp_path, variants=variants).run()
+    read(tmp_path, variants=variants).run()
+    assert recorder.trained == [0.1, 0.2, 0.3]
+    assert recorder.table == {"a": 0.1, "b": 0.3}
+
+
+@pytest.mark.parametrize("change", ["config", "base", "grid"])
+def test_results_of_other_settings_are_refused_or_left(tmp_path, recorder, change) -> None:
+    read(tmp_path, variants={"a": {"config": {"lr": 0.3}}}).run()
+    variants: dict[str, Any] = {"a": {"config": {"lr": 0.3}}, "b": None}
+    if change == "config":
+        variants["a"] = {"config": {"lr": 0.4}}
+    elif change == "grid":
+        variants["a"] = {"grid": {"lr": [0.1, 0.2]}}
+    else:
+        (tmp_path / "base.yaml").write_text("seed_everything: 2\n")
+    with pytest.raises(UserError, match="--overwrite true"):
+        read(tmp_path, variants=variants).run()
+    read(tmp_path, variants=variants).run(only=["b"])
+    assert list(recorder.table) == ["b"]  # the old numbers don't stand under the new settings
+    assert json.loads((tmp_path / "out/a" / worker.DONE).read_text())["test"] == {"lr": 0.3}
+    read(tmp_path, variants=variants).run(overwrite=True, only=["a"])
+    assert recorder.table["a"] == {"config": 0.4, "grid": 0.1, "base": 0.3}[change]
+
+
+def test_a_grid_that_is_given_up(tmp_path, recorder) -> None:
+    read(tmp_path, variants={"a": {"grid": {"lr": [0.1, 0.2]}}}).run()
+    read(tmp_path, variants={"a": {"config": {"lr": 0.4}}}).run()
+    assert recorder.table == {"a": 0.4}
+
+
+def test_a_metric_that_is_not_measured(tmp_path, recorder) -> None:
+    with pytest.raises(UserError, match="isn't measured in validation; there is val/nll_per_byte"):
+        read(tmp_path, select="val/x", variants={"a": {"grid": {"lr": [0.1, 0.2]}}}).run()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b'{"test": {"kl": "x"}}', b'{"training": 1}'])
+def test_a_damaged_result_is_named(tmp_path, recorder, content) -> None:
+    study = read(tmp_path, variants={"a": None})
+    study.run()
+    (tmp_path / "out/a" / worker.DONE).write_bytes(content)
+    with pytest.raises(UserError, match=r"variant\.json.*delete the folder"):
+        study.run()
+
+
+@pytest.mark.parametrize(("code", "status"), [(None, 143), (0, 143), (2, 2), (1, 1)])
+def test_a_worker_that_was_stopped_does_not_look_finished(tmp_path, monkeypatch, code, status) -> None:
+    """Lightning's exception after SIGTERM is a `SystemExit` without a status."""
+
+    def stopped(*_: object) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(worker, "_run", stopped)
+    with pytest.raises(SystemExit) as caught:
+        worker.run_variant([], str(tmp_path), "", train=True, test=True)
+    assert caught.value.code == status
+
+
+def test_sigterm_to_a_study_ends_its_worker(tmp_path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import multiprocessing, sys, time\n"
+        "from dskd_lightning.study.process import _passed_on\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    process.start()\n"
+        "    with _passed_on(process):\n"
+        "        print(process.pid, flush=True)\n"
+        "        process.join()\n"
+    )
+    study = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert study.stdout is not None
+    child = int(study.stdout.readline())
+    study.terminate()
+    assert study.wait(20) == 128 + signal.SIGTERM
+    time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert multiprocessing.active_children() == []
