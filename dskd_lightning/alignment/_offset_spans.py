@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,7 @@ from dskd_lightning.alignment.token_bytes import TokenBytes
 __all__ = ["offset_ends"]
 
 _SPACE = 0x20
+_MARKER = "\u2581"  # SentencePiece's
 
 
 def offset_ends(
@@ -34,12 +37,14 @@ def offset_ends(
         return _agreeing_ends(table, data, ids, unknown), False
     added[:lead], added[stop:] = True, True
     ends = np.zeros(len(ids), np.int32)
-    unknown[lead:stop] = np.asarray(traced, np.int64) == table.unknown
     if not traced:
         return ends, False
-    ends[lead:stop] = _resolve(table, text, data, traced, np.array(code.offsets, np.int64))
-    ends[stop:] = ends[stop - 1]
-    return ends, _differs(table, data, traced, ends[lead:stop], unknown[lead:stop])
+    inside = _resolve(table, text, data, traced, np.array(code.offsets, np.int64))
+    ends[lead:stop], ends[stop:] = inside, inside[-1]
+    unknown[lead:stop] = _unknown(table, data, traced, inside)
+    normalized = _differs(table, data, traced, inside, unknown[lead:stop])
+    unknown[lead:stop] |= _misplaced(table, data, traced, inside)
+    return ends, normalized
 
 
 def _resolve(
@@ -73,6 +78,9 @@ def _resolve(
     marked &= view[np.minimum(low, len(data) - 1)] != _SPACE
     lengths[first[marked]] -= 1
     exact = (total == width) | marked
+    for i in np.flatnonzero(exact & (last > first)).tolist():
+        spelled = b"".join(table.pieces[index] for index in ids[first[i] : last[i] + 1])
+        exact[i] = spelled[int(marked[i]) :] == data[low[i] : high[i]]
     running = np.cumsum(lengths)
     inside = running - (running - lengths)[first][cluster] + low[cluster]
     resolved = np.where(exact[cluster], inside, np.append(0, border[:-1])[cluster])
@@ -80,11 +88,60 @@ def _resolve(
     return resolved
 
 
+def _unknown(
+    table: TokenBytes, data: bytes, ids: list[int], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """``[tokens]``: the unknown token, but where the text holds its own string."""
+    lost = np.asarray(ids, np.int64) == table.unknown
+    for i in np.flatnonzero(lost).tolist():
+        start = int(ends[i - 1]) if i else 0
+        lost[i] = data[start : int(ends[i])] != table.pieces[table.unknown]
+    return lost
+
+
+def _misplaced(
+    table: TokenBytes, data: bytes, ids: list[int], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """``[tokens]``: tokens that are not what the tokenizer's normaliser makes of the bytes they cover.
+
+    Offsets are wrong at times, and markers take bytes. Whitespace aside, which tokenizers move;
+    tokens without bytes are judged together with the next token that has some.
+    """
+    wrong = np.zeros(len(ids), np.bool_)
+    normalizer, begin, start = table.tracer.normalizer, 0, 0
+    for i, end in enumerate(ends.tolist()):
+        if end == start and i + 1 < len(ids):
+            continue
+        covered = data[start:end]
+        pieces = b"".join(map(table.pieces.__getitem__, ids[begin : i + 1]))
+        wrong[begin : i + 1] = not (
+            _dense(pieces) == _dense(covered)
+            or (normalizer is not None and _dense(pieces) == _dense(_normalized(normalizer, covered)))
+        )
+        begin, start = i + 1, end
+    return wrong
+
+
+def _normalized(normalizer: Any, covered: bytes) -> bytes:
+    try:
+        text: str = normalizer.normalize_str(covered.decode())
+    except UnicodeDecodeError:
+        return covered  # a part of a character is no text
+    return text.encode()
+
+
+def _dense(data: bytes) -> bytes:
+    """Without whitespace and the marker that stands for it."""
+    return "".join(data.decode(errors="surrogateescape").replace(_MARKER, " ").split()).encode(
+        errors="surrogateescape"
+    )
+
+
 def _differs(
     table: TokenBytes,
     data: bytes,
     ids: list[int],
-    ends: npt.NDArray[np.int32],
+    ends: npt.NDArray[np.int64],
     unknown: npt.NDArray[np.bool_],
 ) -> bool:
     """Whether the known tokens spell anything but the bytes they cover, spaces aside."""

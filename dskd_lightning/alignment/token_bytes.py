@@ -38,15 +38,19 @@ class TokenBytes:
     tracer: Any
 
 
-_CACHE: weakref.WeakKeyDictionary[Any, tuple[int, TokenBytes]] = weakref.WeakKeyDictionary()
+_Marks = dict[int, str | None]
+_CACHE: weakref.WeakKeyDictionary[Any, tuple[_Marks, TokenBytes]] = weakref.WeakKeyDictionary()
 
 
 def token_bytes(tokenizer: Any) -> TokenBytes:
     """The `TokenBytes` of a fast tokenizer; kept until the tokenizer goes or gains tokens."""
-    size = fast_backend(tokenizer).get_vocab_size(with_added_tokens=True)
+    backend = fast_backend(tokenizer)
     cached = _CACHE.get(tokenizer)
-    if cached is None or cached[0] != size:
-        cached = (size, _read(tokenizer))
+    if cached is None or any(backend.id_to_token(index) != token for index, token in cached[0].items()):
+        table = _read(tokenizer)
+        # Where the next new token goes; asking for the size goes through all added tokens each time.
+        ids = (len(table.pieces), backend.get_vocab_size(with_added_tokens=False))
+        cached = ({index: backend.id_to_token(index) for index in ids}, table)
         _CACHE[tokenizer] = cached
     return cached[1]
 

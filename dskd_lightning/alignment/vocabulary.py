@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     pass
 
 __all__ = [
+    "PADDING_SHARE",
     "SparseProjection",
     "exact_token_map",
     "token_projection",
     "tokenizer_fingerprint",
     "vocabulary_bytes",
+    "vocabulary_difference",
 ]
+
+PADDING_SHARE = 0.01
+"""Of a vocabulary that one side may have alone: heads are padded, Qwen's differ by 128 of 152,064."""
 
 _ANCHORS = ("\n", ".", "a", "")
 """Texts to put before a piece, so that no marker is prepended to the piece itself."""
@@ -66,6 +71,26 @@ def exact_token_map(source: Any, target: Any) -> npt.NDArray[np.int64]:
     if end is not None and other_end is not None:
         mapped[end] = other_end
     return mapped
+
+
+def vocabulary_difference(student: Any, teacher: Any) -> str | None:
+    """Why two tokenizers are not one vocabulary, None if ids mean the same to both.
+
+    A few tokens may be in one of them only, as newer special tokens of a family are.
+    """
+    ours, theirs = (
+        {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)
+    )
+    differing = [i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)]
+    clash = min((i for i in differing if i in ours and i in theirs), default=None)
+    if clash is not None:
+        return f"token {clash} is {ours[clash]!r} to the student and {theirs[clash]!r} to the teacher"
+    if len(differing) > PADDING_SHARE * len(ours):
+        return (
+            f"{len(differing)} tokens of the student ({len(ours)}) and the teacher ({len(theirs)}) are in "
+            "one of them only"
+        )
+    return None
 
 
 def token_projection(student: Any, teacher: Any, decay: float = 0.5) -> SparseProjection:

@@ -16,7 +16,7 @@ from dskd_lightning.models.pruning import prune_layers
 from dskd_lightning.models.spec import LoraSpec, ModelSpec, PruneSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
 from dskd_lightning.models.tokenizer import load_tokenizer
-from dskd_lightning.models.verification import verify_head, verify_packing
+from dskd_lightning.models.verification import verify_causal, verify_head, verify_packing
 
 __all__ = [
     "LoraSpec",
@@ -38,6 +38,7 @@ __all__ = [
     "parameter_report",
     "prune_layers",
     "side",
+    "verify_causal",
     "verify_head",
     "verify_packing",
     "weights_fingerprint",

@@ -8,6 +8,7 @@ import re
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.generation.stop_tokens import stop_token_ids
 from dskd_lightning.models.effective_weight import effective_weight
+from dskd_lightning.models.output import base_model
 from dskd_lightning.models.progress import no_progress_bars
 
 __all__ = ["export_student"]
@@ -34,7 +37,8 @@ def export_student(
     """Save weights, configuration, tokenizer and chat template, all of it or nothing.
 
     The folder loads with ``AutoModelForCausalLM.from_pretrained`` and needs nothing of this
-    library. The live model isn't touched.
+    library. Its generation config ends a response at every token that the student learnt to end
+    with, the chat template's end of turn too. The live model isn't touched.
 
     With ``merge=False`` a LoRA student is saved as a peft adapter. Where its base can't be
     found again (pruned, new vocabulary, from GGUF), the base is saved in the sub-folder
@@ -67,6 +71,7 @@ def export_student(
                 _save_adapter(model, staging, target)
             else:
                 (merged(model) if isinstance(model, PeftModel) else model).save_pretrained(staging)
+        _write_end_tokens(model, tokenizer, staging)
         tokenizer.save_pretrained(staging)
         _publish(staging, target)
     except (OSError, SafetensorError) as error:
@@ -116,6 +121,20 @@ def _save_adapter(model: PeftModel, staging: Path, target: Path) -> None:
         model.save_pretrained(str(staging))
     finally:
         config.base_model_name_or_path = source
+
+
+def _write_end_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, staging: Path
+) -> None:
+    """A base model's config knows the end of a document only, and the student would go on for ever."""
+    base: Any = base_model(model)
+    folder = staging if (staging / "generation_config.json").is_file() else staging / "base"
+    if not (folder / "generation_config.json").is_file():
+        return  # an adapter beside somebody else's base
+    config = copy.deepcopy(base.generation_config)
+    ends = stop_token_ids(base, tokenizer)
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    config.save_pretrained(folder)
 
 
 def _publish(staging: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.models.sources import Source, adapter_base, load_errors, quiet, resolve_source
 from dskd_lightning.models.spec import ModelSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
-from dskd_lightning.models.verification import verify_head
+from dskd_lightning.models.verification import verify_causal, verify_head
 
 __all__ = ["load_config", "load_model", "load_teacher", "load_tokenizer"]
 
@@ -110,6 +110,7 @@ def load_teacher(spec: TeacherSpec) -> PreTrainedModel:
             adapted = PeftModel.from_pretrained(model, spec.adapter)
             model = adapted.get_base_model() if spec.quantization else adapted.merge_and_unload()
     model.requires_grad_(False).eval()
+    verify_causal(model, spec.source)
     verify_head(model, spec.source)
     return model
 

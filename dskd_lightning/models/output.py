@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.effective_weight import effective_bias, effective_weight
+from dskd_lightning.models.head_reading import named_scaling, stored_reading
 from dskd_lightning.structures import Head, ModelSpace, PaddedStatistics, Side, TokenBatch
 
 __all__ = [
     "base_model",
     "decoder_hidden",
+    "decoder_of",
     "input_embeddings",
     "language_head",
     "model_space",
@@ -41,19 +43,19 @@ def language_head(model: PreTrainedModel | PeftModel) -> Head:
     module = base.get_output_embeddings()
     if module is None:
         raise UserError(f"{type(base).__name__} has no language-model head: use a causal language model.")
-    config = base.config.get_text_config()
-    return Head(
-        weight=effective_weight(module),
-        bias=effective_bias(module),
-        scale=_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    reading = stored_reading(base)
+    if reading is None:
+        scale, softcap = named_scaling(base.config.get_text_config())
+    else:
+        scale, softcap = reading.scale, reading.softcap
+    return Head(effective_weight(module), effective_bias(module), scale, softcap)
 
 
-def _scale(config: Any) -> float:
-    """Cohere and Falcon-H1 multiply the logits, Granite divides them."""
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    return float(scale) / float(getattr(config, "logits_scaling", None) or 1.0)
+def decoder_of(model: PreTrainedModel | PeftModel) -> Any:
+    """The submodule whose last hidden states the head reads."""
+    base = base_model(model)
+    reading = stored_reading(base)
+    return base.get_decoder() if reading is None else base.get_submodule(reading.decoder)
 
 
 def input_embeddings(model: PreTrainedModel | PeftModel) -> Tensor:
@@ -66,8 +68,7 @@ def decoder_hidden(model: PreTrainedModel | PeftModel, batch: TokenBatch) -> Ten
 
     Packed rows have no attention mask; restarting position ids keep their examples apart.
     """
-    decoder = base_model(model).get_decoder()
-    output = decoder(
+    output = decoder_of(model)(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loading import load_config, load_model
 from dskd_lightning.models.lora import add_lora
-from dskd_lightning.models.output import base_model, input_embeddings
+from dskd_lightning.models.output import base_model, decoder_of, input_embeddings
 from dskd_lightning.models.pruning import prune
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
-from dskd_lightning.models.verification import verify_head
+from dskd_lightning.models.verification import verify_causal, verify_head
 
 __all__ = ["build_student"]
 
@@ -49,9 +49,10 @@ def build_student(spec: StudentSpec) -> tuple[PreTrainedModel | PeftModel, PreTr
             f"{input_embeddings(model).shape[0]}: set `student.tokenizer` to the tokenizer of its weights, "
             "or to another source, which swaps the vocabulary."
         )
+    verify_causal(model, spec.source)
     verify_head(model, spec.source)
     student = _trainable(model, spec)
-    decoder = base_model(student).get_decoder()
+    decoder = decoder_of(student)
     if spec.gradient_checkpointing:
         # Not the re-entrant kind: that one needs inputs with gradients, which frozen embeddings lack.
         base_model(student).activation_checkpointing_enable({"use_reentrant": False})

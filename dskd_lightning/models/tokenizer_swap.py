@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dskd_lightning.alignment.token_bytes import is_byte_token
 from dskd_lightning.alignment.vocabulary import exact_token_map, token_projection, vocabulary_bytes
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.token_tables import replace_table, token_tables
 from dskd_lightning.tokenizers import fast_backend, sanitize_text
 
 __all__ = ["SwapReport", "swap_tokenizer", "train_bpe"]
@@ -59,7 +60,8 @@ def swap_tokenizer(
     """Change ``model`` in place so that it reads and predicts the tokens of ``new_tokenizer``.
 
     A token that the old vocabulary holds keeps its rows of the embeddings and of the head; any
-    other becomes the mean of the old tokens that spell its bytes. Token ids in the model's and the
+    other becomes the mean of the old tokens that spell its bytes. Other embeddings that are looked up by
+    token id, such as Gemma's per-layer ones, go the same way. Token ids in the model's and the
     generation config become those of the new tokenizer.
 
     Raises:
@@ -74,6 +76,13 @@ def swap_tokenizer(
             f"The model's embeddings have {old_size} rows but its tokenizer uses id {sources.highest}: "
             "give the tokenizer that belongs to the model."
         )
+    tables = token_tables(model)
+    for name, table in tables.items():
+        if sources.highest >= table.num_embeddings:
+            raise UserError(
+                f"The model's '{name}' is looked up by token id but has {table.num_embeddings} rows, and its "
+                f"tokenizer uses id {sources.highest}: keep the model's own tokenizer."
+            )
     tied = outputs is None or outputs.weight is inputs.weight
     bias = getattr(outputs, "bias", None)
 
@@ -83,12 +92,15 @@ def swap_tokenizer(
     rows = carried(inputs.weight)
     head_rows = None if tied else carried(outputs.weight)
     new_bias = None if bias is None else carried(bias[:, None])
+    table_rows = {name: (table.num_embeddings, carried(table.weight)) for name, table in tables.items()}
     model.resize_token_embeddings(sources.size, mean_resizing=False)
     _write(model.get_input_embeddings().weight, rows)
     if head_rows is not None:
         _write(model.get_output_embeddings().weight, head_rows)
     if new_bias is not None:
         _write(model.get_output_embeddings().bias, (new_bias[0][:, 0], new_bias[1]))
+    for name, (size, values) in table_rows.items():
+        replace_table(model, name, size, values)
     _update_ids(model, new_tokenizer)
     report = SwapReport(old_size, sources.size, *sources.counts())
     _log.info("Tokenizer swapped: %s.", report)

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.head_reading import measure_head
 from dskd_lightning.models.output import base_model, decoder_hidden, language_head
 from dskd_lightning.structures import TokenBatch
 
-__all__ = ["verify_head", "verify_packing"]
+__all__ = ["verify_causal", "verify_head", "verify_packing"]
 
 
 @torch.no_grad()
 def verify_head(model: PreTrainedModel, name: str) -> None:
     """Check on a few tokens that head and decoder reproduce the model's own logits.
+
+    What the model does between the two is measured first, and kept for `language_head`.
 
     Raises:
         UserError: the model does something to its logits that `Head` can't express.
@@ -27,13 +30,38 @@ def verify_head(model: PreTrainedModel, name: str) -> None:
     if model.device.type == "meta":
         return
     batch = _probe(model, [4])
+    if model.get_output_embeddings() is None:
+        language_head(model)  # says what is missing
     with _eval_mode(model):
+        measure_head(model, batch.input_ids)
         expected = model(input_ids=batch.input_ids, use_cache=False).logits
         found = language_head(model).logits(decoder_hidden(model, batch))
     if not _close(found, expected):
         raise UserError(
             f"The logits of '{name}' ({type(model).__name__}) are not a linear map of its last hidden states "
             "with an optional scale and soft cap, so its head cannot be distilled: use another architecture."
+        )
+
+
+@torch.no_grad()
+def verify_causal(model: PreTrainedModel, name: str) -> None:
+    """Check on a few tokens that no logits change with a later token.
+
+    Raises:
+        UserError: the model sees the future, and with it the token that it should predict.
+    """
+    if model.device.type == "meta":
+        return
+    ids = _probe(model, [6]).input_ids
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    with _eval_mode(model):
+        first, second = (model(input_ids=row, use_cache=False).logits[0, :-1] for row in (ids, changed))
+    if not _close(first, second):
+        raise UserError(
+            f"'{name}' ({type(model).__name__}) is no causal language model: its logits change with later "
+            "tokens, so that it would see what it should predict: choose a decoder (some architectures are "
+            'one with "is_decoder": true in their config.json).'
         )
 
 

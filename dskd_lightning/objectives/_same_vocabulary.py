@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from dskd_lightning.alignment.vocabulary import PADDING_SHARE, vocabulary_difference
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.functional.divergences import Divergence, ForwardKL
@@ -13,9 +12,6 @@ from dskd_lightning.objectives.base import DistillationObjective
 from dskd_lightning.structures import ModelSpace, Ratio, Side
 
 __all__ = ["SameVocabularyObjective", "check_same_vocabulary", "ratios"]
-
-# Heads are padded to a multiple of a power of two; Qwen's differ by 128 of 152,064.
-_PADDING_SHARE = 0.01
 
 
 class SameVocabularyObjective(DistillationObjective):
@@ -79,22 +75,12 @@ def check_same_vocabulary(name: str, student: ModelSpace, teacher: ModelSpace) -
     """
     remedy = "take an objective that works across vocabularies, such as DSKDCrossAttentionObjective."
     if student.tokenizer is not None and teacher.tokenizer is not None:
-        ours, theirs = _by_id(student.tokenizer), _by_id(teacher.tokenizer)
-        differing = [i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)]
-        clash = next((i for i in sorted(differing) if i in ours and i in theirs), None)
-        if clash is not None:
-            raise UserError(
-                f"{name} needs one vocabulary, but token {clash} is {ours[clash]!r} to the student and "
-                f"{theirs[clash]!r} to the teacher: {remedy}"
-            )
-        if len(differing) > _PADDING_SHARE * len(ours):
-            raise UserError(
-                f"{name} needs one vocabulary, but {len(differing)} tokens of the student ({len(ours)}) and "
-                f"the teacher ({len(theirs)}) are in one of them only: {remedy}"
-            )
+        found = vocabulary_difference(student.tokenizer, teacher.tokenizer)
+        if found is not None:
+            raise UserError(f"{name} needs one vocabulary, but {found}: {remedy}")
         return
     small, large = sorted((student.vocab_size, teacher.vocab_size))
-    if large - small > _PADDING_SHARE * large:
+    if large - small > PADDING_SHARE * large:
         raise UserError(
             f"{name} needs one vocabulary, but the student's head has {student.vocab_size} tokens and the "
             f"teacher's {teacher.vocab_size}: {remedy}"
@@ -104,7 +90,3 @@ def check_same_vocabulary(name: str, student: ModelSpace, teacher: ModelSpace) -
 def ratios(stats: dict[str, Tensor], count: Tensor) -> dict[str, Ratio]:
     """Each sum over ``count``."""
     return {name: Ratio(total, count) for name, total in stats.items()}
-
-
-def _by_id(tokenizer: Any) -> dict[int, str]:
-    return {index: token for token, index in tokenizer.get_vocab().items()}

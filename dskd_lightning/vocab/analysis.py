@@ -13,7 +13,7 @@ import numpy as np
 from dskd_lightning.alignment.byte_spans import ByteSpans, batch_byte_spans
 from dskd_lightning.alignment.exact import align_many
 from dskd_lightning.alignment.token_bytes import token_bytes, token_text
-from dskd_lightning.alignment.vocabulary import exact_token_map, vocabulary_bytes
+from dskd_lightning.alignment.vocabulary import exact_token_map, vocabulary_difference
 from dskd_lightning.tokenizers import sanitize_text
 from dskd_lightning.vocab.recommendation import recommend
 from dskd_lightning.vocab.report import Coverage, Offender, Script, VocabReport
@@ -74,8 +74,7 @@ def analyze_vocabularies(
         student_size=len(student),
         shared=int((maps[0] >= 0).sum()),
         teacher_shared=int((maps[1] >= 0).sum()),
-        identical=vocabulary_bytes(student) == vocabulary_bytes(teacher)
-        and getattr(student, "eos_token_id", None) == getattr(teacher, "eos_token_id", None),
+        identical=vocabulary_difference(student, teacher) is None,
         normalized=tuple(
             name for name, side in zip(("student", "teacher"), sides, strict=True) if side.changed
         ),

@@ -25,8 +25,10 @@ def recommend(report: VocabReport) -> Recommendation:
     shares = report.student_coverage.shares()
     exact, lost = shares["exact_occurrences"], shares["no_counterpart_occurrences"]
     if report.identical:
+        alone = abs(report.student_size - report.teacher_size)
+        but = f", but for {alone} that one side has alone" if alone else ""
         return Recommendation(
-            _BASE + "DSKDv2Objective", "both sides read the same ids: no alignment is needed"
+            _BASE + "DSKDv2Objective", f"both sides read the same ids{but}: no alignment is needed"
         )
     if not report.student_coverage.occurrences:
         return Recommendation(_BASE + "DSKDCrossAttentionObjective", "there is no text to judge the pair by")

@@ -112,7 +112,8 @@ class VocabReport:
         student_size: likewise.
         shared: student tokens with the same bytes in the teacher's vocabulary.
         teacher_shared: teacher tokens with the same bytes in the student's.
-        identical: every id means the same on both sides.
+        identical: ids mean the same on both sides, but for a few that one side has alone: objectives
+            on one vocabulary take the pair.
         normalized: names of the sides ("teacher", "student") that change some of the texts.
         unknown_bytes: bytes of unknown tokens and dropped text by side.
         student_coverage: the student's tokens in the texts.

@@ -11,13 +11,14 @@ from conftest import make_tokenizer
 from model_families import CONFIGS, from_config
 from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models import (
     LoraSpec,
     PruneSpec,
     StudentSpec,
+    base_model,
     build_student,
     export_student,
     parameter_report,
@@ -215,3 +216,21 @@ def test_adapters_that_rewrite_the_base_are_exported_as_trained(model_folder, tm
     ids = torch.arange(8)[None]
     expected = trained.eval()(ids).logits
     torch.testing.assert_close(load.from_pretrained(folder)(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prune", [None, PruneSpec(layers=1)])
+@pytest.mark.parametrize("merge", [True, False])
+def test_the_exported_config_ends_at_the_templates_end_of_turn(model_folder, tmp_path, merge, prune):
+    """A base model's config names the end of a document only, and chats would never stop."""
+    lora = None if merge else LoraSpec(rank=2)
+    model, tokenizer = student(model_folder(), lora=lora, prune=prune)
+    end = tokenizer.convert_tokens_to_ids("<|system|>")  # any special token that isn't the eos
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|system|>'")
+    live = copy.deepcopy(base_model(model).generation_config.to_dict())
+    folder = export_student(model, tokenizer, tmp_path / "out", merge=merge)
+    assert base_model(model).generation_config.to_dict() == live
+    if merge or prune is not None:
+        config = GenerationConfig.from_pretrained(folder if merge else folder / "base")
+        assert config.eos_token_id == sorted({live["eos_token_id"], tokenizer.eos_token_id, end})
+    else:
+        assert not (folder / "generation_config.json").exists()

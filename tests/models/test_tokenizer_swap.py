@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import CORPUS, make_model, make_tokenizer
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dskd_lightning.alignment.vocabulary import exact_token_map, vocabulary_bytes
 from dskd_lightning.errors import UserError
@@ -96,3 +107,62 @@ def test_a_trained_bpe_keeps_special_tokens_and_template() -> None:
 def test_too_small_a_bpe_says_how_large_it_must_be() -> None:
     with pytest.raises(UserError, match=r"set it to 26\d or more"):
         train_bpe(["text"], 100, make_tokenizer("bpe"))
+
+
+def gemma4(vocab: int) -> PreTrainedModel:
+    config = Gemma4TextConfig(
+        vocab_size=vocab, vocab_size_per_layer_input=vocab, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, global_head_dim=8,
+        sliding_window=8, hidden_size_per_layer_input=4, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return Gemma4ForCausalLM(config).eval()
+
+
+def renumbered(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokens under other ids, the special ones kept."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = len(tokenizer.all_special_ids)
+    size = len(tokenizer)
+    ids = {i: i if i < kept else kept + size - 1 - i for i in range(size)}
+    state["model"]["vocab"] = {token: ids[i] for token, i in state["model"]["vocab"].items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+    )
+
+
+@torch.no_grad()
+def test_per_layer_embeddings_follow_the_new_ids(tmp_path: Path) -> None:
+    old = make_tokenizer("bpe", 300)
+    new = renumbered(old)
+    text = "three fruits, apples"
+    before, after = (torch.tensor([each(text)["input_ids"]]) for each in (old, new))
+    assert before.tolist() != after.tolist()
+    model = gemma4(len(old))
+    expected = model(before).logits
+    swap_tokenizer(model, old, new)
+    order = [new.convert_tokens_to_ids(token) for token in old.convert_ids_to_tokens(range(len(old)))]
+    torch.testing.assert_close(model(after).logits[..., order], expected)
+
+
+def test_per_layer_embeddings_take_the_new_size_and_load_again(tmp_path: Path) -> None:
+    old, new = make_tokenizer("bpe", 300), make_tokenizer("bpe", 400)
+    model = gemma4(len(old))
+    swap_tokenizer(model, old, new)
+    assert model.config.vocab_size_per_layer_input == len(new)
+    ids = torch.tensor([[len(new) - 1, 3]])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_per_layer_embeddings_without_a_row_for_every_token_are_refused() -> None:
+    old = make_tokenizer("bpe", 300)
+    model = gemma4(len(old))
+    table = model.model.embed_tokens_per_layer
+    table.weight = torch.nn.Parameter(table.weight[:200].detach())
+    table.num_embeddings = 200
+    with pytest.raises(UserError, match=r"embed_tokens_per_layer' is looked up by token id but has 200 rows"):
+        swap_tokenizer(model, old, make_tokenizer("bpe", 400))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import CORPUS, make_tokenizer
 from rich.console import Console
 
@@ -17,6 +18,8 @@ from dskd_lightning.alignment.byte_spans import token_byte_spans
 from dskd_lightning.alignment.exact import align, group_overlap
 from dskd_lightning.alignment.token_bytes import token_text
 from dskd_lightning.errors import UserError
+from dskd_lightning.objectives import DSKDv2Objective
+from dskd_lightning.structures import Head, ModelSpace
 from dskd_lightning.vocab import analyze_vocabularies, run_vocab, save_heatmap
 from dskd_lightning.vocab.analysis import kind_of_text
 from dskd_lightning.vocab.rendering import print_report
@@ -31,6 +34,19 @@ def test_the_same_tokenizer_is_exact_everywhere() -> None:
     assert shares["exact_occurrences"] == shares["exact_bytes"] == 1
     assert not report.offenders
     assert report.recommendation.class_path.endswith("DSKDv2Objective")
+
+
+def test_special_tokens_that_one_side_has_alone_leave_one_vocabulary() -> None:
+    """As the generations of a family differ, their ends of sequence too; the objectives take such pairs."""
+    older, newer = make_tokenizer("bpe"), make_tokenizer("bpe")
+    newer.add_special_tokens({"eos_token": "<|stop|>", "pad_token": "<tool_call>"})
+    report = analyze_vocabularies(newer, older, CORPUS[:5])
+    assert report.identical
+    assert report.recommendation.class_path.endswith("DSKDv2Objective")
+    assert "but for 2 that one side has alone" in report.recommendation.reason
+    sides = [ModelSpace(Head(torch.zeros(len(t), 2)), torch.zeros(len(t), 2), t) for t in (older, newer)]
+    DSKDv2Objective().configure(*sides)
+    assert not analyze_vocabularies(make_tokenizer("bpe", 300), older, CORPUS[:5]).identical
 
 
 @pytest.mark.parametrize("kinds", [("bpe", "sentencepiece"), ("unigram", "bpe"), ("bpe", "wordpiece")])
