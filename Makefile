@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env quickstart test test-slow lint types bench clean
+.PHONY: env quickstart test test-slow lint types bench gpu-check clean
 
 env: $(STAMP)
 
@@ -41,6 +41,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m tests.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

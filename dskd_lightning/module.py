@@ -115,12 +115,12 @@ class DistillationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Build student, teachers and the objectives' projectors; called by every strategy."""
         if self.student is not None:
-            self._load_teachers()  # another stage may need whole teachers, or find a cache
+            self._load_teachers(self.device)  # another stage may need whole teachers, or find a cache
             return
         model, tokenizer = build_student(self.student_spec)
         student_space = model_space(model, tokenizer)
         needed = [o.needs_teacher for o in self._objectives()]
-        self._load_teachers()
+        self._load_teachers(student_space.head.weight.device)
         spaces: list[ModelSpace] = []
         for spec, teacher in zip(self.teacher_specs, self.teachers, strict=True):
             spaces.append(model_space(cast("Any", teacher), load_tokenizer(spec)))
@@ -132,8 +132,8 @@ class DistillationModule(L.LightningModule):
         if self.device_mesh is not None:
             shard(self, self.device_mesh["data_parallel"])
 
-    def _load_teachers(self) -> None:
-        """Whole teachers or, where the datamodule keeps their hidden states, their heads alone."""
+    def _load_teachers(self, device: torch.device) -> None:
+        """Whole teachers or, where the datamodule keeps their hidden states, their heads on ``device``."""
         if self.complete_teachers or not self.teacher_specs:
             return
         heads = self._cached_teachers()
@@ -142,7 +142,7 @@ class DistillationModule(L.LightningModule):
                 load_teacher(s).requires_grad_(False).eval() for s in self.teacher_specs
             )
         elif not self.teachers:
-            self.teachers = nn.ModuleList(heads)
+            self.teachers = nn.ModuleList(heads).to(device)
 
     def _cached_teachers(self) -> list[TeacherHead] | None:
         """The heads, with complete caches behind them, or None to run whole teachers.

@@ -180,6 +180,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
     return make
 
 
+@pytest.fixture
+def poor_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` as on a Mac's GPU, which is how a device is asked."""
+    empty = torch.empty
+
+    def deny(*size, dtype=None, layout=torch.strided, **options):  # type: ignore[no-untyped-def]
+        if dtype == torch.float64:
+            raise TypeError("no float64")
+        if layout != torch.strided:
+            raise NotImplementedError("no sparse tensors")
+        return empty(*size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", deny)
+
+
 @pytest.fixture(scope="session")
 def reference_dir() -> Path:
     """Values computed with the authors' own code; tests that read them skip where it is absent."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.functional.precision import summable
 
 __all__ = [
     "cosine_structure_distance",
@@ -59,8 +60,8 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         UserError: the numbers of tokens differ.
     """
-    x = _checked(student, teacher).double()
-    y = teacher.double()
+    x = summable(_checked(student, teacher))
+    y = summable(teacher)
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     cross = torch.linalg.matrix_norm(x.T @ y) ** 2
     return cross / (torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y))
@@ -79,12 +80,12 @@ def effective_rank(weight: Tensor) -> Tensor:
 
 
 def _cosine(hidden: Tensor) -> Tensor:
-    unit = torch.nn.functional.normalize(hidden.double(), dim=-1)
+    unit = torch.nn.functional.normalize(summable(hidden), dim=-1)
     return unit @ unit.T
 
 
 def _row_share(hidden: Tensor) -> Tensor:
-    products = hidden.double() @ hidden.double().T
+    products = summable(hidden) @ summable(hidden).T
     return products / products.sum(dim=-1, keepdim=True)
 
 

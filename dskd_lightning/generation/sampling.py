@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from dskd_lightning.functional.precision import summable
+
 __all__ = ["InverseTransformSampling", "RowBudget", "prompt_uniforms"]
 
 
@@ -45,8 +47,7 @@ class InverseTransformSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores ``[rows, vocab]`` with all but the picked token at minus infinity."""
-        precise = torch.float32 if scores.device.type == "mps" else torch.float64
-        probabilities = torch.softmax(scores.to(precise) / self.temperature, dim=-1)
+        probabilities = torch.softmax(summable(scores) / self.temperature, dim=-1)
         order = None
         if self.top_p < 1.0:
             probabilities, order = probabilities.sort(dim=-1, descending=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import chunked_map
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, head_parameters
-from dskd_lightning.functional.precision import wide
+from dskd_lightning.functional.precision import summable, wide
 from dskd_lightning.objectives._vocabulary import extension_ranges
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
@@ -151,7 +151,7 @@ class ALMObjective(CrossTokenizerObjective):
 def _bias(p: Tensor, labels: Tensor, order: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Share ``[tokens]`` of the mass of tokens longer than the label, of those and the label."""
     # Sorted by bytes, the tokens that begin with some bytes stand next to each other.
-    below = torch.nn.functional.pad(p.index_select(-1, order).double().cumsum(-1), (1, 0))
+    below = torch.nn.functional.pad(summable(p.index_select(-1, order)).cumsum(-1), (1, 0))
     bounds = below.gather(-1, torch.stack([first[labels], last[labels]], dim=-1))
     longer = (bounds[:, 1] - bounds[:, 0]).to(p)
     chosen = p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)

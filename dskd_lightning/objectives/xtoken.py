@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.functional.precision import has_sparse
 from dskd_lightning.objectives._vocabulary import sparse_projection
 from dskd_lightning.objectives.gold import GOLDObjective, group_starts
 from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
@@ -44,29 +45,37 @@ class XTokenProjectionObjective(PairedObjective):
         rows, columns, weights = sparse_projection(student, teacher)
         reached, slots = columns.unique(return_inverse=True)
         size = (len(reached), student.vocab_size)
+        # Coalesced on the CPU: the device may lack sparse tensors.
         transposed = torch.sparse_coo_tensor(
-            torch.stack([slots, rows]), weights, size, check_invariants=False
+            torch.stack([slots, rows]).cpu(), weights.cpu(), size, device="cpu", check_invariants=False
         ).coalesce()
         self.register_buffer("reached", reached, persistent=False)
-        self.register_buffer("projection_index", transposed.indices(), persistent=False)
-        self.register_buffer("projection_weight", transposed.values(), persistent=False)
+        self.register_buffer("projection_index", transposed.indices().to(rows.device), persistent=False)
+        self.register_buffer("projection_weight", transposed.values().to(rows.device), persistent=False)
 
     def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
         return Partners(group_starts(student, alignment))
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         q = (pairs.student / self.temperature).softmax(-1)
-        weights = self.get_buffer("projection_weight").to(q)
-        size = (len(self.reached), q.shape[1])
-        matrix = torch.sparse_coo_tensor(
-            self.get_buffer("projection_index"), weights, size, is_coalesced=True, check_invariants=False
-        )
-        projected = torch.sparse.mm(matrix, q.T).T
+        with torch.autocast(q.device.type, enabled=False):  # sparse products in half precision are few
+            projected = self._project(q)
         tiny = torch.finfo(q.dtype).tiny
         log_q = projected.clamp(min=tiny).log()
         log_q = log_q - log_q.logsumexp(-1, keepdim=True)
         log_p = (pairs.teacher / self.temperature).index_select(-1, self.reached).log_softmax(-1)
         return {"projected_kl": (log_p.exp() * (log_p - log_q)).sum()}
+
+    def _project(self, q: Tensor) -> Tensor:
+        """``q W`` ``[pairs, reached]`` of probabilities ``[pairs, student vocab]``."""
+        index, weights = self.get_buffer("projection_index"), self.get_buffer("projection_weight").to(q)
+        size = (len(self.reached), q.shape[1])
+        if not has_sparse(q.device):
+            slots, rows = index.unbind(0)
+            spread = q.index_select(1, rows) * weights
+            return q.new_zeros(len(q), size[0]).index_add(1, slots, spread)
+        matrix = torch.sparse_coo_tensor(index, weights, size, is_coalesced=True, check_invariants=False)
+        return torch.sparse.mm(matrix, q.T).T
 
     def diagnose(self, pairs: Pairs) -> dict[str, Tensor]:
         mass = (pairs.teacher / self.temperature).softmax(-1).index_select(-1, self.reached).sum()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dskd_lightning.functional.precision import float64_place
 from dskd_lightning.projection.pseudo_inverse import cross_gram, inverse_gram
 from dskd_lightning.structures import Head
 
@@ -54,9 +55,10 @@ class HeadMap(nn.Module):
             shared = cross_gram(
                 source.weight.detach()[self.source_tokens], target.weight.detach()[self.target_tokens]
             )
-            self._inverse = self._inverse.to(shared.device)
-            matrix = shared.double() @ self._inverse * (source.scale / target.scale)
-            self._map = matrix.to(shared.dtype)
+            place = float64_place(shared.device)
+            self._inverse = self._inverse.to(place)
+            matrix = shared.to(place).double() @ self._inverse * (source.scale / target.scale)
+            self._map = matrix.to(shared.dtype).to(shared.device)
             self._made_of = weakref.ref(source.weight), source.weight._version
         return self._map
 

@@ -60,6 +60,6 @@ class LinearProjector(nn.Linear):
             matrix = matrix * (source.scale / target.scale)
             dtype = torch.promote_types(target.weight.dtype, torch.float32)
             inner, outer = matrix.shape
-            projector = cls(inner, outer, bias=False, device=matrix.device, dtype=dtype)
+            projector = cls(inner, outer, bias=False, device=source.weight.device, dtype=dtype)
             projector.weight.copy_(matrix.T)
         return projector

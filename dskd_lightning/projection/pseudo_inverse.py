@@ -4,13 +4,16 @@ With heads ``A [vocab, a]`` and ``B [vocab, b]`` over the same tokens, the map t
 :math:`A^T (B^T)^+ = (A^T B)(B^T B)^+`. The normal equations need only ``[a, b]`` and ``[b, b]``
 matrices, summed over blocks of the vocabulary: no ``[vocab, vocab]`` or ``[vocab, hidden]``
 pseudo-inverse is made. They square the condition number, so that ``B^T B`` and its pseudo-inverse
-are float64; directions whose singular value in ``B`` is below 1e-5 of the largest are dropped.
+are float64, on the CPU where the device has none; directions whose singular value in ``B`` is below
+1e-5 of the largest are dropped.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from dskd_lightning.functional.precision import float64_place
 
 __all__ = ["cross_gram", "inverse_gram", "map_between_heads"]
 
@@ -31,16 +34,18 @@ def cross_gram(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor
         raise ValueError(f"heads over {a.shape[0]} and {b.shape[0]} tokens: restrict them to shared tokens")
     if dtype is None:
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    total = torch.zeros(a.shape[1], b.shape[1], dtype=dtype, device=a.device)
-    with torch.autocast(a.device.type, enabled=False):
-        for left, right in zip(a.split(_BLOCK), b.to(a.device).split(_BLOCK), strict=True):
-            total.addmm_(left.to(dtype).T, right.to(dtype))
+    place = float64_place(a.device) if dtype == torch.float64 else a.device
+    total = torch.zeros(a.shape[1], b.shape[1], dtype=dtype, device=place)
+    with torch.autocast(place.type, enabled=False):
+        for left, right in zip(a.split(_BLOCK), b.split(_BLOCK), strict=True):
+            # Moved first: the device that they leave may lack the dtype.
+            total.addmm_(left.to(place).to(dtype).T, right.to(place).to(dtype))
     return total
 
 
 @torch.no_grad()
 def inverse_gram(weight: Tensor) -> Tensor:
-    """``(W^T W)^+`` ``[hidden, hidden]`` of a head ``[vocab, hidden]``, in float64."""
+    """``(W^T W)^+`` ``[hidden, hidden]`` of a head ``[vocab, hidden]``, in float64, at `float64_place`."""
     gram = cross_gram(weight, weight, torch.float64)
     return torch.linalg.pinv(gram, hermitian=True, rtol=_RTOL)
 
@@ -54,6 +59,7 @@ def map_between_heads(source: Tensor, target: Tensor) -> Tensor:
         target: ``[tokens, target_hidden]``, rows of the same tokens in the target's head.
 
     Returns:
-        The map in float64, to be multiplied from the right: ``hidden @ map``.
+        The map in float64 at the source's `float64_place`, to be multiplied from the right: ``hidden @ map``.
     """
-    return cross_gram(source, target).double() @ inverse_gram(target).to(source.device)
+    place = float64_place(source.device)
+    return cross_gram(source, target).to(place).double() @ inverse_gram(target).to(place)

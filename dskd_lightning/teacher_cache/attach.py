@@ -90,6 +90,17 @@ def ensure_caches(
             shard is damaged, the head isn't the one that the cache was built with, or the disk is
             too small.
     """
+    with torch.device("cpu"):  # Trainer calls this with the training device as the default
+        return _ensure(datamodule, specs, stages, settings, required)
+
+
+def _ensure(
+    datamodule: InstructionDataModule,
+    specs: Sequence[TeacherSpec],
+    stages: Sequence[Stage],
+    settings: TeacherCacheSettings | None,
+    required: bool,
+) -> list[TeacherHead] | None:
     settings = settings or datamodule.teacher_cache or TeacherCacheSettings()
     root = cache_root(datamodule, settings)
     memory = Memory(root / "fingerprints.json")
@@ -180,8 +191,7 @@ def _build(
     settings: TeacherCacheSettings,
 ) -> TeacherHead:
     rank, ranks = rank_and_world()
-    with torch.device("cpu"):
-        teacher = load_teacher(spec)
+    teacher = load_teacher(spec)
     if torch.cuda.is_available() and not spec.quantization:
         teacher.to(torch.device("cuda", torch.cuda.current_device()))  # type: ignore[arg-type]
     weights = weights_fingerprint(teacher)

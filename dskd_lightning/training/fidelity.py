@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dskd_lightning.functional.chunking import chunk_tokens, chunked_sum, head_parameters
+from dskd_lightning.functional.precision import summable
 from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
 
 __all__ = ["fidelity", "shared_tokens"]
@@ -85,7 +86,7 @@ def _likelihood(student: Side) -> dict[str, Tensor]:
         hidden, labels = chunk
         logits = _logits(student.head, parameters, hidden)
         gold = logits.gather(-1, labels[:, None]).squeeze(-1)
-        nll = (logits.logsumexp(-1) - gold).double().sum()
+        nll = summable(logits.logsumexp(-1) - gold).sum()
         return nll, {"nll": nll, "correct": (logits.argmax(-1) == labels).sum()}
 
     size = chunk_tokens(student.head.vocab_size, device=student.hidden.device)
@@ -101,7 +102,7 @@ def _closeness(
     def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         q = _logits(student_head, parameters[:2], chunk[0])[:, :vocabulary].log_softmax(-1)
         p = _logits(teacher_head, parameters[2:], chunk[1])[:, :vocabulary].log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1).double().sum()
+        kl = summable((p.exp() * (p - q)).sum(-1)).sum()
         return kl, {"kl": kl, "agree": (p.argmax(-1) == q.argmax(-1)).sum()}
 
     sums = chunked_sum(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from dskd_lightning.functional.precision import widest
 from dskd_lightning.structures import Ratio
 
 __all__ = ["RatioMeter"]
@@ -26,7 +27,7 @@ class RatioMeter:
         """Add totals and counts; a name may be missing from some updates."""
         for name, ratio in ratios.items():
             device = ratio.total.device
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            dtype = widest(device)
             pair = torch.stack([ratio.total.detach().to(dtype), ratio.count.detach().to(device, dtype)])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 

@@ -15,7 +15,7 @@ import dskd_lightning as dl
 from dskd_lightning.cli import main
 from dskd_lightning.errors import UserError
 from dskd_lightning.objectives import DSKDCrossAttentionObjective, DSKDTokenAlignmentObjective
-from dskd_lightning.teacher_cache import TeacherCacheSettings, TeacherHead, build
+from dskd_lightning.teacher_cache import TeacherCacheSettings, TeacherHead, build, ensure_caches
 from dskd_lightning.teacher_cache.build import StateBuilder
 
 
@@ -211,3 +211,15 @@ def test_the_command_builds_and_training_needs_no_more(model_folder, tmp_path, c
     config.write_text(yaml.safe_dump(plain))
     assert main(["cache", str(config)]) == 2
     assert "names no teacher" in capsys.readouterr().err
+
+
+def test_a_cache_is_built_on_the_cpu_whatever_the_default_device(model_folder, tmp_path) -> None:
+    """Trainer builds models with the training device as the default, where nothing may end up by chance."""
+    module, datamodule = make(model_folder, tmp_path, cache=TeacherCacheSettings(dtype="float32"))
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    with torch.device("meta"):
+        heads = ensure_caches(datamodule, module.teacher_specs, ["train", "val"])
+    assert heads is not None
+    assert all(p.device.type == "cpu" for p in heads[0].parameters())
+    assert next(iter(datamodule.train_dataloader())).teacher_hidden[0].isfinite().all()

@@ -1,0 +1,44 @@
+"""Whole runs through the Trainer: fit, validate, test and predict, with the teacher and from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+from .setup import OBJECTIVES, Setup, finite
+
+EVERYWHERE = ("DSKD", "ETA", "GOLD")
+"""Objectives that are tried in every combination; the others in two opposite ones."""
+
+
+def checks(setup: Setup) -> Iterator[tuple[str, Callable[[], str]]]:
+    for name, (kind, _) in OBJECTIVES.items():
+        combinations = list(product((False, True), (False, True)))
+        if name not in EVERYWHERE:
+            combinations = [(False, False), (True, True)]
+        for cached, lora in combinations:
+            if cached and not kind.needs_teacher:
+                continue
+            label = f"{'cached' if cached else 'teacher runs'}, {'LoRA' if lora else 'full'}"
+            yield f"train {name}, {label}", partial(train, setup, name, cached, lora)
+
+
+def train(setup: Setup, name: str, cached: bool, lora: bool) -> str:
+    module, data = setup.run(name, cached=cached, lora=lora)
+    trainer = setup.trainer()
+    trainer.fit(module, datamodule=data)
+    values = finite(trainer.callback_metrics)
+    for function in (trainer.validate, trainer.test):
+        function(module, datamodule=data, verbose=False)
+        values |= finite(trainer.callback_metrics)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    assert module.device.type == setup.device.type
+    if cached:
+        assert not module.complete_teachers, "the whole teacher was loaded beside its cache"
+        again, more = setup.run(name, cached=False, lora=lora)
+        other = setup.trainer()
+        other.fit(again, datamodule=more)
+        apart = abs(float(other.callback_metrics["train/loss"]) / values["train/loss"] - 1)
+        assert apart < 1e-2, f"the loss from the cache is {apart:.1e} off"
+    return f"loss {values['train/loss']:.4f}, val nll {values['val/nll_per_token']:.4f}"
