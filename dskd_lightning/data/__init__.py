@@ -1,6 +1,6 @@
 """From instruction files to batches in which student and teachers read the same responses."""
 
-from dskd_lightning.data.batching import Batch, BatchSettings, plan_batches, rank_batches
+from dskd_lightning.data.batching import Batch, BatchPlan, BatchSettings, plan_batches
 from dskd_lightning.data.chat import ChatRenderer, RenderedConversation, RenderedTurn
 from dskd_lightning.data.collate import Collator, TeacherHidden
 from dskd_lightning.data.datamodule import InstructionDataModule, Stage
@@ -15,6 +15,7 @@ from dskd_lightning.data.views import ExampleView
 
 __all__ = [
     "Batch",
+    "BatchPlan",
     "BatchSettings",
     "ChatRenderer",
     "Collator",
@@ -38,7 +39,6 @@ __all__ = [
     "parse_record",
     "plan_batches",
     "prepare",
-    "rank_batches",
     "resolve_sources",
     "truncate",
 ]

@@ -1,5 +1,9 @@
 """Which examples form which batch: a pure function of lengths, seed, epoch and settings.
 
+Lengths alone say how many batches there are and which lengths meet in one; chance says which of
+the examples of a length goes where, and in which order the batches come. So all epochs have the same
+number of batches, and a plan takes a few array operations for any number of examples.
+
 Plans do not depend on the number of ranks. Step ``j`` of rank ``r`` takes batch ``j * ranks + r``,
 so two ranks with batches of b see what one rank sees with batches of 2b (without a token budget)
 or with two accumulated batches of b. Nothing is dropped or repeated: the last batch may be small,
@@ -9,20 +13,27 @@ the collator turns into a row without response, so that all ranks run the same n
 
 from __future__ import annotations
 
-import bisect
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-__all__ = ["Batch", "BatchSettings", "plan_batches", "rank_batches"]
+from dskd_lightning.data.packing import pack_lengths
+
+__all__ = ["Batch", "BatchPlan", "BatchSettings", "plan_batches"]
 
 Batch = list[list[int]]
 """Rows of a batch, each the indices of its examples (one, unless rows are packed)."""
 
-_Lengths = npt.NDArray[np.integer]
-_WINDOW = 2048  # examples that are sorted together; batches come from all over it
-_COUNTED_EPOCHS = 4
+PLAN_VERSION = 2
+"""Changes when the same lengths, seed and epoch give other batches: a place in the old ones means nothing."""
+
+_Array = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,73 @@ class BatchSettings:
         return self.batch_size
 
 
+class BatchPlan(Sequence[Batch]):
+    """Batches as three arrays; batch ``i`` is made when it is asked for.
+
+    Tensors, and not NumPy arrays, since PyTorch hands those to worker processes without a copy.
+
+    Args:
+        examples: ``[examples]``, in the order in which the batches read them.
+        rows: ``[rows + 1]``, where each row begins in ``examples``.
+        batches: ``[batches + 1]``, where each batch begins in ``rows``.
+    """
+
+    def __init__(self, examples: Tensor, rows: Tensor, batches: Tensor) -> None:
+        self.examples, self.rows, self.batches = examples, rows, batches
+
+    @classmethod
+    def from_arrays(cls, examples: _Array, rows: _Array, batches: _Array) -> BatchPlan:
+        """A plan of arrays, kept as small as their values allow."""
+        return cls(*(torch.from_numpy(_small(array)) for array in (examples, rows, batches)))
+
+    def __len__(self) -> int:
+        return len(self.batches) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> BatchPlan: ...
+    def __getitem__(self, index: int | slice) -> Batch | BatchPlan:
+        if isinstance(index, slice):
+            return self._taken(np.arange(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        first, last = self.batches[index % len(self) :][:2].tolist()
+        starts = self.rows[first : last + 1].tolist()
+        examples = self.examples[starts[0] : starts[-1]].tolist()
+        return [examples[a - starts[0] : b - starts[0]] for a, b in itertools.pairwise(starts)]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, BatchPlan):
+            pairs = ((self.examples, other.examples), (self.rows, other.rows), (self.batches, other.batches))
+            return all(torch.equal(a, b) for a, b in pairs)
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def of_rank(self, rank: int, ranks: int) -> BatchPlan:
+        """The batches of one rank; an empty one at the end where there aren't enough."""
+        if ranks == 1:
+            return self
+        mine = self[rank::ranks]
+        missing = -(-len(self) // ranks) - len(mine)
+        return BatchPlan(
+            mine.examples, mine.rows, torch.cat([mine.batches, mine.batches[-1:].repeat(missing)])
+        )
+
+    def renamed(self, names: _Array) -> BatchPlan:
+        """The same batches with example ``i`` called ``names[i]``."""
+        return BatchPlan(torch.from_numpy(_small(names[self.examples.numpy()])), self.rows, self.batches)
+
+    def _taken(self, which: npt.NDArray[np.intp]) -> BatchPlan:
+        rows, batches = _gathered(self.batches.numpy(), which)
+        examples, starts = _gathered(self.rows.numpy(), rows)
+        return BatchPlan.from_arrays(self.examples.numpy()[examples], starts, batches)
+
+
 def plan_batches(
-    lengths: _Lengths, settings: BatchSettings, *, seed: int = 0, epoch: int = 0, shuffle: bool = True
-) -> list[Batch]:
+    lengths: _Array, settings: BatchSettings, *, seed: int = 0, epoch: int = 0, shuffle: bool = True
+) -> BatchPlan:
     """All batches of an epoch; their number is the same in every epoch.
 
     Args:
@@ -61,97 +136,79 @@ def plan_batches(
         epoch: counts from 0.
         shuffle: False keeps the order of the data, or sorts by length under a token budget.
     """
-    if not len(lengths):
-        return []
-    if not settings.packing and settings.max_tokens is None:
-        order = _rng(seed, epoch).permutation(len(lengths)) if shuffle else np.arange(len(lengths))
-        rows = [[index] for index in order.tolist()]
-        return _groups(rows, settings.batch_size)
-    if not shuffle:
-        return _units_to_batches(_units(lengths, settings, None, len(lengths)), settings)
-    target = max(
-        len(_units(lengths, settings, None, len(lengths))),
-        *(len(_units(lengths, settings, _rng(seed, e), _WINDOW)) for e in range(_COUNTED_EPOCHS)),
-    )
-    rng = _rng(seed, epoch)
-    units = _units(lengths, settings, rng, _WINDOW)
-    if len(units) > target:  # a rare order that packs worse than the counted ones
-        units = _units(lengths, settings, None, len(lengths))
-    _split_to(units, target)
-    return _units_to_batches([units[i] for i in rng.permutation(len(units))], settings)
-
-
-def rank_batches(batches: list[Batch], rank: int, ranks: int) -> list[Batch]:
-    """The batches of one rank; an empty one at the end where there aren't enough."""
-    steps = -(-len(batches) // ranks)
-    mine = batches[rank::ranks]
-    return mine + [[] for _ in range(steps - len(mine))]
-
-
-def _rng(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.default_rng([seed, epoch])
-
-
-def _groups(rows: list[list[int]], size: int) -> list[Batch]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _units_to_batches(units: list[list[int]], settings: BatchSettings) -> list[Batch]:
-    """Units are rows when packing, else whole batches."""
+    rng = np.random.default_rng([seed, epoch]) if shuffle else None
+    count = len(lengths)
+    order = _small(np.arange(count))
+    if rng is not None:
+        rng.shuffle(order)
     if settings.packing:
-        return _groups(units, settings.rows)
-    return [[[index] for index in unit] for unit in units]
+        examples, rows = _packed(lengths, order, settings.max_length)
+        if rng is not None:
+            examples, rows = _reordered(examples, rows, rng.permutation(len(rows) - 1))
+        return BatchPlan.from_arrays(examples, rows, _every(settings.rows, len(rows) - 1))
+    if settings.max_tokens is None:
+        return BatchPlan.from_arrays(order, np.arange(count + 1), _every(settings.batch_size, count))
+    order = _longest_first(lengths, order)
+    batches = _cut_by_budget(np.bincount(lengths) if count else lengths, settings.max_tokens)
+    if rng is not None:
+        order, batches = _reordered(order, batches, rng.permutation(len(batches) - 1))
+    return BatchPlan.from_arrays(order, np.arange(count + 1), batches)
 
 
-def _units(
-    lengths: _Lengths, settings: BatchSettings, rng: np.random.Generator | None, window: int
-) -> list[list[int]]:
-    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-    units: list[list[int]] = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        if settings.packing:
-            units += _best_fit_decreasing(part, lengths, settings.max_length)
-        else:
-            assert settings.max_tokens is not None
-            units += _cut_by_budget(part, lengths, settings.max_tokens)
-    return units
+def _every(size: int, count: int) -> _Array:
+    """Where groups of ``size`` begin, and the end."""
+    return np.append(np.arange(0, count, size), count)
 
 
-def _cut_by_budget(order: npt.NDArray[np.intp], lengths: _Lengths, budget: int) -> list[list[int]]:
-    """Runs of examples, longest first, whose number times their longest is at most ``budget``."""
-    runs, start = [], 0
-    while start < len(order):
-        size = max(1, budget // int(lengths[order[start]]))
-        runs.append(order[start : start + size].tolist())
-        start += size
-    return runs
+def _longest_first(lengths: _Array, order: _Array) -> _Array:
+    keys = lengths.max(initial=0) - lengths[order]
+    return order[np.argsort(_small(keys), kind="stable")]  # a radix sort for 16-bit keys
 
 
-def _best_fit_decreasing(order: npt.NDArray[np.intp], lengths: _Lengths, room: int) -> list[list[int]]:
-    """Rows of at most ``room`` tokens; each example goes where the least space remains."""
-    rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (space, row), ascending
-    for index in order.tolist():
-        length = int(lengths[index])
-        at = bisect.bisect_left(spaces, (length, -1))
-        if at < len(spaces):
-            space, row = spaces.pop(at)
-            rows[row].append(index)
-        else:
-            space, row = room, len(rows)
-            rows.append([index])
-        bisect.insort(spaces, (space - length, row))
-    return rows
+def _cut_by_budget(counts: _Array, budget: int) -> _Array:
+    """Where batches begin, longest example first, so that examples times the longest is in the budget."""
+    starts: list[_Array] = []
+    start = end = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        end += int(counts[length])
+        if start >= end:
+            continue  # a batch that began with a longer one has them all
+        size = max(1, budget // max(1, length))
+        starts.append(np.arange(start, end, size))
+        start += size * len(starts[-1])
+    return np.concatenate([*starts, np.array([end])])
 
 
-def _split_to(units: list[list[int]], count: int) -> None:
-    """Halve the largest units in place until there are ``count``."""
-    while len(units) < count:
-        largest = max(range(len(units)), key=lambda i: len(units[i]))
-        unit = units[largest]
-        if len(unit) == 1:
-            return
-        units[largest] = unit[: len(unit) // 2]
-        units.append(unit[len(unit) // 2 :])
+def _packed(lengths: _Array, order: _Array, room: int) -> tuple[_Array, _Array]:
+    """Examples row by row, and where rows begin; of equal lengths, the first in ``order`` comes first."""
+    groups = pack_lengths(np.bincount(lengths) if len(lengths) else lengths, room)
+    kind = _small(np.array([room, lengths.max(initial=0)])).dtype
+    slots = np.concatenate(
+        [np.zeros(0, kind)] + [np.tile(np.array(g.lengths, kind), g.count) for g in groups]
+    )
+    sizes = [np.zeros(1, np.int64)] + [np.full(g.count, len(g.lengths), np.int64) for g in groups]
+    examples = np.empty(len(slots), order.dtype)
+    examples[_longest_first(slots, _small(np.arange(len(slots))))] = _longest_first(lengths, order)
+    return examples, np.cumsum(np.concatenate(sizes))
+
+
+def _reordered(items: _Array, starts: _Array, order: _Array) -> tuple[_Array, _Array]:
+    taken, starts = _gathered(starts, order)
+    return items[taken], starts
+
+
+def _gathered(starts: _Array, which: _Array) -> tuple[_Array, _Array]:
+    """Positions of the items of the groups ``which``, one group after the other, and where each begins."""
+    sizes = starts[which + 1] - starts[which]
+    begins = np.append(0, np.cumsum(sizes, dtype=np.int64))
+    taken = _small(np.arange(begins[-1]))
+    taken = taken.astype(np.promote_types(taken.dtype, starts.dtype), copy=False)
+    taken += np.repeat((starts[which] - begins[:-1]).astype(taken.dtype), sizes)
+    return taken, begins
+
+
+def _small(array: _Array) -> _Array:
+    """The same values in 16 or 32 bits where they fit."""
+    top = int(array.max(initial=0))
+    small = np.int16 if top < 1 << 15 else np.int32 if top < 1 << 31 else np.int64
+    return array.astype(small, order="C", copy=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dskd_lightning.data.batching import Batch, BatchSettings, plan_batches, rank_batches
+from dskd_lightning.data.batching import PLAN_VERSION, BatchPlan, BatchSettings, plan_batches
 from dskd_lightning.data.collate import Collator
 from dskd_lightning.errors import UserError
 from dskd_lightning.structures import DistillationBatch
@@ -64,7 +65,7 @@ class DistillationLoader:
         self._lengths = collator.dataset.longest(indices)
         self._position = 0
         self._resume: tuple[int, int] | None = None
-        self._plan: tuple[int, list[Batch]] | None = None
+        self._plan: tuple[int, BatchPlan] | None = None
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
@@ -75,15 +76,13 @@ class DistillationLoader:
         """Announce the epoch whose order the next iteration takes."""
         self.epoch = epoch
 
-    def batches(self) -> list[Batch]:
+    def batches(self) -> BatchPlan:
         """This rank's batches of the present epoch, as rows of the prepared dataset's indices."""
         if self._plan is None or self._plan[0] != self.epoch:
             plan = plan_batches(
                 self._lengths, self.settings, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle
             )
-            mine = rank_batches(plan, self.rank, self.ranks)
-            table = self.indices.tolist()
-            self._plan = (self.epoch, [[[table[i] for i in row] for row in batch] for batch in mine])
+            self._plan = (self.epoch, plan.of_rank(self.rank, self.ranks).renamed(self.indices))
         return self._plan[1]
 
     def __len__(self) -> int:
@@ -110,7 +109,7 @@ class DistillationLoader:
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of finished batches, in plain types."""
         position = self._position if self._processed is None else self._processed()
-        return {"epoch": self.epoch, "position": position, "key": self._key()}
+        return {"epoch": self.epoch, "position": position, "key": self._key}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the saved position.
@@ -118,7 +117,7 @@ class DistillationLoader:
         Raises:
             UserError: data, seed, batch settings or the number of processes differ.
         """
-        if state["key"] != self._key():
+        if state["key"] != self._key:
             raise UserError(
                 "The checkpoint was saved with other training data, seed, batch settings or number of "
                 "processes, so its place in the epoch is meaningless: restore those, or start from its "
@@ -126,10 +125,12 @@ class DistillationLoader:
             )
         self._resume = (int(state["epoch"]), int(state["position"]))
 
+    @functools.cached_property
     def _key(self) -> str:
         content = hashlib.sha256(np.ascontiguousarray(self._lengths).tobytes())
         content.update(np.ascontiguousarray(self.indices).tobytes())
-        content.update(repr((astuple(self.settings), self.shuffle, self.seed, self.ranks)).encode())
+        what = (PLAN_VERSION, astuple(self.settings), self.shuffle, self.seed, self.ranks)
+        content.update(repr(what).encode())
         return content.hexdigest()[:16]
 
 
@@ -144,7 +145,7 @@ def _plain_errors(loader: DataLoader[DistillationBatch]) -> Iterator[Distillatio
 class _Batches(Dataset[DistillationBatch]):
     """Whole batches as items, so that workers build them."""
 
-    def __init__(self, collator: Collator, batches: list[Batch]) -> None:
+    def __init__(self, collator: Collator, batches: BatchPlan) -> None:
         self.collator, self.batches = collator, batches
 
     def __len__(self) -> int:

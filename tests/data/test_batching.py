@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dskd_lightning.data.batching import Batch, BatchSettings, plan_batches, rank_batches
+from dskd_lightning.data.batching import Batch, BatchSettings, plan_batches
+from dskd_lightning.data.packing import pack_lengths
 
 MODES = {
     "fixed": BatchSettings(3),
@@ -15,7 +20,7 @@ MODES = {
 }
 
 
-def flat(batches: list[Batch]) -> list[int]:
+def flat(batches: Iterable[Batch]) -> list[int]:
     return [index for batch in batches for row in batch for index in row]
 
 
@@ -32,6 +37,7 @@ def test_every_example_once_within_limits(lengths, mode, epoch, ranks, shuffle) 
     plan = plan_batches(array, how, seed=1, epoch=epoch, shuffle=shuffle)
     assert sorted(flat(plan)) == list(range(len(lengths)))
     assert plan == plan_batches(array, how, seed=1, epoch=epoch, shuffle=shuffle)
+    assert list(plan[1:]) == list(plan)[1:]
     assert len(plan) == len(plan_batches(array, how, seed=1, epoch=epoch + 1, shuffle=shuffle))
     for batch in plan:
         widths = [sum(lengths[i] for i in row) for row in batch]
@@ -39,7 +45,7 @@ def test_every_example_once_within_limits(lengths, mode, epoch, ranks, shuffle) 
             assert len(batch) * max(widths) <= how.max_tokens
         if how.packing:
             assert max(widths) <= how.max_length
-    per_rank = [rank_batches(plan, rank, ranks) for rank in range(ranks)]
+    per_rank = [plan.of_rank(rank, ranks) for rank in range(ranks)]
     assert len({len(mine) for mine in per_rank}) == 1
     assert sorted(flat([batch for mine in per_rank for batch in mine])) == list(range(len(lengths)))
 
@@ -48,7 +54,7 @@ def test_two_ranks_see_what_one_sees_with_twice_the_batch() -> None:
     lengths = np.arange(1, 22)
     two = plan_batches(lengths, BatchSettings(4), seed=3)
     one = plan_batches(lengths, BatchSettings(8), seed=3)
-    joined = [a + b for a, b in zip(rank_batches(two, 0, 2), rank_batches(two, 1, 2), strict=True)]
+    joined = [a + b for a, b in zip(two.of_rank(0, 2), two.of_rank(1, 2), strict=True)]
     assert joined == one
 
 
@@ -70,3 +76,43 @@ def test_little_padding_and_tight_packing() -> None:
     assert lengths.sum() / total > 0.97
     rows = [row for batch in plan_batches(lengths, BatchSettings(8, packing=True)) for row in batch]
     assert lengths.sum() / (512 * len(rows)) > 0.97
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), max_size=60))
+def test_packing_by_counts_equals_best_fit_decreasing_one_by_one(lengths: list[int]) -> None:
+    rows: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in rows if sum(row) + length <= 32]
+        if fitting:
+            max(fitting, key=sum).append(length)
+        else:
+            rows.append([length])
+    counts = np.bincount(lengths) if lengths else np.zeros(0, int)
+    found = [list(group.lengths) for group in pack_lengths(counts, 32) for _ in range(group.count)]
+    assert sorted(map(sum, found)) == sorted(map(sum, rows))  # rows with equal room are alike
+    assert sorted(itertools.chain.from_iterable(found)) == sorted(lengths)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), budget=st.integers(1, 99))
+def test_cuts_by_counts_equal_cuts_one_by_one(lengths: list[int], budget: int) -> None:
+    ordered, expected = sorted(lengths, reverse=True), []
+    while ordered:
+        size = max(1, budget // ordered[0])
+        expected.append(ordered[:size])
+        ordered = ordered[size:]
+    plan = plan_batches(np.array(lengths), BatchSettings(max_tokens=budget), shuffle=False)
+    assert [[lengths[i] for i in flat([batch])] for batch in plan] == expected
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_workers_get_a_plan_without_a_copy(mode: str) -> None:
+    plan = plan_batches(np.arange(1, 30), MODES[mode])
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    queue.put(plan)
+    other = queue.get()
+    assert other == plan
+    plan.examples[0] = 7
+    assert other.examples[0] == 7
