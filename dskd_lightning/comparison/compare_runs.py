@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dskd_lightning.comparison.judge import judgement_counts
 from dskd_lightning.comparison.report import GateResult, ReportData, write_report
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import replacing, write_atomic
 from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.text import shorten, visible
 
@@ -73,7 +73,11 @@ def compare_runs(
         ReportData(folders, comparisons, gates, judge=verdicts, max_examples=max_examples), output
     )
     write_atomic(output / "comparison.json", json.dumps(_summary(comparisons, gates), indent=2) + "\n")
-    write_atomic(output / "regressions.jsonl", _regressions(comparisons, folders))
+    with (
+        replacing(output / "regressions.jsonl") as temporary,
+        temporary.open("w", encoding="utf-8", errors="replace") as file,
+    ):
+        file.writelines(_regressions(comparisons, folders))
     _print(console or Console(), comparisons, gates, report)
     return int(any(gate.failed for gate in gates))
 
@@ -157,23 +161,21 @@ def _summary(comparisons: Sequence[Comparison], gates: Sequence[GateResult]) -> 
     }
 
 
-def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
+def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> Iterator[str]:
     seed = next(iter(runs[0].predictions))
     before = {p.index: p for p in runs[0].predictions[seed]}
-    lines = []
     for item, run in zip(comparisons, runs[1:], strict=True):
         after = {p.index: p for p in run.predictions[seed]}
         for change in item.regressions:
             record = {
                 "candidate": item.candidate,
-                **asdict(change),
+                **vars(change),
                 "prompt": before[change.index].prompt,
                 "references": before[change.index].references,
                 "baseline_response": before[change.index].response,
                 "candidate_response": after[change.index].response,
             }
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    return "".join(lines)
+            yield json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _print(

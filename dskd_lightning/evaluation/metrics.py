@@ -6,8 +6,11 @@ import hashlib
 import re
 import string
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rouge_score.tokenizers import Tokenizer
 from torch import Tensor
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 _SUM = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no float64
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_TOGETHER = 1024  # predictions whose n-grams are made unique at once
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -115,13 +120,12 @@ class DistinctN(Metric):
 
     def update(self, predictions: Sequence[str]) -> None:
         """Add predictions."""
-        for prediction in predictions:
-            words = re.findall(r"\w+", prediction.lower())
-            grams = [" ".join(words[start : start + self.n]) for start in range(len(words) - self.n + 1)]
+        for start in range(0, len(predictions), _TOGETHER):
+            words = (re.findall(r"\w+", text.lower()) for text in predictions[start : start + _TOGETHER])
+            grams = np.concatenate([_gram_hashes(found, self.n) for found in words])
             self.count += len(grams)
-            if grams:
-                hashes = torch.tensor([_hash(gram) for gram in set(grams)], device=self.device)
-                self.hashes.append(hashes)
+            if len(grams):
+                self.hashes.append(torch.from_numpy(np.unique(grams)).to(self.device))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As `Metric.sync`; a rank without predictions takes part with integers, as the others do."""
@@ -163,7 +167,17 @@ class ResponseLength(Metric):
         }
 
 
-def _hash(text: str) -> int:
+def _gram_hashes(words: Sequence[str], n: int) -> npt.NDArray[np.int64]:
+    """``[n-grams]``, a hash of each: a polynomial, modulo 2^64, of the hashes of its words."""
+    hashes = np.array([_hash(word) for word in words], np.uint64)
+    grams = np.zeros(max(0, len(words) - n + 1), np.uint64)
+    for place in range(n):
+        grams = grams * _ODD + hashes[place : place + len(grams)]
+    return grams.view(np.int64)
+
+
+@lru_cache(maxsize=1 << 18)
+def _hash(word: str) -> int:
     return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
+        hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
     )

@@ -76,11 +76,17 @@ def prompt_metric(name: str) -> PromptMetric:
 
 
 def score_run(run: RunFolder, metric: PromptMetric) -> RunScores:
-    """Score all predictions of a run.
+    """Score all predictions of a run, once: tables, tests and gates share the result.
 
     Raises:
         UserError: the run has no predictions, or its seeds answer different prompts.
     """
+    if metric.name not in run.scores:
+        run.scores[metric.name] = _scored(run, metric)
+    return run.scores[metric.name]
+
+
+def _scored(run: RunFolder, metric: PromptMetric) -> RunScores:
     if not run.predictions:
         raise UserError(f"{run.path}: has no predictions/*.jsonl; make them with `dskd predict`.")
     totals: dict[int, float] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -52,7 +53,8 @@ class Prediction:
             values: dict[str, Any] = json.loads(line)
             if not isinstance(values.get("references"), list):
                 raise TypeError("references must be a list of texts")
-            values["references"] = tuple(values["references"])
+            values["references"] = tuple(map(_shared, values["references"]))
+            values["prompt"] = _shared(values["prompt"])
             prediction = cls(**values)
             texts = (prediction.prompt, prediction.response, *prediction.references)
             counts = (prediction.index, prediction.tokens, 0 if prediction.seed is None else prediction.seed)
@@ -96,12 +98,14 @@ def read_predictions(path: str | os.PathLike[str], expected: Iterable[int] | Non
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            predictions = [
+                Prediction.from_json(line, f"{path}:{number}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as predictions ({error}).") from error
-    predictions = [
-        Prediction.from_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
     if not predictions:
         raise UserError(f"{path}: holds no predictions; generate them again with `dskd predict`.")
     predictions.sort(key=lambda prediction: prediction.index)
@@ -155,6 +159,11 @@ def describe_problems(predictions: Sequence[Prediction]) -> list[str]:
             "model learnt its end-of-sequence token."
         )
     return problems
+
+
+def _shared(text: Any) -> Any:
+    """The one copy of a text that all seeds and runs have in common."""
+    return sys.intern(text) if type(text) is str else text
 
 
 def _list(indices: Sequence[int], limit: int = 5) -> str:

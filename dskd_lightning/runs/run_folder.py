@@ -82,6 +82,7 @@ class RunFolder:
         alignments: maps to draw.
         representation: distances to the teacher and spectra of projectors, or None.
         training: what training has cost, or None.
+        scores: what has been computed of the predictions, by the name of the metric.
     """
 
     path: Path
@@ -96,6 +97,7 @@ class RunFolder:
     representation: dict[str, Any] | None = None
     teacher_efficiency: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    scores: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], name: str | None = None) -> RunFolder:
