@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env quickstart test test-slow lint types bench gpu-check clean
+.PHONY: env quickstart test test-slow test-lowest lint types bench gpu-check clean
 
 env: $(STAMP)
 
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 quickstart: $(STAMP)
-	$(BIN)/dskd study configs/quickstart.study.yaml --overwrite true
+	$(BIN)/dskd quickstart --overwrite true
 
 test: $(STAMP)
 	$(MAKE) lint types
@@ -30,6 +30,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+LOWEST := .venv-lowest
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST) --resolution lowest-direct --torch-backend cpu --editable ".[gguf,dev]"
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 -m "not slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,4 +54,4 @@ gpu-check: $(STAMP)
 	$(BIN)/python -m tests.gpu_check
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from test_configs import ParsedCLI
 from dskd_lightning.cli import commands
 from dskd_lightning.cli.main import main
 from dskd_lightning.launch.arguments import run_function
+from dskd_lightning.launch.configs import with_shipped_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,7 +86,7 @@ def _parse_trainer_command(arguments: list[str]) -> None:
     resume = words.index("--ckpt_path") if "--ckpt_path" in words else None
     if resume is not None:
         words = words[:resume] + words[resume + 2 :]  # only the subcommands have it
-    cli = ParsedCLI(args=words, run=False)
+    cli = ParsedCLI(args=with_shipped_configs(words), run=False)
     assert own or cli.config.output
 
 
@@ -94,8 +96,9 @@ def test_help_lists_every_option(name, capsys) -> None:
         main([name, "--help"])
     assert exit_status.value.code == 0
     text = capsys.readouterr().out
-    for option in inspect.signature(getattr(commands, name)).parameters:
-        assert option in text
+    for option, kind in typing.get_type_hints(getattr(commands, name)).items():
+        choices = ",".join(map(str, typing.get_args(kind)))
+        assert option in text or f"{{{choices}}}" in text or option == "return"
 
 
 def test_vocab_runs(model_folder, tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.launch.configs import config_path
 from dskd_lightning.launch.lightning_cli import DistillationCLI
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.teacher_cache.attach import cache_root, ensure_caches
@@ -19,7 +20,7 @@ def build_cache(config: list[str], output: str | None, dtype: str | None) -> Non
     """Build the caches of the training and validation data; no student is loaded.
 
     Args:
-        config: YAML files of the run.
+        config: YAML files of the run, or names of shipped ones.
         output: folder of the caches, instead of the config's.
         dtype: how states are stored, instead of the config's.
 
@@ -28,7 +29,7 @@ def build_cache(config: list[str], output: str | None, dtype: str | None) -> Non
     """
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"--dtype: {dtype} is unknown; choose one of {', '.join(_DTYPES)}.")
-    arguments = [word for file in config for word in ("--config", file)]
+    arguments = [word for file in config for word in ("--config", str(config_path(file)))]
     run = DistillationCLI(run=False, args=[*arguments, "--trainer.logger=false"])
     if not run.model.teacher_specs:
         raise UserError("model.teacher: the config names no teacher, whose states could be stored.")

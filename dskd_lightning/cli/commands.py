@@ -7,7 +7,18 @@ from typing import Literal
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["cache", "compare", "export", "generate", "harness", "judge", "study", "vocab"]
+__all__ = [
+    "cache",
+    "compare",
+    "config",
+    "export",
+    "generate",
+    "harness",
+    "judge",
+    "quickstart",
+    "study",
+    "vocab",
+]
 
 
 def cache(config: list[str], output: str | None = None, dtype: str | None = None) -> None:
@@ -16,7 +27,7 @@ def cache(config: list[str], output: str | None = None, dtype: str | None = None
     Interrupted, it goes on where it stopped.
 
     Args:
-        config: the YAML files of the run, as for ``dskd fit``.
+        config: the YAML files of the run or dskd:NAME, as for ``dskd fit``.
         output: folder of the cache, instead of the config's ``data.teacher_cache.folder``.
         dtype: how states are stored, instead of the config's ``data.teacher_cache.dtype``.
     """
@@ -64,6 +75,27 @@ def compare(
         max_examples=max_examples,
         judge=judge or (),
     )
+
+
+def config(action: Literal["list", "show"], *names: str) -> None:
+    """List the configs that come with the package, or show some; ``--config dskd:NAME`` takes one.
+
+    Args:
+        action: list or show.
+        names: which ones to show, as the list calls them.
+    """
+    from dskd_lightning.launch.configs import config_names, config_path, config_summary
+
+    if action == "list":
+        known = config_names()
+        width = max(map(len, known))
+        for name in known:
+            print(f"dskd:{name:<{width}}  {config_summary(name)}")
+        return
+    if not names:
+        raise UserError("dskd config show: name a config; `dskd config list` shows all of them.")
+    for name in names:
+        print(config_path(f"dskd:{name.removeprefix('dskd:')}").read_text(encoding="utf-8"), end="")
 
 
 def export(
@@ -197,13 +229,27 @@ def judge(
     return judge_runs(baseline, candidate, url, model, output, api_key_variable, max_requests, max_tokens)
 
 
+def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None:
+    """Train three small students of SmolLM2 on two CPU cores and compare them with a report.
+
+    Takes about ten minutes and needs the packages of ``dskd-lightning[demo]``. Interrupted, it goes
+    on where it stopped.
+
+    Args:
+        output: folder of the runs, the table and the report.
+        overwrite: start over; without it, finished variants are kept.
+    """
+    study("dskd:quickstart.study", output, overwrite)
+
+
 def study(
     config: str, output: str | None = None, overwrite: bool = False, only: list[str] | None = None
 ) -> None:
     """Train and test several variants of one configuration, and compare them in one table.
 
     Args:
-        config: a study file: ``base`` (configs for all), ``variants`` (name to config), ``output``.
+        config: a study file, or dskd:NAME. Its keys: ``base`` (configs for all), ``variants`` (name to
+            config), ``output``.
         output: folder of the study, instead of the file's own.
         overwrite: start over; without it, finished variants are kept.
         only: run these variants only.

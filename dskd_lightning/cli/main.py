@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dskd_lightning import __version__
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import check_configs, run_function
+from dskd_lightning.launch.configs import with_shipped_configs
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.runs.text import visible
 
@@ -19,7 +20,9 @@ _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 _USAGE = """usage: dskd COMMAND [options]
 
-  fit        train a student:            dskd fit --config FILE.yaml [--config MORE.yaml] [--key value]
+  quickstart train three small students on two CPU cores and compare them
+  config     list the configs that come with the package, or show one
+  fit        train a student:            dskd fit --config FILE.yaml [--config dskd:NAME] [--key value]
   validate   likelihood and closeness to the teacher on the validation set
   test       the same on the test set, and generated responses scored with ROUGE-L
   predict    generated responses only
@@ -68,6 +71,7 @@ def _run(arguments: list[str]) -> int:
     if command in _TRAINER_COMMANDS:
         from dskd_lightning.launch.lightning_cli import DistillationCLI
 
+        arguments = with_shipped_configs(arguments)
         check_configs(arguments)
         DistillationCLI(args=arguments)
         return 0
@@ -111,4 +115,10 @@ def _complain(message: str) -> None:
 
 def entry_point() -> None:
     """What the console script calls."""
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `dskd config list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

@@ -60,7 +60,7 @@ def run_function(function: Callable[..., object], arguments: Sequence[str], prog
     """Call ``function`` with options parsed from ``arguments``.
 
     Parameters without a default are positional; lists of strings take any number of words, and a
-    positional one follows the others.
+    positional one follows the others, as do ``*words``.
     ``--fail-if`` and ``--fail_if`` are the same option.
     """
     summary = (inspect.getdoc(function) or "").split("\n\n")[0]
@@ -71,8 +71,18 @@ def run_function(function: Callable[..., object], arguments: Sequence[str], prog
         parser.add_argument(
             name if required else f"--{name}", nargs="+", type=str, help=f"One or more {name}."
         )
+    words = _words_parameter(function)
+    if words is not None:
+        parser.add_argument(words, nargs="*", type=str, help=f"Any number of {words}.")
     config = parser.parse_args([_underscored(argument) for argument in arguments])
-    return function(**parser.instantiate_classes(config).as_dict())
+    values = parser.instantiate_classes(config).as_dict()
+    rest = [] if words is None else values.pop(words)
+    return function(*values.values(), *rest) if rest else function(**values)
+
+
+def _words_parameter(function: Callable[..., object]) -> str | None:
+    kinds = inspect.signature(function).parameters.values()
+    return next((p.name for p in kinds if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
 
 
 def _list_parameters(function: Callable[..., object]) -> dict[str, bool]:

@@ -18,6 +18,7 @@ import yaml
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import option, read_yaml
+from dskd_lightning.launch.configs import config_path
 from dskd_lightning.study.names import check_name
 from dskd_lightning.study.process import run_process
 from dskd_lightning.study.reading import mapping, read_values, texts
@@ -78,12 +79,16 @@ class Study:
     def read(cls, path: str | Path, output: str | None = None) -> Study:
         """Read a study file; paths in it are relative to it, ``output`` to the working folder.
 
+        Shipped files go by ``dskd:NAME`` too.
+
         Raises:
             UserError: the file is missing, malformed, or has an unknown key.
         """
-        path = Path(path)
+        path = config_path(str(path))
         values = read_values(path)
-        base = tuple((path.parent / name).resolve() for name in texts(path, "base", values["base"]))
+        base = tuple(
+            (path.parent / config_path(name)).resolve() for name in texts(path, "base", values["base"])
+        )
         grid = mapping(path, "grid", values.get("grid"), lists=True)
         found = mapping(path, "variants", values["variants"])
         if len(found) < len(values["variants"]):
@@ -240,7 +245,7 @@ def _variant(path: Path, name: str, values: object, grid: dict[str, list[Any]]) 
     return Variant(
         name=name,
         config=mapping(path, f"{key}.config", options.get("config")),
-        configs=tuple(str((path.parent / file).resolve()) for file in files),
+        configs=tuple(str((path.parent / config_path(file)).resolve()) for file in files),
         train=train,
         grid=own if train else {},
     )

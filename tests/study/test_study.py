@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dskd_lightning.cli.main import main
 from dskd_lightning.errors import UserError
 from dskd_lightning.study import Study, Variant, worker
 from dskd_lightning.study import study as study_module
@@ -223,3 +224,26 @@ def test_sigterm_to_a_study_ends_its_worker(tmp_path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert multiprocessing.active_children() == []
+
+
+def test_shipped_studies_and_configs_go_by_name(tmp_path, monkeypatch) -> None:
+    study = Study.read("dskd:quickstart.study")
+    assert study.base[0].name == "quickstart.yaml"
+    assert study.base[0].is_file()
+    own = tmp_path / "own.yaml"
+    variants = {"a": {"configs": ["dskd:objective/sft"]}}
+    own.write_text(yaml.safe_dump({"base": ["dskd:quickstart"], "variants": variants}))
+    read = Study.read(own)
+    assert read.base == study.base
+    assert Path(read.variants[0].configs[0]).is_file()
+    with pytest.raises(UserError, match=r"did you mean dskd:quickstart"):
+        Study.read("dskd:quickstat.study")
+
+
+def test_quickstart_is_the_shipped_study(tmp_path, monkeypatch) -> None:
+    ran: list[tuple[Path, int, bool]] = []
+    monkeypatch.setattr(
+        Study, "run", lambda self, overwrite, only: ran.append((self.output, len(self.variants), overwrite))
+    )
+    assert main(["quickstart", "--output", str(tmp_path)]) == 0
+    assert ran == [(tmp_path, 4, False)]
