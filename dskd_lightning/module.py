@@ -27,6 +27,7 @@ from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
+from dskd_lightning.training.resuming import settle_progress
 
 __all__ = ["DistillationModule"]
 
@@ -39,6 +40,22 @@ def _drop_untrained(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     kept = cast("DistillationModule", module).checkpoint_names
     for key in [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in kept]:
         del state_dict[key]
+
+
+def _miss_trained_alone(module: nn.Module, incompatible: Any) -> None:
+    """Hook after loading: what a checkpoint never holds isn't missing, however strict the loading.
+
+    Lightning's weight averaging loads a copy of the module strictly.
+    """
+    kept = cast("DistillationModule", module).checkpoint_names
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+
+    def is_missing(key: str) -> bool:
+        while key not in names and "." in key:
+            key = key.partition(".")[2]  # of a module that holds this one
+        return key in kept or key not in names
+
+    incompatible.missing_keys[:] = filter(is_missing, incompatible.missing_keys)
 
 
 class DistillationModule(L.LightningModule):
@@ -90,6 +107,7 @@ class DistillationModule(L.LightningModule):
         self._evaluation_meter = RatioMeter()
         self._validate_arguments()
         self.register_state_dict_post_hook(_drop_untrained)
+        self.register_load_state_dict_post_hook(_miss_trained_alone)
 
     def _validate_arguments(self) -> None:
         teachers, objectives = len(self.teacher_specs), len(self.objectives)
@@ -330,6 +348,13 @@ class DistillationModule(L.LightningModule):
         checkpoint["student_spec"] = asdict(self.student_spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and "loops" in checkpoint:
+            settle_progress(
+                checkpoint["loops"]["fit_loop"],
+                steps=checkpoint["global_step"],
+                accumulate=self.trainer.accumulate_grad_batches,
+                by_steps=self.trainer.max_steps != -1,
+            )
         missing = sorted(self.checkpoint_names - checkpoint["state_dict"].keys())
         if missing:
             raise UserError(

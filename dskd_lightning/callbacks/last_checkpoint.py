@@ -12,11 +12,11 @@ __all__ = ["LastCheckpoint"]
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``FOLDER/last.ckpt``: every so many steps, after each epoch, and where ``max_steps`` stops.
+    """Keeps ``FOLDER/last.ckpt``: every so many steps, and where an epoch or training ends.
 
-    Lightning counts an epoch that ``max_steps`` stopped in the middle as done, so that a checkpoint
-    made at its end would skip the rest of its data on resuming: such a run is saved at its last
-    batch instead.
+    It is saved before the next batch begins, when all that belongs to the last one is done: its
+    rows are in the log, on disk, and the validation that was due after it has run. A run that is killed
+    in a validation resumes before it and runs it.
 
     Args:
         folder: where the checkpoint is.
@@ -31,21 +31,28 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+        self._every = every
+        self._due = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if 0 <= trainer.max_steps <= trainer.global_step and not self._complete(trainer):
+        if trainer.global_step and self._every and trainer.global_step % self._every == 0:
+            self._due = True
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._due:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._complete(trainer):
-            self._save(trainer)
-
-    @staticmethod
-    def _complete(trainer: L.Trainer) -> bool:
-        return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
+        self._due = False
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        for logger in trainer.loggers:
+            logger.save()  # a resumed run logs nothing again that came before
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

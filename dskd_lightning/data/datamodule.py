@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.trainer.states import TrainerFn
 
 from dskd_lightning.cache_dir import cache_dir as default_folder
 from dskd_lightning.data.batching import BatchSettings
@@ -133,6 +134,8 @@ class InstructionDataModule(pl.LightningDataModule):
         """Per stage, one store of hidden states (or None) per teacher; see `Collator`."""
         self._renderers: list[ChatRenderer] | None = None
         self._views: dict[Stage, ExampleView] = {}
+        self._train_loader: DistillationLoader | None = None
+        self._place: dict[str, Any] | None = None
 
     @property
     def renderers(self) -> list[ChatRenderer]:
@@ -194,11 +197,34 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Map the prepared data of ``fit``, ``validate``, ``test`` or ``predict``."""
+        if stage == "fit":
+            self._train_loader, self._place = None, None  # of an earlier fit
         for part in self.stages(stage):
             self._prepare_stage(part)
 
     def train_dataloader(self) -> DistillationLoader:
-        return self._loader("train")
+        self._train_loader = self._loader("train")
+        if self._place is not None:
+            self._train_loader.load_state_dict(self._place)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's place in its epoch."""
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the place, whether the loader is there already or not.
+
+        Lightning restores a loader's own state only as it builds it, which a `configure_optimizers`
+        that asks for ``trainer.estimated_stepping_batches`` has made it do before.
+
+        Raises:
+            UserError: the place was saved with other data or batches.
+        """
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._place = state_dict["train"]
+            if self._train_loader is not None:
+                self._train_loader.load_state_dict(self._place)
 
     def val_dataloader(self) -> DistillationLoader | list[DistillationLoader]:
         return self._loader("val") if self._configured("val") else []

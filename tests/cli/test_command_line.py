@@ -7,16 +7,12 @@ import errno
 import json
 import logging
 import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny_runs import dskd, environment, write_config, write_data
+from tiny_runs import dskd, write_config, write_data
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
@@ -86,39 +82,6 @@ def test_a_second_run_needs_another_folder(trained):
     assert result.returncode == 2
     assert "already holds a run" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-
-
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "dropout": 0.1}], ids=["full", "lora"])
-def test_killed_run_resumes_bit_for_bit(tmp_path, model_folder, lora):
-    changes = {"model.student.lora": lora, "trainer.accumulate_grad_batches": 2, "trainer.max_epochs": 3}
-    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
-    arguments = ["fit", "--config", str(config)]
-    dskd(*arguments, "--output", str(tmp_path / "whole"))
-    cut = tmp_path / "cut"
-    slow = {**environment(), "DSKD_TEST_DELAY": "0.4", "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slow_dskd", *arguments, "--output", str(cut)],
-        env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        log = cut / "progress.txt"
-        if log.is_file() and log.read_text().splitlines()[-1:] == ["1 1"]:  # epoch 1, batch 1: mid-epoch
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert torch.load(cut / "checkpoints/last.ckpt", weights_only=True)["global_step"] < 9
-    dskd(*arguments, "--output", str(cut), "--ckpt_path", "last")
-    whole, resumed = final_weights(tmp_path / "whole"), final_weights(cut)
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
 
 
 @pytest.mark.parametrize(

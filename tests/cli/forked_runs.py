@@ -1,0 +1,168 @@
+"""`dskd` in forked processes, which have everything imported already, killed at chosen points."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loops.fit_loop import _FitLoop
+
+from dskd_lightning.callbacks import LastCheckpoint
+from dskd_lightning.cli.main import main
+from dskd_lightning.launch.lightning_cli import DistillationCLI
+from dskd_lightning.module import DistillationModule
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL to the run's whole process group.
+
+    Args:
+        point: ``step``, ``validation``, ``epoch end``, ``before save`` or ``after save``, which count how
+            often they are passed; ``in save``, ``call`` or ``command``, which count calls of functions
+            in the second save, in training or in all of the command.
+        count: when to kill.
+    """
+
+    point: str
+    count: int
+
+
+def _methods(point: str) -> tuple[type, str]:
+    return {
+        "step": (DistillationModule, "training_step"),
+        "validation": (DistillationModule, "validation_step"),
+        "epoch end": (LastCheckpoint, "on_train_epoch_end"),
+        "before save": (L.Trainer, "save_checkpoint"),
+        "after save": (L.Trainer, "save_checkpoint"),
+        "in save": (L.Trainer, "save_checkpoint"),
+        "call": (_FitLoop, "run"),
+        "command": (DistillationCLI, "__init__"),
+    }[point]
+
+
+def _is_counted(point: str, passed: int) -> bool:
+    return point in ("call", "command") or (point == "in save" and passed == 2)
+
+
+def _arm(kill: Kill) -> None:
+    owner, name = _methods(kill.point)
+    original, passed = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        if _is_counted(kill.point, passed):
+            with _counted_calls(kill.count):
+                return original(*args, **options)
+        here = passed == kill.count and kill.point != "in save"
+        if here and kill.point != "after save":
+            os.killpg(0, signal.SIGKILL)
+        result = original(*args, **options)
+        if here:
+            os.killpg(0, signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+@contextlib.contextmanager
+def _counted_calls(kill_at: int | None = None) -> Iterator[list[int]]:
+    """Count the calls of functions, be they Python's or C's."""
+    calls, outer = [0], sys.getprofile()
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if outer is not None:
+            outer(frame, event, argument)
+        if event in ("call", "c_call"):
+            calls[0] += 1
+            if calls[0] == kill_at:
+                os.killpg(0, signal.SIGKILL)
+
+    sys.setprofile(profile)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(outer)
+
+
+def count_calls(point: str, path: Path) -> None:
+    """From now on write to ``path`` how many calls a `Kill` at the point counts."""
+    owner, name = _methods(point)
+    original, passed = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        if not _is_counted(point, passed):
+            return original(*args, **options)
+        with _counted_calls() as calls:
+            result = original(*args, **options)
+        path.write_text(str(calls[0]))
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def dskd_forked(
+    *arguments: str,
+    log: Path,
+    prepare: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[int], None] = lambda _: None,
+    timeout: float = 120,
+) -> int:
+    """Run ``dskd`` in a fork of this process, in a process group of its own.
+
+    Args:
+        arguments: the command line.
+        log: file to which it writes what it would print.
+        prepare: called in the fork first.
+        meanwhile: called in this process with the fork's id.
+        timeout: seconds until all of its group is killed and the test fails.
+
+    Returns:
+        The exit status, negative for a signal.
+    """
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            os.setsid()
+            with log.open("ab", buffering=0) as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+            prepare()
+            status = main(arguments)
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    meanwhile(process)
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    raise AssertionError(f"{arguments} hangs: {log.read_text(errors='replace')[-2000:]}")
+
+
+def killed(*arguments: str, log: Path, kill: Kill) -> int:
+    """Run ``dskd`` and kill it; the exit status is -9, or 0 where it ended before."""
+    return dskd_forked(*arguments, log=log, prepare=lambda: _arm(kill))
