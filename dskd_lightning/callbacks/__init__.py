@@ -5,6 +5,7 @@ from dskd_lightning.callbacks.completions import CompletionsTable
 from dskd_lightning.callbacks.csv_logger import ResumableCSVLogger
 from dskd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from dskd_lightning.callbacks.monitor import TrainingMonitor
+from dskd_lightning.callbacks.progress_lines import ProgressLines
 from dskd_lightning.callbacks.responses import ResponseEvaluation
 from dskd_lightning.callbacks.summary import DistillationSummary
 from dskd_lightning.callbacks.training_cost import TrainingCost
@@ -13,6 +14,7 @@ __all__ = [
     "CompletionsTable",
     "DistillationSummary",
     "LastCheckpoint",
+    "ProgressLines",
     "RepresentationAnalysis",
     "ResponseEvaluation",
     "ResumableCSVLogger",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,14 +23,13 @@ from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.sources import resolve_source
 from dskd_lightning.runs.environment import collect_environment
+from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.predictions import Prediction
 
 if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule
 
 __all__ = ["ResponseEvaluation"]
-
-logger = logging.getLogger(__name__)
 
 
 class ResponseEvaluation(L.Callback):
@@ -124,16 +122,23 @@ class ResponseEvaluation(L.Callback):
         records = prompt_records(cast("Any", trainer).datamodule, cast("Any", stage), self.limit)
         generator = Generator(student, module_.tokenizer, self.settings)
         folder = self.output / "predictions"
-        predictions = predict(
-            generator,
-            records,
-            folder,
-            model_id=weights_fingerprint(student),
-            seeds=self.seeds,
-            progress=lambda seed, done, total: logger.info(
-                "%s: %d of %d responses", "greedy" if seed is None else f"seed {seed}", done, total
-            ),
-        )
+        with Progress("Responses", len(records), "prompts", seconds=10) as progress:
+
+            def report(seed: int | None, done: int, total: int) -> None:
+                progress.what = "Greedy responses" if seed is None else f"Responses of seed {seed}"
+                progress.done, progress.total = done, total
+                if done == total:
+                    progress.say()
+                    progress.begin("Responses", len(records))
+
+            predictions = predict(
+                generator,
+                records,
+                folder,
+                model_id=weights_fingerprint(student),
+                seeds=self.seeds,
+                progress=report,
+            )
         return response_scores(predictions)
 
     @rank_zero_only

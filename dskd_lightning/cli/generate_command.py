@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +16,9 @@ from dskd_lightning.files import write_atomic
 from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.loading import load_model, load_tokenizer
 from dskd_lightning.models.spec import ModelSpec
+from dskd_lightning.runs.heartbeat import Progress
 
 __all__ = ["generate_responses"]
-
-logger = logging.getLogger(__name__)
 
 
 def generate_responses(
@@ -43,9 +41,11 @@ def generate_responses(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cast("Any", generator.model).to(device)
     prompt_ids = [renderer.generation_prompt(e.prompt, e.place, tools=e.tools) for e in examples]
-    for batch in generator(prompt_ids, seed=seed):
-        texts |= {generation.index: generation.text for generation in batch}
-        logger.info("%d of %d", len(texts), len(examples))
+    with Progress("Responses", len(examples), "prompts", seconds=10) as progress:
+        for batch in generator(prompt_ids, seed=seed):
+            texts |= {generation.index: generation.text for generation in batch}
+            progress.done = len(texts)
+        progress.say()
     lines = []
     for index, example in enumerate(examples):
         turns = [

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dskd_lightning import __version__
+from dskd_lightning.cli.trainer_help import TRAINER_HELP
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import check_configs, run_function
 from dskd_lightning.launch.configs import with_shipped_configs
@@ -69,6 +70,10 @@ def _commands() -> dict[str, Callable[..., object]]:
 def _run(arguments: list[str]) -> int:
     command = arguments[0]
     if command in _TRAINER_COMMANDS:
+        if arguments[1:] in (["-h"], ["--help"]):  # alone: Lightning's own takes seconds and lists hundreds
+            print(TRAINER_HELP.format(command=command), end="")
+            return 0
+        arguments = ["--help" if word == "--help-all" else word for word in arguments]
         from dskd_lightning.launch.lightning_cli import DistillationCLI
 
         arguments = with_shipped_configs(arguments)

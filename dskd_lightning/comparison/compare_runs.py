@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dskd_lightning.comparison.compare import Comparison, compare_all
@@ -21,7 +20,8 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
 from dskd_lightning.files import replacing, write_atomic
 from dskd_lightning.runs.run_folder import RunFolder
-from dskd_lightning.runs.text import shorten, visible
+from dskd_lightning.runs.tables import number_tables
+from dskd_lightning.runs.text import visible
 
 __all__ = ["check_gates", "compare_runs"]
 
@@ -182,25 +182,22 @@ def _print(
     console: Console, comparisons: Sequence[Comparison], gates: Sequence[GateResult], report: Path
 ) -> None:
     first = comparisons[0]
-    table = Table(
-        title=Text(
-            f"{first.metric.label} against {visible(first.baseline)} ({first.baseline_scores.mean:.2f})"
-        )
-    )
-    difference = f"difference ({first.test.confidence:.0%})"
-    for heading in ("run", "mean", difference, "p", "win/tie/loss", ""):
-        table.add_column(heading, no_wrap=heading != "run")
+    title = Text(f"{first.metric.label} against {visible(first.baseline)} ({first.baseline_scores.mean:.2f})")
+    headings = ("run", "mean", f"difference ({first.test.confidence:.0%})", "p", "win/tie/loss", "")
     styles = {"better": "green", "worse": "red", "undecided": "dim"}
-    for item in comparisons:
-        table.add_row(
-            Text(shorten(visible(item.candidate), 40)),
+    rows: list[list[str | Text]] = [
+        [
+            visible(item.candidate),
             f"{item.candidate_scores.mean:.2f}",
             f"{item.test.mean:+.2f} ({item.test.low:+.2f}, {item.test.high:+.2f})",
             f"{item.adjusted_p_value:.2g}",
             f"{item.wins}/{item.ties}/{item.losses}",
             Text(item.outcome, style=styles[item.outcome]),
-        )
-    console.print(table)
+        ]
+        for item in comparisons
+    ]
+    for table in number_tables(headings, rows, console.width, title):
+        console.print(table)
     for gate in gates:
         word = Text("failed", style="bold red") if gate.failed else Text("passed", style="green")
         console.print(

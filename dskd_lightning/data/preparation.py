@@ -25,6 +25,7 @@ from dskd_lightning.data.prepared import PreparedDataset, conversation_row
 from dskd_lightning.data.sources import Source
 from dskd_lightning.data.truncation import truncate
 from dskd_lightning.errors import UserError
+from dskd_lightning.runs.heartbeat import Progress
 
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
 
@@ -124,7 +125,10 @@ def prepare(
         with tempfile.TemporaryDirectory(
             dir=cache_dir, prefix=".preparing-", ignore_cleanup_errors=True
         ) as new:
-            _write(Path(new), sources, renderers, settings)
+            with Progress(
+                "Preparing " + ", ".join(source.name for source in sources), None, "examples"
+            ) as beat:
+                _write(Path(new), sources, renderers, settings, beat)
             try:
                 os.replace(new, folder)
             except OSError:
@@ -141,7 +145,11 @@ def prepare(
 
 
 def _write(
-    folder: Path, sources: Sequence[Source], renderers: Sequence[ChatRenderer], settings: PreparationSettings
+    folder: Path,
+    sources: Sequence[Source],
+    renderers: Sequence[ChatRenderer],
+    settings: PreparationSettings,
+    progress: Progress,
 ) -> None:
     counts: Counter[str] = Counter()
     lengths = array("i")  # 4 bytes a number
@@ -155,6 +163,7 @@ def _write(
             ]
         ]
         for example in read_examples(sources, settings, counts):
+            progress.done += 1
             example = _as_models_read(example, renderers, counts)
             learnt = example if example.response is not None else _with_placeholder(example)
             rendered = [renderer.render(learnt) for renderer in renderers]

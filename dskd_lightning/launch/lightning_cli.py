@@ -8,15 +8,17 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from rich.console import Console
 
 from dskd_lightning.callbacks import (
     CompletionsTable,
     DistillationSummary,
     LastCheckpoint,
+    ProgressLines,
     RepresentationAnalysis,
     ResponseEvaluation,
     ResumableCSVLogger,
@@ -160,8 +162,9 @@ class DistillationCLI(LightningCLI):
         ):
             callbacks = [*callbacks, *self._checkpoints(folder, outer.save_every_n_steps)]
         callbacks = [*callbacks, TrainingCost(outer.output)]
-        if config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, _ProgressBar()]
+        shown = any(isinstance(callback, ProgressBar) for callback in given)
+        if config.get("enable_progress_bar") is not False and not shown:
+            callbacks = [*callbacks, _ProgressBar() if Console().is_terminal else ProgressLines()]
         if config.get("logger") is not False:
             config = {**config, "logger": self._loggers(config.get("logger"), Path(outer.output))}
             callbacks = [*callbacks, LearningRateMonitor("step")]

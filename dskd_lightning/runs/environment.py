@@ -8,8 +8,6 @@ import sys
 from importlib import metadata
 from typing import Any
 
-import torch
-
 __all__ = ["collect_environment"]
 
 _PACKAGES = (
@@ -26,6 +24,8 @@ _PACKAGES = (
 
 def collect_environment() -> dict[str, Any]:
     """Versions and hardware; neither user names nor environment variables."""
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "python": sys.version.split()[0],

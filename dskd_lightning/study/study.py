@@ -117,9 +117,10 @@ class Study:
             raise UserError(
                 f"--only: there is no variant {unknown[0]!r}; there are {', '.join(sorted(known))}."
             )
-        for variant in self.variants:
-            if only is None or variant.name in only:
-                self._run_variant(variant, overwrite)
+        chosen = [variant for variant in self.variants if only is None or variant.name in only]
+        for number, variant in enumerate(chosen, 1):
+            logger.info("--- variant %d of %d: %s", number, len(chosen), variant.name)
+            self._run_variant(variant, overwrite)
         finished = {
             v.name: self.output / v.name for v in self.variants if self._is_finished(v, self.output / v.name)
         }
@@ -213,7 +214,8 @@ class Study:
     def _process(
         self, variant: Variant, folder: Path, settings: str, point: dict[str, Any], test: bool
     ) -> None:
-        logger.info("--- %s %s", variant.name, point or "")
+        if point:
+            logger.info("--- %s %s", variant.name, point)
         folder.mkdir(parents=True, exist_ok=True)
         overlay = folder / "variant.yaml"
         write_atomic(overlay, yaml.safe_dump(variant.config, sort_keys=False))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dskd_lightning.files import write_atomic
 from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.tables import number_tables
 from dskd_lightning.runs.text import visible
 from dskd_lightning.study.worker import read_result
 
@@ -55,11 +55,6 @@ def summarise(
         for name, row in rows.items()
     }
     headings = ["", *(label for _, label, _ in columns)]
-    table = Table(title=Text(f"{visible(output.name)}: held-out results"))
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left")
-    for name, row in cells.items():
-        table.add_row(Text(name), *row)
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join([name, *row]) + " |" for name, row in cells.items()]
     write_atomic(output / "table.md", "\n".join(lines) + "\n")
@@ -71,7 +66,11 @@ def summarise(
 
         ordered = sorted(runs.items(), key=lambda run: run[0] != baseline)
         compare_runs([f"{name}={path}" for name, path in ordered], output=output / "report")
-    Console().print(table)
+    console = Console()
+    title = Text(f"{visible(output.name)}: held-out results")
+    for table in number_tables(headings, [[n, *row] for n, row in cells.items()], console.width, title):
+        console.print(table)
+        console.print()
     print(f"table, curves and report are in {visible(str(output))}")
 
 

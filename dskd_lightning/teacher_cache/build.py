@@ -17,6 +17,7 @@ from dskd_lightning.data.batching import BatchSettings, plan_batches
 from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.output import decoder_hidden, language_head
+from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.structures import TokenBatch
 from dskd_lightning.teacher_cache.codecs import bytes_per_token, decode, encode
 from dskd_lightning.teacher_cache.loss import StorageError
@@ -30,7 +31,6 @@ _log = logging.getLogger(__name__)
 _SHARD_TOKENS = 32_768
 _SHARD_BYTES = 128 * 2**20
 _SPARE_BYTES = 64 * 2**20
-_SECONDS_BETWEEN_REPORTS = 10
 _SAMPLED_ROWS = 64
 
 
@@ -132,28 +132,22 @@ class StateBuilder:
             if shard not in missing:
                 check_shard(self.folder / shard_name(shard), self.manifest.key, content=False)
         self._remove_leftovers()
-        error, done, total = StorageError(), 0, sum(map(self.layout.tokens, mine))
-        begin = reported = time.monotonic()
+        error, total = StorageError(), sum(map(self.layout.tokens, mine))
         head = language_head(teacher).detach()
-        for shard in mine:
-            hidden = self.states(teacher, shard)
-            stored = encode(hidden, self.manifest.dtype)
-            write_shard(self.folder / shard_name(shard), stored, self.manifest.key)
-            sample = slice(0, _SAMPLED_ROWS)
-            dtype = getattr(torch, self.manifest.teacher_dtype)
-            error.update(hidden[sample], decode(stored, sample, dtype), head)
-            done += self.layout.tokens(shard)
-            now = time.monotonic()
-            if now - reported > _SECONDS_BETWEEN_REPORTS or done == total:
-                reported, speed = now, done / (now - begin)
-                _log.info(
-                    "Teacher cache: %s of %s response tokens (%.0f %%), %s a second, %.0f s left.",
-                    f"{done:,}", f"{total:,}", 100 * done / total, f"{speed:,.0f}", (total - done) / speed,
-                )  # fmt: skip
+        with Progress("Teacher cache", total, "response tokens") as progress:
+            for shard in mine:
+                hidden = self.states(teacher, shard, progress)
+                stored = encode(hidden, self.manifest.dtype)
+                write_shard(self.folder / shard_name(shard), stored, self.manifest.key)
+                sample = slice(0, _SAMPLED_ROWS)
+                dtype = getattr(torch, self.manifest.teacher_dtype)
+                error.update(hidden[sample], decode(stored, sample, dtype), head)
+            if mine:
+                progress.say()
         return error
 
     @torch.inference_mode()
-    def states(self, teacher: PreTrainedModel, shard: int) -> Tensor:
+    def states(self, teacher: PreTrainedModel, shard: int, progress: Progress | None = None) -> Tensor:
         """``[tokens, hidden]`` of a shard's examples in their order, on the CPU."""
         first = self.layout.examples(shard).start
         rows = self.layout.tokens(shard)
@@ -167,6 +161,8 @@ class StateBuilder:
             places = [self.layout.place(first + index)[1] for index in batch]
             for place, part in zip(places, found.split([p.stop - p.start for p in places]), strict=True):
                 hidden[place] = part
+            if progress is not None:
+                progress.done += len(found)
         return hidden
 
     def _batches(self, shard: int) -> Iterator[list[int]]:

@@ -7,6 +7,8 @@ import errno
 import json
 import logging
 import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -273,6 +275,32 @@ def test_help_and_version(capsys):
     assert main([]) == 0
     assert "fit" in capsys.readouterr().out
     assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_help_of_the_trainer_names_keys_that_there_are(command, capsys):
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 96
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help-all"])
+    assert stop.value.code == 0
+    known = capsys.readouterr().out
+    inner = ("--model.objective.", "--model.optimizer.")  # of a class that is chosen
+    optional = re.compile(r"(--model\.student\.(?:lora|prune)|--model\.teacher|--data\.teacher_cache)\.")
+    for key in re.findall(r"--(?!KEY|help-all|print_config)[\w.]+", said):
+        wanted = optional.match(key)[1] if optional.match(key) else key
+        assert key.startswith(inner) or f"{wanted} " in known, key
+
+
+def test_help_and_lists_start_without_torch():
+    code = (
+        "import sys; from dskd_lightning.cli.main import main\n"
+        "main(['fit', '--help']); main(['config', 'list'])\n"
+        "sys.exit(' '.join({'torch', 'lightning', 'transformers', 'matplotlib'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stderr.strip(), done.returncode) == ("", 1)
 
 
 def test_users_own_objective_needs_no_registration(tmp_path, model_folder, monkeypatch):

@@ -424,7 +424,7 @@ def test_a_killed_build_goes_on(make, monkeypatch) -> None:
     shutil.rmtree(folder)
     states, done = StateBuilder.states, []
 
-    def killed(self, teacher, shard):
+    def killed(self, teacher, shard, progress=None):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(shard)
@@ -441,7 +441,7 @@ def test_a_killed_build_goes_on(make, monkeypatch) -> None:
 
     again: list[int] = []
     monkeypatch.setattr(
-        StateBuilder, "states", lambda self, t, shard: again.append(shard) or states(self, t, shard)
+        StateBuilder, "states", lambda self, t, shard, _: again.append(shard) or states(self, t, shard)
     )
     ensure(make())
     assert again == list(range(2, len(expected)))
@@ -479,7 +479,7 @@ def test_size_and_progress_are_told(make, caplog) -> None:
         ensure(make())
     text = caplog.text
     assert "23 examples" in text
-    assert "(100 %)" in text
+    assert "(100%)" in text
     assert "exact on" in text
 
 
