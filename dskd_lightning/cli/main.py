@@ -90,7 +90,8 @@ def _run(arguments: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``dskd`` with ``arguments`` (default: the process's); returns the exit status.
 
-    A `UserError` prints one sentence and gives status 2, a file that can't be read or written gives 3.
+    A `UserError` prints one sentence and gives status 2, a file that can't be read or written gives 3,
+    a signal that stops training 128 + its number.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     configure_output()
@@ -111,6 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
         _complain(f"cannot read or write{where}: {error.strerror}; {_STORAGE[error.errno]}.")
         return 3
+    except Exception as error:
+        # Ranks that this process forked were stopped by a signal, after which they end with 128 + signal.
+        if type(error).__name__ != "ProcessExitedException" or getattr(error, "exit_code", 0) <= 128:
+            raise
+        return int(error.exit_code)  # type: ignore[attr-defined]
 
 
 def _complain(message: str) -> None:

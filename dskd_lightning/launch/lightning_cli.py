@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dskd_lightning.callbacks import (
     RepresentationAnalysis,
     ResponseEvaluation,
     ResumableCSVLogger,
+    SignalStop,
     TrainingCost,
     TrainingMonitor,
 )
@@ -117,6 +119,8 @@ class DistillationCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         output = Path(config.output)
         checkpoints = output / "checkpoints"
+        if self.subcommand == "fit" and config.get("ckpt_path") is None and _is_requeued(checkpoints):
+            config.ckpt_path, config.overwrite = "last", False
         self._resolve_checkpoint(config, checkpoints)
         if self.subcommand == "fit":
             resuming = config.get("ckpt_path") is not None
@@ -156,12 +160,11 @@ class DistillationCLI(LightningCLI):
         folder = Path(outer.output) / "checkpoints"
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        if (
-            not any(isinstance(callback, ModelCheckpoint) for callback in given)
-            and config.get("enable_checkpointing") is not False
-        ):
+        saving = config.get("enable_checkpointing") is not False
+        if saving and not any(isinstance(callback, ModelCheckpoint) for callback in given):
             callbacks = [*callbacks, *self._checkpoints(folder, outer.save_every_n_steps)]
-        callbacks = [*callbacks, TrainingCost(outer.output)]
+        stop = SignalStop(folder / "last.ckpt" if saving else None)
+        callbacks = [*callbacks, TrainingCost(outer.output), stop]
         shown = any(isinstance(callback, ProgressBar) for callback in given)
         if config.get("enable_progress_bar") is not False and not shown:
             callbacks = [*callbacks, _ProgressBar() if Console().is_terminal else ProgressLines()]
@@ -192,3 +195,8 @@ class DistillationCLI(LightningCLI):
             enable_version_counter=False,
         )
         return [best, LastCheckpoint(folder, every)]
+
+
+def _is_requeued(checkpoints: Path) -> bool:
+    """Whether SLURM has started this job again, and it had come far enough to resume."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and (checkpoints / "last.ckpt").exists()

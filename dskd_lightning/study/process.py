@@ -39,7 +39,7 @@ def run_process(
 
 @contextlib.contextmanager
 def _passed_on(process: BaseProcess) -> Iterator[None]:
-    """SIGTERM to the study ends its worker, too, which would train on alone."""
+    """SIGTERM or SIGINT to the study ends its worker, too, which would train on alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -49,8 +49,9 @@ def _passed_on(process: BaseProcess) -> Iterator[None]:
         process.join()
         sys.exit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -55,7 +55,8 @@ def _is_counted(point: str, passed: int) -> bool:
     return point in ("call", "command") or (point == "in save" and passed == 2)
 
 
-def _arm(kill: Kill) -> None:
+def arm(kill: Kill) -> None:
+    """From now on kill at its point."""
     owner, name = _methods(kill.point)
     original, passed = getattr(owner, name), 0
 
@@ -141,6 +142,7 @@ def dskd_forked(
             with log.open("ab", buffering=0) as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has its own
             prepare()
             status = main(arguments)
         except SystemExit as stop:
@@ -161,8 +163,3 @@ def dskd_forked(
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)
     raise AssertionError(f"{arguments} hangs: {log.read_text(errors='replace')[-2000:]}")
-
-
-def killed(*arguments: str, log: Path, kill: Kill) -> int:
-    """Run ``dskd`` and kill it; the exit status is -9, or 0 where it ended before."""
-    return dskd_forked(*arguments, log=log, prepare=lambda: _arm(kill))

@@ -1,0 +1,103 @@
+"""One configuration's uninterrupted run beside runs of it that are interrupted."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas  # noqa: F401  (imported once, before forks)
+import torch
+from forked_runs import Kill, arm, count_calls, dskd_forked
+from tiny_runs import write_config
+
+SFT = {"class_path": "dskd_lightning.objectives.SFTObjective"}
+CLOCKS = {"monitor/tokens_per_second", "monitor/memory_gib"}
+
+
+class ComparedRun:
+    """One configuration: the uninterrupted run, and copies that are killed."""
+
+    def __init__(self, folder: Path, model_folder: Any, **changes: Any) -> None:
+        self.folder = folder
+        teacher = model_folder(hidden=24, seed=2) if "model.objective" in changes else None
+        defaults = {
+            "model.objective": SFT,
+            "trainer.max_epochs": 3,
+            "completions": {"prompts": 0},
+            "data.batch_size": 5,
+        }
+        self.config = write_config(folder, model_folder(seed=1), teacher, **{**defaults, **changes})
+        self.whole, self.calls = folder / "whole", {}
+        paths = {point: folder / f"calls {point}" for point in ("call", "in save", "command")}
+
+        def prepare() -> None:
+            for point, path in paths.items():
+                count_calls(point, path)
+
+        self.fit(self.whole, prepare=prepare)
+        self.calls = {point: int(path.read_text()) for point, path in paths.items()}
+
+    def fit(
+        self, run: Path, prepare: Callable[[], None] = lambda: None, expected: tuple[int, ...] = (0,)
+    ) -> int:
+        """Start, or resume where there is a checkpoint; see `dskd_forked`."""
+        log = self.folder / f"{run.name}.log"
+        start_over = not (run / "checkpoints" / "last.ckpt").exists()
+        place = ("--overwrite", "true") if start_over else ("--ckpt_path", "last")
+        arguments = ("fit", "--config", str(self.config), "--output", str(run), *place)
+        status = dskd_forked(*arguments, log=log, prepare=prepare)
+        assert status in expected, (status, log.read_text(errors="replace")[-3000:])
+        return status
+
+    def survives(self, chain: list[tuple[str, float]], name: str) -> int:
+        """Kill, resume, kill ... and compare; returns how many kills struck."""
+        run, kills = self.folder / name, 0
+        for point, count in chain:
+            if point in self.calls:
+                count = max(1, count * self.calls[point])
+            kill = Kill(point, int(count))
+            kills += self.fit(run, prepare=partial(arm, kill), expected=(-9, 0)) != 0
+        self.fit(run)
+        self.check(run)
+        return kills
+
+    def check(self, run: Path) -> None:
+        """Assert that a run ended as the uninterrupted one did."""
+        for checkpoint in ("last", "best"):
+            ours, theirs = (_contents(r / "checkpoints" / f"{checkpoint}.ckpt") for r in (run, self.whole))
+            assert _differences(ours, theirs) == [], checkpoint
+        assert _rows(run) == _rows(self.whole)
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as stream:
+        return [{k: v for k, v in row.items() if v and k not in CLOCKS} for row in csv.DictReader(stream)]
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    """A checkpoint without what differs between runs: paths, clocks, counters of validation batches."""
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    scores = {"best_model_score", "kth_value", "latest_update_step"}
+    callbacks = {
+        name: {key: value for key, value in state.items() if key in scores}
+        for name, state in checkpoint["callbacks"].items()
+    }
+    progress = checkpoint["loops"]["fit_loop"]
+    progress = {key: value for key, value in progress.items() if "val_loop" not in key}
+    return {**checkpoint, "callbacks": callbacks, "loops": progress}
+
+
+def _differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
+    if isinstance(ours, torch.Tensor):
+        return [] if isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs) else [place]
+    if isinstance(ours, dict):
+        if ours.keys() != theirs.keys():
+            return [f"{place}: {ours.keys() ^ theirs.keys()}"]
+        return [d for key in ours for d in _differences(ours[key], theirs[key], f"{place}/{key}")]
+    if isinstance(ours, list | tuple):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [d for i, (a, b) in pairs for d in _differences(a, b, f"{place}/{i}")]
+    return [] if ours == theirs else [f"{place}: {ours} instead of {theirs}"]
