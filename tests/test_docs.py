@@ -18,7 +18,10 @@ from dskd_lightning.launch.arguments import run_function
 from dskd_lightning.launch.configs import with_shipped_configs
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _BLOCK = re.compile(r"```(?:bash|text|console|shell)\n(.*?)```", re.DOTALL)
