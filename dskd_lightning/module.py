@@ -13,7 +13,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loading import load_teacher, load_tokenizer
@@ -22,6 +23,7 @@ from dskd_lightning.models.spec import StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
+from dskd_lightning.projection import LinearProjector
 from dskd_lightning.strategies import shard
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
@@ -76,6 +78,9 @@ class DistillationModule(L.LightningModule):
             the optimiser's.
         warmup_ratio: share of the steps that warm up, with the default schedule.
         min_lr_ratio: last learning rate over the peak, with the default schedule.
+        joint_clipping: clip the student's and the projectors' gradients by their common norm, as
+            published. By default ``gradient_clip_val`` holds for each of the two by itself, or projectors,
+            whose gradients are many times larger at first, would leave the student hardly any.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class DistillationModule(L.LightningModule):
         projector_lr: float | None = 1e-3,
         warmup_ratio: float = 0.1,
         min_lr_ratio: float = 0.0,
+        joint_clipping: bool = False,
     ) -> None:
         super().__init__()
         self.student_spec = student
@@ -98,6 +104,7 @@ class DistillationModule(L.LightningModule):
         self.projector_lr = projector_lr
         self.warmup_ratio = warmup_ratio
         self.min_lr_ratio = min_lr_ratio
+        self.joint_clipping = joint_clipping
         self.student: Any = None
         self.teachers = nn.ModuleList()
         self.checkpoint_names: frozenset[str] = frozenset()
@@ -145,6 +152,9 @@ class DistillationModule(L.LightningModule):
         for index, objective in enumerate(self._objectives()):
             objective.configure(student_space, spaces[index] if needed[index] else None)
         self.student, self.tokenizer = model, tokenizer
+        for part in self.objectives.modules():
+            if isinstance(part, LinearProjector):
+                part.measure_whole_step()
         self._shared_tokens = shared_tokens(student_space, spaces[0]) if spaces else None
         self.checkpoint_names = self._trained_names()
         if self.device_mesh is not None:
@@ -343,6 +353,24 @@ class DistillationModule(L.LightningModule):
             steps = int(self.trainer.estimated_stepping_batches)
             scheduler = cosine_with_warmup(optimizer, steps, self.warmup_ratio, self.min_lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip norms of the student's and of the objectives' gradients apart; values as Lightning does."""
+        for part in self.objectives.modules():
+            if isinstance(part, LinearProjector):
+                part.settle()
+        if self.joint_clipping or not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for part in (self.student, self.objectives):
+            parameters = [p for p in part.parameters() if p.grad is not None]
+            if parameters:
+                clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["student_spec"] = asdict(self.student_spec)

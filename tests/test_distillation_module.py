@@ -176,3 +176,32 @@ def test_every_public_name_is_there():
     assert dl.__all__ == sorted(dl.__all__)
     for name in dl.__all__:
         assert getattr(dl, name) is not None
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_projectors_and_student_are_clipped_apart(model_folder, tmp_path, joint):
+    """Under one common norm, projectors with large gradients leave the student hardly any."""
+    norms: list[list[float]] = []
+
+    class Clipped(dl.DistillationModule):
+        def configure_gradient_clipping(self, *args, **options):
+            def norm(part):
+                return torch.nn.utils.get_total_norm(
+                    [p.grad for p in part.parameters() if p.grad is not None]
+                )
+
+            before = [float(norm(part)) for part in (self.student, self.objectives)]
+            super().configure_gradient_clipping(*args, **options)
+            norms.append([*before, *(float(norm(part)) for part in (self.student, self.objectives))])
+
+    _, data = make(model_folder, tmp_path)
+    module = Clipped(
+        dl.StudentSpec(model_folder(seed=1)), dl.DSKDObjective(scale_inputs=False),
+        dl.TeacherSpec(model_folder(hidden=24, seed=2)), joint_clipping=joint,
+    )  # fmt: skip
+    fit(module, data, gradient_clip_val=0.01, limit_train_batches=2)
+    for student, projectors, clipped_student, clipped_projectors in norms:
+        whole = (student**2 + projectors**2) ** 0.5
+        factors = (0.01 / whole, 0.01 / whole) if joint else (0.01 / student, 0.01 / projectors)
+        assert clipped_student == pytest.approx(student * factors[0], rel=1e-3)
+        assert clipped_projectors == pytest.approx(projectors * factors[1], rel=1e-3)

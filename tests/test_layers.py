@@ -15,7 +15,8 @@ PACKAGE = Path(dskd_lightning.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "structures", "cache_dir", "memory", "ranks"},
     {"files", "tokenizers", "functional", "demo"},
-    {"projection", "alignment"},
+    {"projection"},
+    {"alignment"},
     {"generation", "runs"},
     {"models", "strategies"},
     {"objectives"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dskd_lightning.alignment._padding import Rows
 from dskd_lightning.errors import UserError
+from dskd_lightning.projection import LinearProjector
 from dskd_lightning.structures import Alignment, ModelSpace, Side
 
 __all__ = ["AttentionMap", "CrossModelAttention"]
@@ -79,17 +80,43 @@ class CrossModelAttention(nn.Module):
             (False), a position also reads later ones, whose hidden states have seen its future.
         statistics: what standard deviations run over: the ``response`` positions, or the
             ``padded`` batch as published, in which all other positions count as token 0.
+        scale_inputs: what ``P_query`` reads has unit root mean square in each dimension, see
+            `LinearProjector`; False as published.
+        byte_prior: strength ``s`` of the term ``s * log(overlap + 0.001)`` added to the scores, ``overlap``
+            being the share of the student token's bytes that the teacher token covers: attention
+            starts at the byte-exact alignment and learns to leave it. 0 as published.
+        byte_prior_batches: training batches over which the strength falls to 0; None keeps it.
     """
 
-    def __init__(self, causal: bool = False, statistics: Literal["response", "padded"] = "response") -> None:
+    prior_batches: Tensor
+
+    def __init__(
+        self,
+        causal: bool = False,
+        statistics: Literal["response", "padded"] = "response",
+        scale_inputs: bool = True,
+        byte_prior: float = 0.0,
+        byte_prior_batches: int | None = None,
+    ) -> None:
         super().__init__()
+        if byte_prior < 0:
+            raise UserError(f"byte_prior of CrossModelAttention must not be negative, but is {byte_prior}.")
+        if byte_prior_batches is not None and byte_prior_batches < 1:
+            raise UserError(
+                f"byte_prior_batches of CrossModelAttention must be at least 1, not {byte_prior_batches}; "
+                "leave it out for a prior that stays."
+            )
         if statistics not in ("response", "padded"):
             raise UserError(
                 f"statistics of CrossModelAttention must be 'response' or 'padded', not {statistics!r}."
             )
         self.causal = causal
         self.statistics = statistics
-        self.query: nn.Linear
+        self.scale_inputs = scale_inputs
+        self.byte_prior = byte_prior
+        self.byte_prior_batches = byte_prior_batches
+        self.register_buffer("prior_batches", torch.zeros(()))  # how many the decay has seen
+        self.query: LinearProjector
 
     @property
     def needs_padded_statistics(self) -> bool:
@@ -98,7 +125,8 @@ class CrossModelAttention(nn.Module):
 
     def configure(self, student: ModelSpace, teacher: ModelSpace) -> None:
         """Make ``P_query``, from twice the student's to twice the teacher's hidden size."""
-        self.query = nn.Linear(2 * student.embeddings.shape[1], 2 * teacher.embeddings.shape[1])
+        inner, outer = (2 * space.embeddings.shape[1] for space in (student, teacher))
+        self.query = LinearProjector(inner, outer, scale_inputs=self.scale_inputs)
 
     def forward(self, student: Side, teacher: Side, alignment: Alignment | None = None) -> AttentionMap:
         """Attention between all positions of two sides.
@@ -106,16 +134,21 @@ class CrossModelAttention(nn.Module):
         Args:
             student: ``n`` positions.
             teacher: ``m`` positions.
-            alignment: byte offsets, read where ``causal``.
+            alignment: byte offsets, read where ``causal`` or with a byte prior.
         """
         examples = max((int(s.sequence[-1]) + 1 if len(s) else 0) for s in (student, teacher))
         rows_s, rows_t = (Rows.of(side.sequence, examples) for side in (student, teacher))
         weight = self.query.weight
         embedded = torch.cat([student.embeddings[student.ids], student.embeddings[student.labels]], -1)
-        queries = self.query(embedded.detach().to(weight.dtype))
+        queries = self.query(embedded.detach())
         keys = self._keys(teacher).to(weight.dtype)
         scores = rows_s.pad(queries) @ rows_t.pad(keys).transpose(1, 2) / math.sqrt(keys.shape[-1])
         scores = scores if scores.dtype == torch.float64 else scores.float()
+        if self.byte_prior:
+            if alignment is None:
+                raise ValueError("the byte prior of cross-model attention needs the alignment's byte offsets")
+            overlap = _overlap(rows_s, rows_t, alignment).to(scores.dtype)
+            scores = scores + self._strength() * (overlap + _PRIOR_EPSILON).log()
         both = rows_s.mask.unsqueeze(2) & rows_t.mask.unsqueeze(1)
         before, after = both, both
         if self.causal:
@@ -129,15 +162,34 @@ class CrossModelAttention(nn.Module):
         return AttentionMap(t2s, s2t, queries, keys, rows_s, rows_t)
 
     @torch.no_grad()
-    def teacher_values(self, teacher: Side) -> Tensor:
-        """``h_t / std(h_t) + E_t(y) / std(E_t(y))`` ``[m, teacher_hidden]``, what ``P_t2s`` reads."""
-        targets = _wide(teacher.embeddings[teacher.labels])
+    def _strength(self) -> float | Tensor:
+        if self.byte_prior_batches is None:
+            return self.byte_prior
+        strength = self.byte_prior * (1 - self.prior_batches / self.byte_prior_batches).clamp(min=0)
+        if self.training:
+            self.prior_batches += 1
+        return strength
+
+    @torch.no_grad()
+    def teacher_values(self, teacher: Side, label_embedding: bool = True, keep_scale: bool = False) -> Tensor:
+        """``h_t / std(h_t) + E_t(y) / std(E_t(y))`` ``[m, teacher_hidden]``, what ``P_t2s`` reads.
+
+        Args:
+            teacher: ``m`` positions.
+            label_embedding: False leaves out the second term, which holds the very token to predict.
+            keep_scale: times ``std(h_t)``: hidden states as the teacher's head reads them.
+        """
         hidden = _wide(teacher.hidden)
-        hidden_std = _std(hidden)
+        std = _std(hidden)
         if self.statistics == "padded":
             assert teacher.padded is not None
-            hidden_std = teacher.padded.hidden_std.to(hidden)
-        return hidden / hidden_std.clamp(min=_tiny(hidden)) + targets / self._std(targets, teacher)
+            std = teacher.padded.hidden_std.to(hidden)
+        std = std.clamp(min=_tiny(hidden))
+        values = hidden / std
+        if label_embedding:
+            targets = _wide(teacher.embeddings[teacher.labels])
+            values = values + targets / self._std(targets, teacher)
+        return values * std if keep_scale else values
 
     @torch.no_grad()
     def _keys(self, teacher: Side) -> Tensor:
@@ -162,10 +214,29 @@ class CrossModelAttention(nn.Module):
         return (squares / (size - 1)).sqrt().clamp(min=_tiny(values))
 
 
+def _overlap(student: Rows, teacher: Rows, alignment: Alignment) -> Tensor:
+    """``[examples, n, m]``, share of each student token's bytes that each teacher token covers."""
+    (first_s, last_s), (first_t, last_t) = (
+        _byte_range(rows.pad(ends))
+        for rows, ends in ((student, alignment.student_end), (teacher, alignment.teacher_end))
+    )
+    first = torch.maximum(first_s.unsqueeze(2), first_t.unsqueeze(1))
+    last = torch.minimum(last_s.unsqueeze(2), last_t.unsqueeze(1))
+    return (last - first).clamp(min=0) / (last_s - first_s).clamp(min=1).unsqueeze(2)
+
+
+def _byte_range(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last byte of each token ``[examples, tokens]``; padding, whose end is 0, has none."""
+    return torch.nn.functional.pad(ends, (1, 0))[:, :-1], ends
+
+
 def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last dimension where ``mask``; rows that are masked throughout are 0."""
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights * mask
+
+
+_PRIOR_EPSILON = 1e-3
 
 
 def _wide(values: Tensor) -> Tensor:

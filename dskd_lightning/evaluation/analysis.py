@@ -21,6 +21,7 @@ from dskd_lightning.evaluation.representation import (
     linear_cka,
     singular_values,
 )
+from dskd_lightning.projection import LinearProjector
 from dskd_lightning.structures import Alignment, DistillationBatch, Side
 
 if TYPE_CHECKING:
@@ -93,12 +94,16 @@ def representation_distances(
 
 def projector_spectra(module: DistillationModule) -> dict[str, dict[str, Any]]:
     """``effective_rank`` and descending ``singular_values`` of every trained matrix of the objectives."""
+    weights: dict[str, Tensor] = dict(module.objectives.named_parameters())
+    for name, part in module.objectives.named_modules():
+        if isinstance(part, LinearProjector):
+            weights[f"{name}.weight"] = part.matrix
     return {
         name: {
             "effective_rank": float(effective_rank(weight)),
             "singular_values": singular_values(weight).tolist(),
         }
-        for name, weight in module.objectives.named_parameters()
+        for name, weight in weights.items()
         if weight.ndim == 2 and min(weight.shape) > 1
     }
 

@@ -37,6 +37,8 @@ class DSKDObjective(SameVocabularyObjective):
         initialization: ``random`` as published, or ``heads``: both projectors start, without bias,
             as the least-squares maps between the two heads of DSKD v2, so that the projected
             hidden states mean something from the first step on.
+        scale_inputs: the projectors read dimensions of unit root mean square, so that one learning
+            rate holds for every model; False as published, see `LinearProjector`.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in the divergences.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
@@ -53,6 +55,7 @@ class DSKDObjective(SameVocabularyObjective):
         self,
         divergence: Divergence | None = None,
         initialization: Literal["random", "heads"] = "random",
+        scale_inputs: bool = True,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
         memory_budget_mb: float = DEFAULT_BUDGET_MB,
@@ -63,19 +66,22 @@ class DSKDObjective(SameVocabularyObjective):
                 f"initialization of DSKDObjective must be 'random' or 'heads', not {initialization!r}."
             )
         self.initialization = initialization
+        self.scale_inputs = scale_inputs
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
         assert teacher is not None
-        device = student.head.weight.device
-        if self.initialization == "heads":
-            shared = slice(min(student.vocab_size, teacher.vocab_size))
-            for name, source, target in (("t2s", teacher, student), ("s2t", student, teacher)):
-                projector = LinearProjector.between_heads(source.head, target.head, shared, shared)
-                setattr(self, name, projector.to(device))
-            return
-        self.t2s = LinearProjector(teacher.hidden_size, student.hidden_size, device=device)
-        self.s2t = LinearProjector(student.hidden_size, teacher.hidden_size, device=device)
+        shared = slice(min(student.vocab_size, teacher.vocab_size))
+        for name, source, target in (("t2s", teacher, student), ("s2t", student, teacher)):
+            if self.initialization == "heads":
+                projector = LinearProjector.between_heads(
+                    source.head, target.head, shared, shared, scale_inputs=self.scale_inputs
+                )
+            else:
+                projector = LinearProjector(
+                    source.hidden_size, target.hidden_size, scale_inputs=self.scale_inputs
+                )
+            setattr(self, name, projector.to(student.head.weight.device))
 
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None

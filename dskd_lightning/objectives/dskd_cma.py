@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.functional import Divergence, ForwardKL
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
+from dskd_lightning.objectives._vocabulary import mutual_tokens
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
 from dskd_lightning.projection import LinearProjector
@@ -34,12 +36,17 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         attention: the aligner; `CrossModelAttention` as published but for its statistics.
         matching: draws queries towards keys (arXiv 2603.22056); None leaves them alone.
         kq_ratio: weight of ``matching`` within KD.
+        initialization: ``random`` as published, or ``heads``: both projectors start, without bias, as the
+            least-squares maps between the two heads (those of DSKD v2, over the tokens that both
+            vocabularies hold), and the teacher's hidden states keep their scale.
+        label_embedding: add the embedding of the token to predict to what the teacher's positions give,
+            as published; False leaves it out, so that ``t2s_ce`` can't be read off the label.
+        scale_inputs: the projectors read dimensions of unit root mean square, so that one learning
+            rate holds for every model; False as published, see `LinearProjector`.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in the divergences.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
-
-    needs_vocabulary_map = False
 
     def __init__(
         self,
@@ -47,6 +54,9 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         attention: CrossModelAttention | None = None,
         matching: KeyQueryMatching | None = None,
         kq_ratio: float = 0.1,
+        initialization: Literal["random", "heads"] = "random",
+        label_embedding: bool = True,
+        scale_inputs: bool = True,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
         memory_budget_mb: float = DEFAULT_BUDGET_MB,
@@ -56,6 +66,15 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             raise UserError(
                 f"kq_ratio of DSKDCrossAttentionObjective must not be negative, but is {kq_ratio}."
             )
+        if initialization not in ("random", "heads"):
+            raise UserError(
+                f"initialization of DSKDCrossAttentionObjective must be 'random' or 'heads', not "
+                f"{initialization!r}."
+            )
+        self.initialization = initialization
+        self.needs_vocabulary_map = initialization == "heads"
+        self.label_embedding = label_embedding
+        self.scale_inputs = scale_inputs
         self.divergence = ForwardKL() if divergence is None else divergence
         self.attention = CrossModelAttention() if attention is None else attention
         self.matching = matching
@@ -67,17 +86,36 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
         assert teacher is not None
-        if teacher.embeddings.shape[1] != teacher.hidden_size:
+        if self.label_embedding and teacher.embeddings.shape[1] != teacher.hidden_size:
             raise UserError(
                 "Cross-model attention adds the teacher's token embeddings to its hidden states: this "
                 f"teacher's sizes differ ({teacher.embeddings.shape[1]} and {teacher.hidden_size}); "
-                "take another objective."
+                "set label_embedding to false or take another objective."
             )
         self.attention.configure(student, teacher)
-        self.t2s = LinearProjector(teacher.hidden_size, student.hidden_size)
-        self.s2t = LinearProjector(student.hidden_size, teacher.hidden_size)
+        ours, theirs = self._shared_tokens()
+        for name, source, target, left, right in (
+            ("t2s", teacher, student, theirs, ours),
+            ("s2t", student, teacher, ours, theirs),
+        ):
+            if self.initialization == "heads":
+                projector = LinearProjector.between_heads(
+                    source.head, target.head, left, right, scale_inputs=self.scale_inputs
+                )
+            else:
+                projector = LinearProjector(
+                    source.hidden_size, target.hidden_size, scale_inputs=self.scale_inputs
+                )
+            setattr(self, name, projector)
         if self.matching is not None:
             self.matching.configure(2 * teacher.embeddings.shape[1])
+
+    def _shared_tokens(self) -> tuple[Tensor, Tensor]:
+        """Ids of the tokens that both vocabularies hold, in the student's and in the teacher's."""
+        if self.student_to_teacher is None or self.teacher_to_student is None:
+            return torch.empty(0), torch.empty(0)
+        shared = mutual_tokens(self.student_to_teacher, self.teacher_to_student)
+        return shared, self.student_to_teacher[shared]
 
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
@@ -86,7 +124,9 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         if alignment is None and torch.equal(student.labels, teacher.labels):
             alignment = self._alignment(student, teacher, None)
         attention: AttentionMap = self.attention(student, teacher, alignment)
-        values = self.t2s(self.attention.teacher_values(teacher))
+        values = self.t2s(
+            self.attention.teacher_values(teacher, self.label_embedding, self.initialization == "heads")
+        )
         reads, ratio = attention.student_reads, self.kd_ratio
         loss, stats = student_space(
             student,

@@ -37,6 +37,8 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         agreement_threshold: where the projected teacher's argmax is the label at no more than this
             share of pairs, ``t2s_kd`` is the mean over those pairs; otherwise over all.
         topk_vocab: shared tokens that initialise the projectors, the first of them; None takes all.
+        scale_inputs: the trained projector reads dimensions of unit root mean square, so that one
+            learning rate holds for every teacher; False as published, see `LinearProjector`.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in the divergences.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
@@ -50,6 +52,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         divergence: Divergence | None = None,
         agreement_threshold: float = 1.0,
         topk_vocab: int | None = None,
+        scale_inputs: bool = True,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
         memory_budget_mb: float = DEFAULT_BUDGET_MB,
@@ -68,6 +71,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         self.divergence = ForwardKL() if divergence is None else divergence
         self.agreement_threshold = agreement_threshold
         self.topk_vocab = topk_vocab
+        self.scale_inputs = scale_inputs
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
@@ -76,7 +80,9 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         assert self.teacher_to_student is not None
         shared = mutual_tokens(self.student_to_teacher, self.teacher_to_student)[: self.topk_vocab]
         partners = self.student_to_teacher[shared]
-        self.t2s = LinearProjector.between_heads(teacher.head, student.head, partners, shared)
+        self.t2s = LinearProjector.between_heads(
+            teacher.head, student.head, partners, shared, scale_inputs=self.scale_inputs
+        )
         self.t2s.to(student.head.weight.device)
         self.s2t = HeadMap(teacher.head, shared, partners)
 

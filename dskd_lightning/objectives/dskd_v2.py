@@ -32,6 +32,8 @@ class DSKDv2Objective(SameVocabularyObjective):
         divergence: in both spaces; forward KL by default.
         agreement_threshold: above this share of agreeing positions, ``t2s_kd`` runs over all of them.
         topk_vocab: how many of the shared tokens, the first ones, make the projectors; None takes all.
+        scale_inputs: the trained projector reads dimensions of unit root mean square, so that one
+            learning rate holds for every teacher; False as published, see `LinearProjector`.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: divides both sides' logits in the divergences.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
@@ -49,6 +51,7 @@ class DSKDv2Objective(SameVocabularyObjective):
         divergence: Divergence | None = None,
         agreement_threshold: float = 1.0,
         topk_vocab: int | None = None,
+        scale_inputs: bool = True,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
         memory_budget_mb: float = DEFAULT_BUDGET_MB,
@@ -64,12 +67,15 @@ class DSKDv2Objective(SameVocabularyObjective):
             )
         self.agreement_threshold = agreement_threshold
         self.topk_vocab = topk_vocab
+        self.scale_inputs = scale_inputs
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         super().configure(student, teacher)
         assert teacher is not None
         shared = slice(min(student.vocab_size, teacher.vocab_size, self.topk_vocab or student.vocab_size))
-        self.t2s = LinearProjector.between_heads(teacher.head, student.head, shared, shared)
+        self.t2s = LinearProjector.between_heads(
+            teacher.head, student.head, shared, shared, scale_inputs=self.scale_inputs
+        )
         self.t2s.to(student.head.weight.device)
         self.s2t = HeadMap(teacher.head, shared, shared)
 

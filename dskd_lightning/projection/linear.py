@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from dskd_lightning.projection.pseudo_inverse import map_between_heads
+from dskd_lightning.ranks import rank_and_world
 from dskd_lightning.structures import Head
 
 __all__ = ["LinearProjector"]
 
+_FLOOR = 1e-3
+"""Least RMS of a dimension as a share of the mean: one that is hardly ever on isn't blown up."""
+
 
 class LinearProjector(nn.Linear):
     """``P: in_features -> out_features``, its parameters in float32 whatever reads it.
+
+    Hidden states of real models have dimensions twenty times larger than the others, and Adam moves every
+    weight by about the learning rate, whatever it multiplies. With ``scale_inputs`` each dimension
+    is divided by its root mean square, so that one learning rate holds for every model; the weight is
+    multiplied with it in turn, and what the projector gives at first stays as it was.
+
+    The root mean square is measured once, in training: over the first batch or, where `measure_whole_step`
+    was called before, over what passes until `settle`.
 
     Args:
         in_features: hidden size of the space to leave.
@@ -20,7 +36,14 @@ class LinearProjector(nn.Linear):
         bias: add a bias.
         device: where the parameters are made.
         dtype: of the parameters.
+        scale_inputs: divide the input by its root mean square.
+
+    Attributes:
+        input_rms: ``[in_features]``, 1 until it is measured; saved with the weights. None without scaling.
     """
+
+    input_rms: Tensor | None
+    measured: Tensor | None
 
     def __init__(
         self,
@@ -29,12 +52,62 @@ class LinearProjector(nn.Linear):
         bias: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        scale_inputs: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        for name, value in (("input_rms", torch.ones(in_features)), ("measured", torch.zeros(()))):
+            self.register_buffer(name, value.to(device) if scale_inputs else None)
+        self._waits = scale_inputs  # `measured`, without asking its device
+        self._whole_step = False
+        self._squares: Tensor | None = None  # [in_features + 1], sums of squares and number of rows
+        self.register_load_state_dict_post_hook(_read_measured)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[tokens, in_features]`` in any dtype to ``[tokens, out_features]``."""
-        return super().forward(hidden.to(self.weight.dtype))
+        if self._waits and self.training and torch.is_grad_enabled():
+            self._measure(hidden.detach())
+        matrix = self.matrix.to(self.weight.dtype)
+        return F.linear(hidden.to(matrix.dtype), matrix, self.bias)
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[out_features, in_features]``, what hidden states are multiplied with, scaling included."""
+        return self.weight if self.input_rms is None or self._waits else self.weight / self.input_rms
+
+    def measure_whole_step(self) -> None:
+        """Measure until `settle`: the same for any number of micro-batches and ranks."""
+        self._whole_step = True
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take what was measured, on all ranks; called after the first backward, before the optimiser's step.
+
+        The gradient of the weight becomes that of the weight times ``input_rms``.
+        """
+        if not self._waits or self.input_rms is None or self.measured is None:
+            return
+        sums = self.input_rms.new_zeros(self.in_features + 1) if self._squares is None else self._squares
+        self._squares = None
+        if rank_and_world()[1] > 1:
+            torch.distributed.all_reduce(sums)
+        if not sums[-1] > 0:
+            return
+        rms = (sums[:-1] / sums[-1]).sqrt()
+        rms = rms.clamp(min=_FLOOR * rms.mean())
+        self.input_rms.copy_(rms.where(rms > 0, 1.0))
+        _local(self.weight).mul_(self.input_rms)
+        if self.weight.grad is not None:
+            _local(self.weight.grad).div_(self.input_rms)
+        self.measured.fill_(1)
+        self._waits = False
+
+    @torch.no_grad()
+    def _measure(self, hidden: Tensor) -> None:
+        squares = hidden.float().square().sum(0)
+        sums = torch.cat([squares, squares.new_tensor([len(hidden)])])
+        self._squares = sums if self._squares is None else self._squares + sums
+        if not self._whole_step:
+            self.settle()
 
     @classmethod
     def between_heads(
@@ -43,6 +116,8 @@ class LinearProjector(nn.Linear):
         target: Head,
         source_tokens: Tensor | slice = slice(None),
         target_tokens: Tensor | slice = slice(None),
+        *,
+        scale_inputs: bool = False,
     ) -> LinearProjector:
         """A projector without bias whose output the target head reads as the source head read the input.
 
@@ -54,12 +129,22 @@ class LinearProjector(nn.Linear):
             target: head of the space to reach, ``[target_vocab, out_features]``.
             source_tokens: ids in the source's vocabulary.
             target_tokens: the same tokens' ids in the target's vocabulary.
+            scale_inputs: see `LinearProjector`.
         """
         with torch.no_grad():
-            matrix = map_between_heads(source.weight[source_tokens], target.weight[target_tokens])
-            matrix = matrix * (source.scale / target.scale)
+            found = map_between_heads(source.weight[source_tokens], target.weight[target_tokens])
+            found = found * (source.scale / target.scale)
             dtype = torch.promote_types(target.weight.dtype, torch.float32)
-            inner, outer = matrix.shape
-            projector = cls(inner, outer, bias=False, device=source.weight.device, dtype=dtype)
-            projector.weight.copy_(matrix.T)
+            inner, outer = found.shape
+            projector = cls(inner, outer, False, source.weight.device, dtype, scale_inputs)
+            projector.weight.copy_(found.T)
         return projector
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The rows that this rank holds of a weight that may be sharded by its rows."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight.detach()
+
+
+def _read_measured(projector: LinearProjector, _: Any) -> None:
+    projector._waits = projector.measured is not None and not bool(projector.measured)

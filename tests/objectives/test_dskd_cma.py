@@ -56,7 +56,10 @@ def test_matches_published_numbers(reference_dir, name, memory_budget_mb):
     stored = load_file(reference_dir / "dskd_v1.safetensors")
     case = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
     objective = DSKDCrossAttentionObjective(
-        DIVERGENCES[name], CrossModelAttention(statistics="padded"), memory_budget_mb=memory_budget_mb
+        DIVERGENCES[name],
+        CrossModelAttention(statistics="padded", scale_inputs=False),
+        memory_budget_mb=memory_budget_mb,
+        scale_inputs=False,
     )
     hidden = case["student_hidden"].requires_grad_()
     weight = case["student_head"].requires_grad_()
@@ -247,3 +250,65 @@ def test_wrong_options_are_named():
         DSKDCrossAttentionObjective(kq_ratio=-1)
     with pytest.raises(UserError, match="teacher"):
         DSKDCrossAttentionObjective().configure(make_case().student_space, None)
+
+
+def overlaps(case: Case, b: int) -> torch.Tensor:
+    """Share of each student token's bytes that each teacher token covers, pair by pair."""
+    ends = []
+    for sequence, end in (
+        (case.student.sequence, case.alignment.student_end),
+        (case.teacher.sequence, case.alignment.teacher_end),
+    ):
+        mine = end[sequence == b].tolist()
+        ends.append(list(zip([0, *mine[:-1]], mine, strict=True)))
+    return torch.tensor(
+        [[len(set(range(*s)) & set(range(*t))) / max(1, s[1] - s[0]) for t in ends[1]] for s in ends[0]],
+        dtype=torch.float64,
+    )
+
+
+def test_byte_prior_adds_the_overlap_and_decays() -> None:
+    case = make_case()
+    attention = CrossModelAttention(byte_prior=2.0, byte_prior_batches=4)
+    attention.configure(case.student_space, case.teacher_space)
+    attention.double()
+    plain = CrossModelAttention()
+    plain.query = attention.query
+    for strength in (2.0, 1.5, 1.0, 0.5, 0.0, 0.0):
+        found, without = (a(case.student, case.teacher, case.alignment) for a in (attention, plain))
+        for b in range(int(case.student.sequence.max()) + 1):
+            i, j = case.student.sequence == b, case.teacher.sequence == b
+            n, m = int(i.sum()), int(j.sum())
+            prior = strength * (overlaps(case, b) + 1e-3).log()
+            scores = without.t2s[b, :n, :m].log() + prior
+            torch.testing.assert_close(found.t2s[b, :n, :m], scores.softmax(-1))
+            scores = without.s2t[b, :m, :n].log() + prior.T
+            torch.testing.assert_close(found.s2t[b, :m, :n], scores.softmax(-1))
+    attention.byte_prior_batches = None
+    mass = attention(case.student, case.teacher, case.alignment).pair_mass(case.alignment.pairs)
+    assert mass.mean() > 0.8
+
+
+def test_heads_initialisation_keeps_the_teachers_scale_and_labels_can_stay_out() -> None:
+    case = make_case()
+    objective = DSKDCrossAttentionObjective(initialization="heads", label_embedding=False)
+    objective.configure(case.student_space, case.teacher_space)
+    values = objective.attention.teacher_values(case.teacher, False, True)
+    torch.testing.assert_close(values, case.teacher.hidden.detach())
+    shared, partners = objective._shared_tokens()
+    S, T = case.student.head.weight.detach()[shared].T, case.teacher.head.weight.detach()[partners].T
+    torch.testing.assert_close(objective.t2s.matrix.detach().T.double(), T @ torch.linalg.pinv(S))
+    torch.testing.assert_close(objective.s2t.matrix.detach().T.double(), S @ torch.linalg.pinv(T))
+    with_label = objective.attention.teacher_values(case.teacher, True, False)
+    without = objective.attention.teacher_values(case.teacher, False, False)
+    targets = case.teacher.embeddings[case.teacher.labels]
+    torch.testing.assert_close(with_label - without, targets / targets.std())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"byte_prior": -1.0}, "byte_prior"), ({"byte_prior_batches": 0}, "byte_prior_batches")],
+)
+def test_impossible_priors_are_refused(options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        CrossModelAttention(**options)
