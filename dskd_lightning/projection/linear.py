@@ -39,11 +39,10 @@ class LinearProjector(nn.Linear):
         scale_inputs: divide the input by its root mean square.
 
     Attributes:
-        input_rms: ``[in_features]``, 1 until it is measured; saved with the weights. None without scaling.
+        input_rms: ``[in_features]``, 0 until it is measured; saved with the weights. None without scaling.
     """
 
     input_rms: Tensor | None
-    measured: Tensor | None
 
     def __init__(
         self,
@@ -55,16 +54,16 @@ class LinearProjector(nn.Linear):
         scale_inputs: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        for name, value in (("input_rms", torch.ones(in_features)), ("measured", torch.zeros(()))):
-            self.register_buffer(name, value.to(device) if scale_inputs else None)
-        self._waits = scale_inputs  # `measured`, without asking its device
+        rms = torch.zeros(in_features, device=device) if scale_inputs else None
+        self.register_buffer("input_rms", rms)
+        self._waits: bool | None = None  # what `input_rms` says, asked once: it may be on a device
         self._whole_step = False
         self._squares: Tensor | None = None  # [in_features + 1], sums of squares and number of rows
-        self.register_load_state_dict_post_hook(_read_measured)
+        self.register_load_state_dict_post_hook(_forget_measured)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[tokens, in_features]`` in any dtype to ``[tokens, out_features]``."""
-        if self._waits and self.training and torch.is_grad_enabled():
+        if self.waits and self.training and torch.is_grad_enabled():
             self._measure(hidden.detach())
         matrix = self.matrix.to(self.weight.dtype)
         return F.linear(hidden.to(matrix.dtype), matrix, self.bias)
@@ -72,7 +71,14 @@ class LinearProjector(nn.Linear):
     @property
     def matrix(self) -> Tensor:
         """``[out_features, in_features]``, what hidden states are multiplied with, scaling included."""
-        return self.weight if self.input_rms is None or self._waits else self.weight / self.input_rms
+        return self.weight if self.input_rms is None or self.waits else self.weight / self.input_rms
+
+    @property
+    def waits(self) -> bool:
+        """Whether the input is still to be measured."""
+        if self._waits is None:
+            self._waits = self.input_rms is not None and not bool(self.input_rms.any())
+        return self._waits
 
     def measure_whole_step(self) -> None:
         """Measure until `settle`: the same for any number of micro-batches and ranks."""
@@ -84,7 +90,7 @@ class LinearProjector(nn.Linear):
 
         The gradient of the weight becomes that of the weight times ``input_rms``.
         """
-        if not self._waits or self.input_rms is None or self.measured is None:
+        if not self.waits or self.input_rms is None:
             return
         sums = self.input_rms.new_zeros(self.in_features + 1) if self._squares is None else self._squares
         self._squares = None
@@ -98,7 +104,6 @@ class LinearProjector(nn.Linear):
         _local(self.weight).mul_(self.input_rms)
         if self.weight.grad is not None:
             _local(self.weight.grad).div_(self.input_rms)
-        self.measured.fill_(1)
         self._waits = False
 
     @torch.no_grad()
@@ -146,5 +151,5 @@ def _local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight.detach()
 
 
-def _read_measured(projector: LinearProjector, _: Any) -> None:
-    projector._waits = projector.measured is not None and not bool(projector.measured)
+def _forget_measured(projector: LinearProjector, _: Any) -> None:
+    projector._waits = None
