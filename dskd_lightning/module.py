@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.layer_choice import Calibration, decide_layers
 from dskd_lightning.models.loading import load_teacher, load_tokenizer
 from dskd_lightning.models.output import decoder_hidden, model_space, side
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
@@ -142,7 +143,9 @@ class DistillationModule(L.LightningModule):
         if self.student is not None:
             self._load_teachers(self.device)  # another stage may need whole teachers, or find a cache
             return
-        model, tokenizer = build_student(self.student_spec)
+        calibration = self._calibration()
+        self.student_spec = self._agreed(decide_layers(self.student_spec, calibration))
+        model, tokenizer = build_student(self.student_spec, calibration)
         student_space = model_space(model, tokenizer)
         needed = [o.needs_teacher for o in self._objectives()]
         self._load_teachers(student_space.head.weight.device)
@@ -159,6 +162,18 @@ class DistillationModule(L.LightningModule):
         self.checkpoint_names = self._trained_names()
         if self.device_mesh is not None:
             shard(self, self.device_mesh["data_parallel"])
+
+    def _calibration(self) -> Calibration | None:
+        """Training text to prune the student by, where there is any."""
+        datamodule: Any = None if self._trainer is None else cast("Any", self._trainer).datamodule
+        configured = datamodule is not None and "train" in getattr(datamodule, "stages", list)()
+        return datamodule.calibration if configured else None
+
+    def _agreed(self, spec: StudentSpec) -> StudentSpec:
+        """The first rank's student, since two devices may round scores differently."""
+        if self._trainer is None or self.trainer.world_size == 1 or spec == self.student_spec:
+            return spec
+        return cast("StudentSpec", self.trainer.strategy.broadcast(spec))
 
     def _load_teachers(self, device: torch.device) -> None:
         """Whole teachers or, where the datamodule keeps their hidden states, their heads on ``device``."""

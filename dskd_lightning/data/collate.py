@@ -130,3 +130,26 @@ def _alignment(student: Sequence[RenderedExample], teacher: Sequence[RenderedExa
             )
             base += turn.length + 1  # and the end of the turn
     return batch_alignments(moved)
+
+
+def token_batch(
+    examples: Sequence[RenderedExample], pad_id: int, device: torch.device | str = "cpu"
+) -> TokenBatch:
+    """One example a row, right-padded, for one model."""
+    shape = (len(examples), max(map(len, examples)))
+    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = example.input_ids
+        labels[row, : len(example)] = example.labels
+        mask[row, : len(example)] = 1
+    response = np.flatnonzero(labels != IGNORE_INDEX)
+    batch = TokenBatch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        attention_mask=torch.from_numpy(mask),
+        position_ids=torch.arange(shape[1]).expand(shape),
+        response=torch.from_numpy(response),
+        sequence=torch.from_numpy(response // shape[1]),
+    )
+    return batch.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,21 +15,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dskd_lightning.cache_dir import cache_dir as default_folder
 from dskd_lightning.data.batching import BatchSettings
 from dskd_lightning.data.chat import ChatRenderer
-from dskd_lightning.data.collate import Collator, TeacherHidden
+from dskd_lightning.data.collate import Collator, TeacherHidden, token_batch
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.preparation import PreparationSettings, prepare
-from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.data.prepared import PreparedDataset, conversation_row, rendered_example
 from dskd_lightning.data.sources import Source, resolve_sources
 from dskd_lightning.data.splits import split_indices
 from dskd_lightning.data.templates import split_reasoning
-from dskd_lightning.data.truncation import cut_left
+from dskd_lightning.data.truncation import cut_left, truncate
 from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loading import load_tokenizer
-from dskd_lightning.models.spec import StudentSpec, TeacherSpec
+from dskd_lightning.models.spec import ModelSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
+from dskd_lightning.structures import TokenBatch
 
 __all__ = ["InstructionDataModule", "Stage"]
 
@@ -39,6 +41,7 @@ _STAGES_OF: dict[str, tuple[Stage, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
+_TOGETHER = 8  # calibration examples of a batch
 _HUB_SPLIT: dict[Stage, str] = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
 
 
@@ -189,6 +192,27 @@ class InstructionDataModule(pl.LightningDataModule):
             example.prompt, example.place, tools=example.tools, reasoning=reasons
         )
         return cut_left(ids, self.max_prompt_length, renderer.bos_ids)
+
+    def calibration(self, spec: ModelSpec, count: int) -> list[TokenBatch]:
+        """Up to ``count`` training examples, evenly spaced, as the source of ``spec`` reads them itself.
+
+        Raises:
+            UserError: no example of the training data fits.
+        """
+        spec = replace(spec, tokenizer=None)  # of the weights, before the vocabulary is swapped
+        renderer = ChatRenderer.from_spec(load_tokenizer(spec), spec, self.special_tokens_in_text)
+        view = self.examples("train")
+        chosen = np.unique(np.linspace(0, len(view) - 1, min(count, len(view))).round().astype(int))
+        rendered = []
+        for index in chosen.tolist():
+            cut = truncate(
+                [renderer.render(view[index])], self.max_length, self.max_prompt_length, [renderer.bos_ids]
+            )
+            rendered += [rendered_example(conversation_row(part)) for part in cut.conversations]
+        if not rendered:
+            raise UserError("None of the training examples leaves room for its response: raise `max_length`.")
+        pad = _pad_id(renderer.tokenizer)
+        return [token_batch(rendered[i : i + _TOGETHER], pad) for i in range(0, len(rendered), _TOGETHER)]
 
     def prepare_data(self) -> None:
         """Fill the cache in one process, so that the others only map it."""

@@ -16,7 +16,7 @@ from dskd_lightning.data.checked_files import ArrowRows, read_array, read_report
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.structures import IGNORE_INDEX
 
-__all__ = ["PreparedDataset", "RenderedExample", "conversation_row"]
+__all__ = ["PreparedDataset", "RenderedExample", "conversation_row", "rendered_example"]
 
 _Ints = npt.NDArray[np.int32]
 _UNKNOWN, _ADDED, _END = 1, 2, 4
@@ -64,12 +64,14 @@ def _flags(spans: ByteSpans) -> npt.NDArray[np.uint8]:
     return (spans.unknown * _UNKNOWN + spans.added * _ADDED + spans.end * _END).astype(np.uint8)
 
 
-def _rendered(row: dict[str, Any]) -> RenderedExample:
-    tokens, ends, flags = row["tokens"], row["ends"], row["flags"]
+def rendered_example(row: dict[str, Any]) -> RenderedExample:
+    """The tokens of a row of `conversation_row`, or of one read back from the disk."""
+    tokens, ends = (np.asarray(row[name], np.int32) for name in ("tokens", "ends"))
+    flags = np.asarray(row["flags"], np.uint8)
+    counts = [np.asarray(row[name]).tolist() for name in ("prompts", "responses", "bytes")]
     labels = np.full(len(tokens) - 1, IGNORE_INDEX, np.int32)
     spans, position, used = [], 0, 0
-    turns = zip(row["prompts"].tolist(), row["responses"].tolist(), row["bytes"].tolist(), strict=True)
-    for prompt, response, length in turns:
+    for prompt, response, length in zip(*counts, strict=True):
         position += prompt
         labels[position - 1 : position + response - 1] = tokens[position : position + response]
         position += response
@@ -121,7 +123,7 @@ class PreparedDataset:
         for name in chunk.schema.names:
             value = chunk.column(name)[at]
             row[name] = value.as_py() if name == "normalized" else value.values.to_numpy(zero_copy_only=True)
-        return _rendered(row)
+        return rendered_example(row)
 
     def longest(self, indices: Sequence[int] | npt.NDArray[np.intp]) -> _Ints:
         """``[examples]``, tokens of each example for the model that needs most."""

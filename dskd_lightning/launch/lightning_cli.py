@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import yaml
@@ -29,6 +29,7 @@ from dskd_lightning.callbacks import (
 )
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import write_atomic
 from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.training.checkpoint_io import CPUCheckpointIO
@@ -54,6 +55,16 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Which layers a pruned student keeps was measured: later commands take the list."""
+        prune = cast("DistillationModule", pl_module).student_spec.prune
+        written = self.config.model.student.prune if prune is not None else None
+        if prune is not None and written is not None and written.layers != prune.layers:
+            written.layers = prune.layers
+            if trainer.is_global_zero:
+                path = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
+                write_atomic(path, self.parser.dump(self.config, skip_none=False))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         values = yaml.safe_load(self.parser.dump(self.config))

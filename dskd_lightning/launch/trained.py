@@ -68,9 +68,10 @@ def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> Distil
     settings = {"output": str(run), **options}
     arguments = [option(key.replace("__", "."), value) for key, value in settings.items()]
     cli = DistillationCLI(args=[f"--config={yaml.safe_dump(config)}", *arguments], run=False)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    cli.model.student_spec = student_spec_from_dict(state["student_spec"])  # its layers are counted out
     cli.model.configure_model()
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    cli.model.load_state_dict(state, strict=False)
+    cli.model.load_state_dict(state["state_dict"], strict=False)
     cli.model.eval()
     return cli
 

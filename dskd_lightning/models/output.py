@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
@@ -20,6 +20,7 @@ from dskd_lightning.structures import Head, ModelSpace, PaddedStatistics, Side, 
 __all__ = [
     "base_model",
     "decoder_hidden",
+    "decoder_layers",
     "decoder_of",
     "input_embeddings",
     "language_head",
@@ -56,6 +57,19 @@ def decoder_of(model: PreTrainedModel | PeftModel) -> Any:
     base = base_model(model)
     reading = stored_reading(base)
     return base.get_decoder() if reading is None else base.get_submodule(reading.decoder)
+
+
+def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
+    """The decoder's layers, the units in which a model is pruned and sharded.
+
+    Raises:
+        UserError: the decoder has no list of as many layers as its configuration says.
+    """
+    count = base_model(model).config.get_text_config().num_hidden_layers
+    for module in decoder_of(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(base_model(model)).__name__}: its decoder has no list of {count} layers.")
 
 
 def input_embeddings(model: PreTrainedModel | PeftModel) -> Tensor:

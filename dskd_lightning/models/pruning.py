@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.output import decoder_hidden, decoder_layers
 from dskd_lightning.models.spec import PruneSpec
+from dskd_lightning.structures import TokenBatch
 
 __all__ = ["evenly_spaced", "prune", "prune_feed_forward", "prune_layers"]
 
@@ -22,8 +24,13 @@ _log = logging.getLogger(__name__)
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 
-def prune(model: PreTrainedModel, spec: PruneSpec) -> PreTrainedModel:
+def prune(model: PreTrainedModel, spec: PruneSpec, batches: Sequence[TokenBatch] = ()) -> PreTrainedModel:
     """A smaller copy of ``model``, as ``spec`` says; the model itself stays as it is.
+
+    Args:
+        model: a causal language model without adapters.
+        spec: what to keep; a number of layers is spaced evenly here, see `decide_layers` for the others.
+        batches: text on which feed-forward units are weighed by what they do.
 
     Raises:
         UserError: a number out of range, or an architecture that can't be cut this way.
@@ -33,7 +40,7 @@ def prune(model: PreTrainedModel, spec: PruneSpec) -> PreTrainedModel:
         keep = evenly_spaced(spec.layers, total) if isinstance(spec.layers, int) else spec.layers
         model = prune_layers(model, keep)
     if spec.intermediate_size is not None:
-        model = prune_feed_forward(model, spec.intermediate_size)
+        model = prune_feed_forward(model, spec.intermediate_size, batches)
     return model
 
 
@@ -62,7 +69,7 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
     Raises:
         UserError: an index is wrong, or the architecture's configuration can't describe the result.
     """
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     keep = list(keep)
     if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= len(layers):
         raise UserError(
@@ -87,10 +94,19 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
 
 
 @torch.no_grad()
-def prune_feed_forward(model: PreTrainedModel, width: int) -> PreTrainedModel:
-    """A copy of ``model`` with feed-forward layers of ``width`` units, those of largest weight norm.
+def prune_feed_forward(
+    model: PreTrainedModel, width: int, batches: Sequence[TokenBatch] = ()
+) -> PreTrainedModel:
+    """A copy of ``model`` with feed-forward layers of ``width`` units, those that matter most.
 
-    The norm of a unit is the L2 norm of all weights into and out of it, gate included.
+    With text, a unit's weight is the root mean square of what it gives times the norm of the weights
+    that read it: the size of what it adds to the layer's output. Without, it is the norm of all weights
+    into and out of it, gate included.
+
+    Args:
+        model: a causal language model without adapters.
+        width: units to keep.
+        batches: text, on the model's device.
 
     Raises:
         UserError: ``width`` isn't below the present one, or the layers aren't of a known kind.
@@ -103,7 +119,8 @@ def prune_feed_forward(model: PreTrainedModel, width: int) -> PreTrainedModel:
     if not 1 <= width <= old:
         raise UserError(f"`prune.intermediate_size: {width}` must lie between 1 and the model's {old}.")
     model = copy.deepcopy(model)
-    for layer in _decoder_layers(model):
+    activity = _activity(model, old, batches) if batches else {}
+    for layer in decoder_layers(model):
         inward, outward = _feed_forward(layer, old)
         if not inward or len(outward) != 1:
             raise UserError(
@@ -111,9 +128,11 @@ def prune_feed_forward(model: PreTrainedModel, width: int) -> PreTrainedModel:
                 f"{type(layer).__name__} (mixtures of experts aren't supported)."
             )
         matrices = [part for linear in inward for part in _weight(linear).split(old)]
-        scores = torch.stack(
-            [part.float().square().sum(1) for part in [*matrices, _weight(outward[0]).T]]
-        ).sum(0)
+        read = _weight(outward[0]).T.float().square().sum(1)
+        if outward[0] in activity:
+            scores = activity[outward[0]] * read
+        else:
+            scores = torch.stack([*(part.float().square().sum(1) for part in matrices), read]).sum(0)
         units = scores.topk(width).indices.sort().values
         for linear in inward:
             _select_outputs(linear, torch.cat([units + old * i for i in range(_outputs(linear) // old)]))
@@ -124,13 +143,26 @@ def prune_feed_forward(model: PreTrainedModel, width: int) -> PreTrainedModel:
     return model
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    decoder = model.get_decoder()
-    count = model.config.get_text_config().num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers to prune.")
+def _activity(model: PreTrainedModel, width: int, batches: Sequence[TokenBatch]) -> dict[nn.Module, Tensor]:
+    """Sum of squares ``[width]`` of what each feed-forward layer's outgoing weights read."""
+    sums: dict[nn.Module, Tensor] = {}
+    real: Tensor | None = None
+
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0] if real is None else args[0][real]
+        squares = values.float().flatten(0, -2).square().sum(0)
+        sums[module] = sums[module] + squares if module in sums else squares
+
+    outward = [part for layer in decoder_layers(model) for part in _feed_forward(layer, width)[1][:1]]
+    hooks = [module.register_forward_pre_hook(add) for module in outward]
+    try:
+        for batch in batches:
+            real = None if batch.attention_mask is None else batch.attention_mask.bool()
+            decoder_hidden(model, batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return sums
 
 
 def _feed_forward(layer: nn.Module, width: int) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:

@@ -76,16 +76,22 @@ class LoraSpec:
 
 @dataclass
 class PruneSpec:
-    """A smaller student cut out of the source model.
+    r"""A smaller student cut out of the source model.
 
     Args:
-        layers: how many decoder layers to keep (evenly spaced, first and last included), or
-            the list of their indices; None keeps all.
-        intermediate_size: width of the feed-forward layers, the units of largest norm kept;
-            None keeps all.
+        layers: how many decoder layers to keep, or the list of their indices; None keeps all.
+        by: which ones: those of largest ``influence`` on the hidden states (ShortGPT, arXiv
+            2403.03853), those without which ``perplexity`` would suffer most (slower: one forward pass
+            for each layer left, again for every layer dropped), or ``even``\ ly spaced ones.
+        calibration: training examples on which that is measured.
+        intermediate_size: width of the feed-forward layers, the units kept that add most to the layers'
+            output on the calibration examples (with ``by: even`` or adapters, of largest weight norm); None
+            keeps all.
     """
 
     layers: int | list[int] | None = None
+    by: Literal["influence", "perplexity", "even"] = "influence"
+    calibration: int = 32
     intermediate_size: int | None = None
 
 

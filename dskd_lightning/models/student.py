@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.layer_choice import Calibration, decide_layers
 from dskd_lightning.models.loading import load_config, load_model
 from dskd_lightning.models.lora import add_lora
 from dskd_lightning.models.output import base_model, decoder_of, input_embeddings
@@ -17,18 +19,25 @@ from dskd_lightning.models.pruning import prune
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_causal, verify_head
+from dskd_lightning.structures import TokenBatch
 
 __all__ = ["build_student"]
 
 _log = logging.getLogger(__name__)
 
 
-def build_student(spec: StudentSpec) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerFast]:
+def build_student(
+    spec: StudentSpec, calibration: Calibration | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerFast]:
     """The student of ``spec`` and its tokenizer, in train mode.
 
     In this order: load or draw the weights, prune, swap the vocabulary, freeze or adapt,
     checkpoint activations, compile. A model that isn't its source any more has an empty
     ``name_or_path``, by which `export_student` knows to keep the base beside an adapter.
+
+    Args:
+        spec: the student.
+        calibration: text to prune by, where the spec doesn't say ``even`` or list its layers.
 
     Raises:
         UserError: the spec contradicts itself or the model can't be built from it.
@@ -38,7 +47,7 @@ def build_student(spec: StudentSpec) -> tuple[PreTrainedModel | PeftModel, PreTr
     tokenizer = load_tokenizer(spec)
     model = _random(spec, tokenizer) if spec.random_init else load_model(spec)
     if spec.prune is not None:
-        model = prune(model, spec.prune)
+        model = _pruned(model, spec, calibration)
     if spec.tokenizer is not None and not spec.random_init:
         _swap(model, spec, tokenizer)
     if spec.random_init or spec.prune is not None:
@@ -59,6 +68,16 @@ def build_student(spec: StudentSpec) -> tuple[PreTrainedModel | PeftModel, PreTr
     if spec.compile:
         decoder.compile(dynamic=True)  # in place: names of parameters stay as they are
     return student.train(), tokenizer
+
+
+def _pruned(model: PreTrainedModel, spec: StudentSpec, calibration: Calibration | None) -> PreTrainedModel:
+    decided = decide_layers(spec, calibration).prune
+    assert decided is not None
+    batches: Sequence[TokenBatch] = ()
+    # The checkpoint of an adapter lacks the base: what it lies on must be found again without the data.
+    if calibration is not None and decided.intermediate_size and decided.by != "even" and spec.lora is None:
+        batches = [batch.to(model.device) for batch in calibration(spec, decided.calibration)]
+    return prune(model.eval(), decided, batches)
 
 
 def _random(spec: StudentSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models import output
 
 __all__ = ["decoder_layers"]
 
@@ -22,15 +21,10 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     """
     layers: list[nn.Module] = []
     for model in _language_models(module):
-        decoder: Any = model.get_decoder()
-        count = model.config.get_text_config().num_hidden_layers
-        found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        if not found:
-            raise UserError(
-                f"{type(model).__name__} can't be sharded: its decoder has no list of {count} layers; "
-                "take `trainer.strategy: ddp`."
-            )
-        layers += found[0]
+        try:
+            layers += output.decoder_layers(model)
+        except UserError as error:
+            raise UserError(f"{str(error)[:-1]} to shard by; take `trainer.strategy: ddp`.") from error
     return layers
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dskd_lightning.data.batching import BatchSettings, plan_batches
-from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
+from dskd_lightning.data.collate import token_batch
+from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.output import decoder_hidden, language_head
 from dskd_lightning.runs.heartbeat import Progress
-from dskd_lightning.structures import TokenBatch
 from dskd_lightning.teacher_cache.codecs import bytes_per_token, decode, encode
 from dskd_lightning.teacher_cache.loss import StorageError
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest
@@ -37,27 +36,6 @@ _SAMPLED_ROWS = 64
 def shard_tokens(bytes_per_row: int) -> int:
     """Most response tokens of a shard: what a killed build may lose."""
     return max(1, min(_SHARD_TOKENS, _SHARD_BYTES // bytes_per_row))
-
-
-def token_batch(examples: Sequence[RenderedExample], pad_id: int, device: torch.device) -> TokenBatch:
-    """One example a row, right-padded, for one model."""
-    shape = (len(examples), max(map(len, examples)))
-    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, -100, np.int64)
-    mask = np.zeros(shape, np.int64)
-    for row, example in enumerate(examples):
-        ids[row, : len(example)] = example.input_ids
-        labels[row, : len(example)] = example.labels
-        mask[row, : len(example)] = 1
-    response = np.flatnonzero(labels != -100)
-    batch = TokenBatch(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        attention_mask=torch.from_numpy(mask),
-        position_ids=torch.arange(shape[1]).expand(shape),
-        response=torch.from_numpy(response),
-        sequence=torch.from_numpy(response // shape[1]),
-    )
-    return batch.to(device)
 
 
 class StateBuilder:

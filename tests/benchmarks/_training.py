@@ -43,7 +43,7 @@ def forwarded(a: argparse.Namespace) -> list[str]:
 
 def specs(a: argparse.Namespace) -> tuple[dl.TeacherSpec, dl.StudentSpec]:
     student = dl.StudentSpec(a.source, dtype="float32")
-    student.prune = PruneSpec(layers=a.layers)
+    student.prune = PruneSpec(layers=a.layers, by="even")
     return dl.TeacherSpec(a.source, dtype="bfloat16"), student
 
 

@@ -42,7 +42,7 @@ def case(name: str, a: argparse.Namespace) -> None:
     """Measure one case in this process."""
     teacher = dl.TeacherSpec(a.source, dtype="bfloat16")
     student = dl.StudentSpec(
-        a.source, tokenizer=a.tokenizer, dtype="float32", prune=PruneSpec(layers=a.layers)
+        a.source, tokenizer=a.tokenizer, dtype="float32", prune=PruneSpec(layers=a.layers, by="even")
     )
     student.chat_template = load_tokenizer(teacher).chat_template
     objective = GOLDObjective(

@@ -84,7 +84,7 @@ def main() -> None:
 def run(folder: Path, arguments: argparse.Namespace) -> None:
     if arguments.demo:
         teacher, student = dl.TeacherSpec("demo", dtype="bfloat16"), dl.StudentSpec("demo", dtype="float32")
-        student.prune, data = PruneSpec(layers=10), "demo"
+        student.prune, data = PruneSpec(layers=10, by="even"), "demo"
     else:
         place, other, data = made_up(folder, arguments.vocab, arguments.examples)
         teacher, student = dl.TeacherSpec(place, dtype="bfloat16"), dl.StudentSpec(other)

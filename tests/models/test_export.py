@@ -89,7 +89,7 @@ def test_merged_export_has_the_logits_of_the_live_model(model_folder, tied_folde
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("prune", [None, PruneSpec(layers=1, intermediate_size=20)])
+@pytest.mark.parametrize("prune", [None, PruneSpec(layers=1, by="even", intermediate_size=20)])
 @torch.no_grad()
 def test_kept_adapter_finds_its_base(model_folder, tmp_path, prune):
     model, tokenizer = student(model_folder(), lora=LoraSpec(rank=2), prune=prune)
@@ -156,7 +156,9 @@ def test_export_of_a_compiled_student_has_plain_names(model_folder, tmp_path):
 
 
 def test_exported_student_loads_without_this_library(model_folder, tmp_path):
-    model, tokenizer = student(model_folder(layers=4), lora=LoraSpec(rank=2), prune=PruneSpec(layers=2))
+    model, tokenizer = student(
+        model_folder(layers=4), lora=LoraSpec(rank=2), prune=PruneSpec(layers=2, by="even")
+    )
     folder = export_student(model, tokenizer, tmp_path / "out")
     code = (
         "import sys; sys.modules['dskd_lightning'] = None\n"
@@ -218,7 +220,7 @@ def test_adapters_that_rewrite_the_base_are_exported_as_trained(model_folder, tm
     torch.testing.assert_close(load.from_pretrained(folder)(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prune", [None, PruneSpec(layers=1)])
+@pytest.mark.parametrize("prune", [None, PruneSpec(layers=1, by="even")])
 @pytest.mark.parametrize("merge", [True, False])
 def test_the_exported_config_ends_at_the_templates_end_of_turn(model_folder, tmp_path, merge, prune):
     """A base model's config names the end of a document only, and chats would never stop."""

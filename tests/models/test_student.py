@@ -177,7 +177,7 @@ def test_random_weights_from_a_configuration(model_folder):
 
 
 def test_pruned_student_is_another_model_than_its_source(model_folder):
-    spec = StudentSpec(model_folder(layers=4), prune=PruneSpec(layers=2, intermediate_size=20))
+    spec = StudentSpec(model_folder(layers=4), prune=PruneSpec(layers=2, by="even", intermediate_size=20))
     model, _ = build_student(spec)
     assert model.config.num_hidden_layers == 2
     assert model.model.layers[1].mlp.down_proj.weight.shape == (16, 20)
