@@ -104,8 +104,14 @@ def export(
     ckpt_path: str = "best",
     merge: bool = True,
     overwrite: bool = False,
+    comparison: str | None = None,
+    push: str | None = None,
+    private: bool = True,
 ) -> None:
-    """Write a trained student as a plain Hugging Face folder.
+    """Write a trained student as a plain Hugging Face folder with a model card.
+
+    The card names teacher, data, objective and results; what only you know, such as licences, is
+    marked "to confirm".
 
     Args:
         run: the run folder.
@@ -113,13 +119,28 @@ def export(
         ckpt_path: best, last, or a checkpoint's path.
         merge: add the adapter to the weights; false writes a peft adapter instead.
         overwrite: replace a folder that is not empty.
+        comparison: folder of a ``dskd compare`` with the run, whose paired tests the card then has.
+        push: also upload to this repository (owner/name) of the Hub, with the token in $HF_TOKEN.
+        private: whether a repository that is made now is private.
     """
+    from dskd_lightning.files import write_atomic
+    from dskd_lightning.launch.card import model_card
+    from dskd_lightning.launch.push import hub_token, push_folder
     from dskd_lightning.launch.trained import load_trained
     from dskd_lightning.models.export import export_student
 
+    if push is not None:
+        hub_token()  # before anything is loaded
     model, tokenizer = load_trained(run, ckpt_path)
+    card = model_card(run, comparison)
     folder = export_student(model, tokenizer, target, merge=merge, overwrite=overwrite)
+    if card is None:
+        print(f"no model card: {run} has no config.yaml")
+    else:
+        write_atomic(folder / "README.md", card)
     print(f"student written to {folder}; load it with AutoModelForCausalLM.from_pretrained")
+    if push is not None:
+        print(f"uploaded to {push_folder(folder, push, private)}")
 
 
 def generate(

@@ -74,6 +74,7 @@ def test_export_is_a_plain_folder(trained, tmp_path):
     dskd("export", str(trained / "run"), str(tmp_path / "student"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert not any("lora" in name for name in model.state_dict())
+    assert "`DSKDObjective`" in (tmp_path / "student/README.md").read_text(encoding="utf-8")
     assert not any(
         "dskd" in file.read_text(errors="ignore") for file in (tmp_path / "student").glob("*.json")
     )
