@@ -30,6 +30,14 @@ from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
+from dskd_lightning.training.origin import (
+    StartingWeights,
+    check_origin,
+    check_tensors,
+    optimization_origin,
+    parts_of,
+    weight_sample,
+)
 from dskd_lightning.training.resuming import settle_progress
 
 __all__ = ["DistillationModule"]
@@ -82,6 +90,8 @@ class DistillationModule(L.LightningModule):
         joint_clipping: clip the student's and the projectors' gradients by their common norm, as
             published. By default ``gradient_clip_val`` holds for each of the two by itself, or projectors,
             whose gradients are many times larger at first, would leave the student hardly any.
+        weights_from: an earlier run's folder or checkpoint whose trained weights a fit starts from; its
+            student must fit, projectors that don't start anew, as do optimiser, schedule and data.
     """
 
     def __init__(
@@ -95,6 +105,7 @@ class DistillationModule(L.LightningModule):
         warmup_ratio: float = 0.1,
         min_lr_ratio: float = 0.0,
         joint_clipping: bool = False,
+        weights_from: str | None = None,
     ) -> None:
         super().__init__()
         self.student_spec = student
@@ -106,6 +117,9 @@ class DistillationModule(L.LightningModule):
         self.warmup_ratio = warmup_ratio
         self.min_lr_ratio = min_lr_ratio
         self.joint_clipping = joint_clipping
+        self.weights_from = weights_from
+        self._origin: dict[str, Any] = {}
+        self._resumed: tuple[dict[str, Any], object] | None = None
         self.student: Any = None
         self.teachers = nn.ModuleList()
         self.checkpoint_names: frozenset[str] = frozenset()
@@ -147,6 +161,12 @@ class DistillationModule(L.LightningModule):
         self.student_spec = self._agreed(decide_layers(self.student_spec, calibration))
         model, tokenizer = build_student(self.student_spec, calibration)
         student_space = model_space(model, tokenizer)
+        drawn = self.student_spec.random_init
+        self._origin = {"student": "" if drawn else weight_sample(student_space.head.weight)}
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        start = StartingWeights(self.weights_from) if self.weights_from is not None and fitting else None
+        if start is not None:
+            start.load(model, "student")
         needed = [o.needs_teacher for o in self._objectives()]
         self._load_teachers(student_space.head.weight.device)
         spaces: list[ModelSpace] = []
@@ -154,6 +174,10 @@ class DistillationModule(L.LightningModule):
             spaces.append(model_space(cast("Any", teacher), load_tokenizer(spec)))
         for index, objective in enumerate(self._objectives()):
             objective.configure(student_space, spaces[index] if needed[index] else None)
+        if start is not None:
+            start.load(self.objectives, "objectives")
+        self._origin["teacher"] = [weight_sample(space.head.weight) for space in spaces]
+        self._origin["objective or projector"] = parts_of(self.objectives)
         self.student, self.tokenizer = model, tokenizer
         for part in self.objectives.modules():
             if isinstance(part, LinearProjector):
@@ -367,6 +391,9 @@ class DistillationModule(L.LightningModule):
         else:
             steps = int(self.trainer.estimated_stepping_batches)
             scheduler = cosine_with_warmup(optimizer, steps, self.warmup_ratio, self.min_lr_ratio)
+        self._origin |= optimization_origin(optimizer, scheduler)
+        if self._resumed is not None:
+            check_origin(self._resumed[0], self._origin, self._resumed[1])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -389,18 +416,19 @@ class DistillationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["student_spec"] = asdict(self.student_spec)
+        trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
+        checkpoint["trained_with"] = {**self._origin, "set of trained parts": trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is not None and "loops" in checkpoint:
+        path = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path or "the checkpoint"
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
+            self._resumed = checkpoint.get("trained_with", {}), path
+            check_origin(self._resumed[0], {**self._origin, "set of trained parts": trained}, path)
             settle_progress(
                 checkpoint["loops"]["fit_loop"],
                 steps=checkpoint["global_step"],
                 accumulate=self.trainer.accumulate_grad_batches,
                 by_steps=self.trainer.max_steps != -1,
             )
-        missing = sorted(self.checkpoint_names - checkpoint["state_dict"].keys())
-        if missing:
-            raise UserError(
-                f"The checkpoint lacks {len(missing)} trained tensors of this configuration, the first "
-                f"is {missing[0]!r}; resume with the model and objective it was trained with."
-            )
+        check_tensors(checkpoint["state_dict"], self, self.checkpoint_names, path)

@@ -121,7 +121,7 @@ class DistillationLoader:
             raise UserError(
                 "The checkpoint was saved with other training data, seed, batch settings or number of "
                 "processes, so its place in the epoch is meaningless: restore those, or start from its "
-                "weights alone."
+                "weights alone with `--model.weights_from`."
             )
         self._resume = (int(state["epoch"]), int(state["position"]))
 

@@ -144,7 +144,17 @@ class DistillationCLI(LightningCLI):
                     f"--output: {output} already holds a run; resume it with `--ckpt_path last`, "
                     "start over with `--overwrite true`, or name another folder."
                 )
+            start = config.model.weights_from
+            if start and config.overwrite and Path(start).resolve().is_relative_to(output.resolve()):
+                raise UserError(
+                    f"--model.weights_from: {start} lies in {output}, where the new run starts over; "
+                    "name another --output."
+                )
             config.trainer.default_root_dir = str(output)
+
+    def before_fit(self) -> None:
+        if self.config[self.subcommand].get("ckpt_path") is not None:
+            self.model.weights_from = None  # the checkpoint holds what came of them
 
     def _resolve_checkpoint(self, config: Any, folder: Path) -> None:
         name = config.get("ckpt_path")
