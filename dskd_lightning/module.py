@@ -232,9 +232,8 @@ class DistillationModule(L.LightningModule):
     def _trained_names(self) -> frozenset[str]:
         adapter_only = self.student_spec.lora is not None and not self.student_spec.random_init
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        kept = set(dict.fromkeys(name for name in super().state_dict() if name.startswith("objectives.")))
-        if not adapter_only:
-            kept |= {name for name in super().state_dict() if name.startswith("student.")}
+        parts = ("objectives",) if adapter_only else ("objectives", "student")
+        kept = {f"{part}.{name}" for part in parts for name in getattr(self, part).state_dict()}
         return frozenset(trained | kept)
 
     @property
