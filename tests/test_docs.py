@@ -143,3 +143,13 @@ def test_positional_lists_follow_the_other_arguments() -> None:
         ["arc_easy", "piqa"],
         3,
     )
+
+
+def test_booleans_need_no_value() -> None:
+    def command(name: str, yes: bool = False, merge: bool = True) -> tuple[str, bool, bool]:
+        """Do."""
+        return name, yes, merge
+
+    assert run_function(command, ["a", "--yes"], "dskd") == ("a", True, True)
+    assert run_function(command, ["--yes", "--merge", "false", "a"], "dskd") == ("a", True, False)
+    assert run_function(command, ["a", "--yes", "true", "--merge"], "dskd") == ("a", True, True)

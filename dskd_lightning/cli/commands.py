@@ -11,9 +11,11 @@ __all__ = [
     "cache",
     "compare",
     "config",
+    "doctor",
     "export",
     "generate",
     "harness",
+    "init",
     "judge",
     "quickstart",
     "study",
@@ -96,6 +98,20 @@ def config(action: Literal["list", "show"], *names: str) -> None:
         raise UserError("dskd config show: name a config; `dskd config list` shows all of them.")
     for name in names:
         print(config_path(f"dskd:{name.removeprefix('dskd:')}").read_text(encoding="utf-8"), end="")
+
+
+def doctor(config: list[str]) -> int:
+    """Check everything that a run needs without training, and estimate its memory and time.
+
+    Models' sizes, tokenizers, data, objective, disk; no weight is loaded. The data are prepared,
+    as the run will need them. The exit status is 1 where something keeps the run from starting.
+
+    Args:
+        config: the YAML files of the run or dskd:NAME, as for ``dskd fit``.
+    """
+    from dskd_lightning.cli.planning_commands import run_doctor
+
+    return run_doctor(config)
 
 
 def export(
@@ -219,6 +235,33 @@ def harness(
     if output is not None:
         write_atomic(output, results + "\n")
     print(results)
+
+
+def init(
+    file: str = "dskd.yaml",
+    teacher: str | None = None,
+    student: str | None = None,
+    data: str | None = None,
+    output: str | None = None,
+    yes: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write a commented config for a teacher, a student and data; what isn't given is asked for.
+
+    Tokenizers decide the objective, sizes and free memory what is trained and in which batches.
+
+    Args:
+        file: the config to write.
+        teacher: a Hub id, a local folder, a GGUF file, or demo.
+        student: likewise.
+        data: an instruction file, a folder, a Hub dataset, or demo.
+        output: the run folder that the config names; left out, runs/ and the file's name.
+        yes: ask nothing: teacher, student and data must be given.
+        overwrite: replace an existing file.
+    """
+    from dskd_lightning.cli.planning_commands import run_init
+
+    run_init(file, teacher, student, data, output, yes, overwrite)
 
 
 def judge(

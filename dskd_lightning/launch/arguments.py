@@ -61,7 +61,7 @@ def run_function(function: Callable[..., object], arguments: Sequence[str], prog
 
     Parameters without a default are positional; lists of strings take any number of words, and a
     positional one follows the others, as do ``*words``.
-    ``--fail-if`` and ``--fail_if`` are the same option.
+    ``--fail-if`` and ``--fail_if`` are the same option, and so are ``--yes`` and ``--yes true``.
     """
     summary = (inspect.getdoc(function) or "").split("\n\n")[0]
     parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False)
@@ -74,7 +74,7 @@ def run_function(function: Callable[..., object], arguments: Sequence[str], prog
     words = _words_parameter(function)
     if words is not None:
         parser.add_argument(words, nargs="*", type=str, help=f"Any number of {words}.")
-    config = parser.parse_args([_underscored(argument) for argument in arguments])
+    config = parser.parse_args(_with_flags(function, [_underscored(argument) for argument in arguments]))
     values = parser.instantiate_classes(config).as_dict()
     rest = [] if words is None else values.pop(words)
     return function(*values.values(), *rest) if rest else function(**values)
@@ -90,6 +90,16 @@ def _list_parameters(function: Callable[..., object]) -> dict[str, bool]:
     parameters = inspect.signature(function).parameters.values()
     lists = (list[str], list[str] | None)
     return {p.name: p.default is inspect.Parameter.empty for p in parameters if hints.get(p.name) in lists}
+
+
+def _with_flags(function: Callable[..., object], arguments: Sequence[str]) -> list[str]:
+    """``true`` behind each option for a boolean that has no value of its own."""
+    flags = {f"--{name}" for name, hint in typing.get_type_hints(function).items() if hint is bool}
+    following = [*arguments[1:], "--"]
+    return [
+        f"{word}=true" if word in flags and after.startswith("-") else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _underscored(argument: str) -> str:
