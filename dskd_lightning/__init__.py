@@ -25,6 +25,7 @@ _HOMES = {
     "Head": "structures",
     "InstructionDataModule": "data",
     "JensenShannon": "functional",
+    "Loaded": "models.loaded",
     "LogitKDObjective": "objectives",
     "LoraSpec": "models.spec",
     "MinEditObjective": "objectives",

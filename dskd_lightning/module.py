@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.models.layer_choice import Calibration, decide_layers
-from dskd_lightning.models.loading import load_teacher, load_tokenizer
+from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.output import decoder_hidden, model_space, side
-from dskd_lightning.models.spec import StudentSpec, TeacherSpec
-from dskd_lightning.models.student import build_student
+from dskd_lightning.models.spec import Student, StudentSpec, Teacher, TeacherSpec
+from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.projection import LinearProjector
@@ -39,6 +39,9 @@ from dskd_lightning.training.origin import (
     weight_sample,
 )
 from dskd_lightning.training.resuming import settle_progress
+
+if TYPE_CHECKING:
+    from dskd_lightning.models.layer_choice import Calibration
 
 __all__ = ["DistillationModule"]
 
@@ -77,9 +80,9 @@ class DistillationModule(L.LightningModule):
     data parallelism do not change the result.
 
     Args:
-        student: the model to train.
+        student: the model to train, by its spec or `Loaded`.
         objective: what to minimise; one per teacher where there are several teachers.
-        teacher: the model to learn from; None for plain supervised fine-tuning.
+        teacher: the model to learn from, likewise; None for plain supervised fine-tuning.
         optimizer: makes the optimiser from parameter groups.
         lr_scheduler: makes a per-step scheduler from the optimiser; None takes linear warm-up
             and a cosine.
@@ -96,9 +99,9 @@ class DistillationModule(L.LightningModule):
 
     def __init__(
         self,
-        student: StudentSpec,
+        student: Student,
         objective: Objective | list[Objective],
-        teacher: TeacherSpec | list[TeacherSpec] | None = None,
+        teacher: Teacher | list[Teacher] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         projector_lr: float | None = 1e-3,
@@ -108,8 +111,9 @@ class DistillationModule(L.LightningModule):
         weights_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.student_spec = student
-        self.teacher_specs = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
+        self.student_spec: StudentSpec | Loaded = student
+        teachers = teacher if isinstance(teacher, list) else [teacher]
+        self.teacher_specs: list[TeacherSpec | Loaded] = [t for t in teachers if t is not None]
         self.objectives = nn.ModuleList(objective if isinstance(objective, list) else [objective])
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
@@ -157,11 +161,11 @@ class DistillationModule(L.LightningModule):
         if self.student is not None:
             self._load_teachers(self.device)  # another stage may need whole teachers, or find a cache
             return
-        calibration = self._calibration()
-        self.student_spec = self._agreed(decide_layers(self.student_spec, calibration))
-        model, tokenizer = build_student(self.student_spec, calibration)
+        model, tokenizer = self._build_student()
         student_space = model_space(model, tokenizer)
-        drawn = self.student_spec.random_init
+        student = self.student_spec
+        whole = isinstance(student, Loaded) or student.random_init  # its checkpoints lack nothing of it
+        drawn = whole and not isinstance(model, PeftModel)
         self._origin = {"student": "" if drawn else weight_sample(student_space.head.weight)}
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         start = StartingWeights(self.weights_from) if self.weights_from is not None and fitting else None
@@ -187,6 +191,15 @@ class DistillationModule(L.LightningModule):
         if self.device_mesh is not None:
             shard(self, self.device_mesh["data_parallel"])
 
+    def _build_student(self) -> tuple[Any, Any]:
+        if not isinstance(self.student_spec, StudentSpec):
+            self.student_spec.check_student(self.teacher_specs)
+            model, tokenizer = self.student_spec.build()
+            return model.train(), tokenizer
+        calibration = self._calibration()
+        self.student_spec = self._agreed(self.student_spec.decided(calibration))
+        return self.student_spec.build(calibration)
+
     def _calibration(self) -> Calibration | None:
         """Training text to prune the student by, where there is any."""
         datamodule: Any = None if self._trainer is None else cast("Any", self._trainer).datamodule
@@ -206,7 +219,7 @@ class DistillationModule(L.LightningModule):
         heads = self._cached_teachers()
         if heads is None:
             self.teachers = nn.ModuleList(
-                load_teacher(s).requires_grad_(False).eval() for s in self.teacher_specs
+                cast("Any", s.build()[0]).requires_grad_(False).eval() for s in self.teacher_specs
             )
         elif not self.teachers:
             self.teachers = nn.ModuleList(heads).to(device)
@@ -219,6 +232,12 @@ class DistillationModule(L.LightningModule):
         datamodule: Any = None if self._trainer is None else cast("Any", self._trainer).datamodule
         if getattr(datamodule, "teacher_cache", None) is None:
             return None
+        specs = [spec for spec in self.teacher_specs if isinstance(spec, TeacherSpec)]
+        if len(specs) < len(self.teacher_specs):
+            raise UserError(
+                "data.teacher_cache: a cache is known by its teacher's files, which one in memory lacks; set "
+                "it to null, or give a TeacherSpec."
+            )
         if any(o.needs_padded_statistics for o in self._objectives()):
             raise UserError(
                 "data.teacher_cache: the objective reads statistics of the padded layout, which a cache "
@@ -227,10 +246,10 @@ class DistillationModule(L.LightningModule):
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         learns = any(o.needs_teacher for o in self._objectives())
         stages = [s for s in datamodule.stages() if s != "predict" and (learns or s != "train")]
-        return ensure_caches(datamodule, self.teacher_specs, stages, required=fitting)
+        return ensure_caches(datamodule, specs, stages, required=fitting)
 
     def _trained_names(self) -> frozenset[str]:
-        adapter_only = self.student_spec.lora is not None and not self.student_spec.random_init
+        adapter_only = isinstance(self.student, PeftModel)
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         parts = ("objectives",) if adapter_only else ("objectives", "student")
         kept = {f"{part}.{name}" for part in parts for name in getattr(self, part).state_dict()}
@@ -414,7 +433,8 @@ class DistillationModule(L.LightningModule):
                 clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["student_spec"] = asdict(self.student_spec)
+        if isinstance(self.student_spec, StudentSpec):
+            checkpoint["student_spec"] = asdict(self.student_spec)
         trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
         checkpoint["trained_with"] = {**self._origin, "set of trained parts": trained}
 

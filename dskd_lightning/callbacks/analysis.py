@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 
 from dskd_lightning.alignment.exact import group_overlap
+from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
 from dskd_lightning.files import write_atomic
+from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.structures import DistillationBatch
 
 if TYPE_CHECKING:
@@ -61,11 +63,14 @@ class RepresentationAnalysis(L.Callback):
             yield batch.to(module.device)
 
     def _untrained(self, trainer: L.Trainer, module: DistillationModule) -> dict[str, float]:
-        from dskd_lightning.models.student import build_student
-
+        if not isinstance(module.student_spec, StudentSpec):
+            raise UserError(
+                "analysis.before: a student in memory was trained in place and can't be read as it was; set "
+                "it to false, or give a StudentSpec."
+            )
         trained = module.student
         try:
-            untrained: Any = build_student(module.student_spec)[0]
+            untrained: Any = module.student_spec.build()[0]
             module.student = untrained.to(module.device).eval()
             return representation_distances(module, self._read(trainer, module))
         finally:

@@ -20,6 +20,7 @@ from dskd_lightning.files import write_atomic
 from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.export import merged
 from dskd_lightning.models.fingerprint import weights_fingerprint
+from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.sources import resolve_source
 from dskd_lightning.runs.environment import collect_environment
@@ -102,13 +103,16 @@ class ResponseEvaluation(L.Callback):
             self._measure(student, "efficiency")
             del student
         if self.teacher_efficiency and module.teacher_specs:
+            spec: Any = module.teacher_specs[0]
             teacher: Any = module.teachers[0] if module.complete_teachers else None
             if teacher is None:
-                teacher = load_teacher(module.teacher_specs[0])
-                if not module.teacher_specs[0].quantization:  # which is on its device already
+                teacher = load_teacher(spec)
+                if not spec.quantization:  # which is on its device already
                     teacher = teacher.to(cast("Any", module.device))
-            source = resolve_source(module.teacher_specs[0].source)
-            files = source.gguf or (source.location if source.local else None)
+            files: str | Path | None = None
+            if not isinstance(spec, Loaded):
+                source = resolve_source(spec.source)
+                files = source.gguf or (source.location if source.local else None)
             self._measure(teacher, "teacher_efficiency", files)
 
     def _measure(self, model: Any, name: str, files: str | Path | None = None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.configs import config_path
 from dskd_lightning.launch.lightning_cli import DistillationCLI
+from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.teacher_cache.attach import cache_root, ensure_caches
 
@@ -36,5 +37,6 @@ def build_cache(config: list[str], output: str | None, dtype: str | None) -> Non
     settings = run.datamodule.teacher_cache or TeacherCacheSettings()
     changes: dict[str, Any] = {"folder": output, "dtype": dtype}
     settings = replace(settings, build=True, **{k: v for k, v in changes.items() if v is not None})
-    ensure_caches(run.datamodule, run.model.teacher_specs, run.datamodule.stages("fit"), settings)
+    teachers = cast("list[TeacherSpec]", run.model.teacher_specs)
+    ensure_caches(run.datamodule, teachers, run.datamodule.stages("fit"), settings)
     print(f"teacher cache complete in {cache_root(run.datamodule, settings)}")

@@ -21,6 +21,7 @@ from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.templates import ChatTemplate
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.spec import ModelSpec
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
@@ -98,7 +99,7 @@ class ChatRenderer:
 
     @classmethod
     def from_spec(
-        cls, tokenizer: Any, spec: ModelSpec | None, special_tokens_in_text: bool = False
+        cls, tokenizer: Any, spec: ModelSpec | Loaded | None, special_tokens_in_text: bool = False
     ) -> ChatRenderer:
         """The renderer of the model that ``spec`` describes."""
         if spec is None:

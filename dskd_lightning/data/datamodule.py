@@ -28,7 +28,7 @@ from dskd_lightning.data.truncation import cut_left, truncate
 from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loading import load_tokenizer
-from dskd_lightning.models.spec import ModelSpec, StudentSpec, TeacherSpec
+from dskd_lightning.models.spec import ModelSpec, Student, Teacher
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.structures import TokenBatch
 
@@ -85,8 +85,8 @@ class InstructionDataModule(pl.LightningDataModule):
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
-        student: StudentSpec | None = None,
-        teacher: TeacherSpec | list[TeacherSpec] | None = None,
+        student: Student | None = None,
+        teacher: Teacher | list[Teacher] | None = None,
         format: Format = "auto",
         system: str | None = None,
         val_split: float | int = 0,

@@ -30,6 +30,7 @@ from dskd_lightning.callbacks import (
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
+from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.training.checkpoint_io import CPUCheckpointIO
@@ -58,7 +59,8 @@ class _SaveConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Which layers a pruned student keeps was measured: later commands take the list."""
-        prune = cast("DistillationModule", pl_module).student_spec.prune
+        student = cast("DistillationModule", pl_module).student_spec
+        prune = student.prune if isinstance(student, StudentSpec) else None
         written = self.config.model.student.prune if prune is not None else None
         if prune is not None and written is not None and written.layers != prune.layers:
             written.layers = prune.layers

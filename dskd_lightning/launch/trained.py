@@ -89,7 +89,10 @@ def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
     path = find_checkpoint(run, ckpt_path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if "student_spec" not in checkpoint:
-        raise UserError(f"{path} was not written by DistillationModule: it names no student.")
+        raise UserError(
+            f"{path} names no student: it isn't DistillationModule's, or the student was in memory "
+            "(`Loaded`), which exports itself with `module.student.save_pretrained`."
+        )
     model, tokenizer = build_student(student_spec_from_dict(checkpoint["student_spec"]))
     weights = {
         key.removeprefix("student."): value

@@ -2,6 +2,7 @@
 
 from dskd_lightning.models.export import export_student
 from dskd_lightning.models.fingerprint import weights_fingerprint
+from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.loading import load_model, load_teacher
 from dskd_lightning.models.output import (
     base_model,
@@ -19,6 +20,7 @@ from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_causal, verify_head, verify_packing
 
 __all__ = [
+    "Loaded",
     "LoraSpec",
     "ModelSpec",
     "ParameterCount",

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,16 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_hidden, decoder_layers, language_head
 from dskd_lightning.models.pruning import evenly_spaced
-from dskd_lightning.models.spec import ModelSpec, StudentSpec
 from dskd_lightning.structures import TokenBatch
+
+if TYPE_CHECKING:
+    from dskd_lightning.models.spec import ModelSpec, StudentSpec
 
 __all__ = ["Calibration", "block_influence", "choose_layers", "decide_layers", "response_loss"]
 
 _log = logging.getLogger(__name__)
 
-Calibration = Callable[[ModelSpec, int], Sequence[TokenBatch]]
+Calibration = Callable[["ModelSpec", int], Sequence[TokenBatch]]
 """Batches of so many training examples, as the model of a spec reads them with its own tokenizer."""
 
 

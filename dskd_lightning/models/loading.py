@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -13,9 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.sources import Source, adapter_base, load_errors, quiet, resolve_source
-from dskd_lightning.models.spec import ModelSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_causal, verify_head
+
+if TYPE_CHECKING:
+    from dskd_lightning.models.spec import ModelSpec, TeacherSpec
 
 __all__ = ["load_config", "load_model", "load_teacher", "load_tokenizer"]
 

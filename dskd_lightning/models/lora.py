@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.models.spec import LoraSpec
+
+if TYPE_CHECKING:
+    from dskd_lightning.models.spec import LoraSpec
 
 __all__ = ["add_lora"]
 

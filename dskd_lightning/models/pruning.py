@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.output import decoder_hidden, decoder_layers
-from dskd_lightning.models.spec import PruneSpec
 from dskd_lightning.structures import TokenBatch
+
+if TYPE_CHECKING:
+    from dskd_lightning.models.spec import PruneSpec
 
 __all__ = ["evenly_spaced", "prune", "prune_feed_forward", "prune_layers"]
 

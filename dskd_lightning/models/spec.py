@@ -1,11 +1,18 @@
-"""What a config says of a model. Plain data: no model is loaded here."""
+"""What a config says of a model. Plain data; what builds models is imported as it is called."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["LoraSpec", "ModelSpec", "PruneSpec", "StudentSpec", "TeacherSpec"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from dskd_lightning.models.layer_choice import Calibration
+    from dskd_lightning.models.loaded import Loaded
+
+__all__ = ["LoraSpec", "ModelSpec", "PruneSpec", "Student", "StudentSpec", "Teacher", "TeacherSpec"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -53,6 +60,13 @@ class TeacherSpec(ModelSpec):
     adapter: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     weight: float = 1.0
+
+    def build(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The frozen teacher in eval mode, and its tokenizer; see `load_teacher`."""
+        from dskd_lightning.models.loading import load_teacher
+        from dskd_lightning.models.tokenizer import load_tokenizer
+
+        return load_teacher(self), load_tokenizer(self)
 
 
 @dataclass
@@ -114,3 +128,24 @@ class StudentSpec(ModelSpec):
     gradient_checkpointing: bool = False
     compile: bool = False
     random_init: bool = False
+
+    def decided(self, calibration: Calibration | None = None) -> StudentSpec:
+        """This spec with the layers to keep listed, measured on the calibration examples."""
+        from dskd_lightning.models.layer_choice import decide_layers
+
+        return decide_layers(self, calibration)
+
+    def build(
+        self, calibration: Calibration | None = None
+    ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerFast]:
+        """The student in train mode, and its tokenizer; see `build_student`."""
+        from dskd_lightning.models.student import build_student
+
+        return build_student(self, calibration)
+
+
+if TYPE_CHECKING:
+    Student = StudentSpec | Loaded
+    Teacher = TeacherSpec | Loaded
+else:  # what a command line can say
+    Student, Teacher = StudentSpec, TeacherSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -16,10 +17,12 @@ from dskd_lightning.models.loading import load_config, load_model
 from dskd_lightning.models.lora import add_lora
 from dskd_lightning.models.output import base_model, decoder_of, input_embeddings
 from dskd_lightning.models.pruning import prune
-from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_causal, verify_head
 from dskd_lightning.structures import TokenBatch
+
+if TYPE_CHECKING:
+    from dskd_lightning.models.spec import StudentSpec
 
 __all__ = ["build_student"]
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.sources import load_errors, quiet, resolve_source
-from dskd_lightning.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from dskd_lightning.models.spec import ModelSpec
 
 __all__ = ["load_tokenizer"]
 
@@ -19,7 +23,7 @@ _END_OF_TEXT = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", 
 """Common end-of-sequence tokens, tried where a bare ``tokenizer.json`` names none."""
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+def load_tokenizer(spec: ModelSpec | Loaded) -> PreTrainedTokenizerFast:
     """The fast tokenizer of ``spec``: its own, or the one that ``spec.tokenizer`` names instead.
 
     A missing padding token becomes the end-of-sequence token (logged; labels tell padding apart,
@@ -28,6 +32,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     Raises:
         UserError: no tokenizer there, none with a fast implementation, or no end of sequence.
     """
+    if isinstance(spec, Loaded):
+        return spec.tokenizer
     tokenizer = _load(spec, spec.source if spec.tokenizer is None else spec.tokenizer)
     _complete_special_tokens(tokenizer, spec)
     if spec.chat_template is not None:
