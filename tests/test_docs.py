@@ -20,7 +20,7 @@ from dskd_lightning.launch.configs import with_shipped_configs
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -34,7 +34,7 @@ def shown_commands() -> list[tuple[str, str]]:
     shown = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        lines = [line for block in _BLOCK.findall(text) for line in block.splitlines()]
+        lines = [line for block in _BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
         shown += [(page.name, line) for line in [*lines, *_INLINE.findall(text)]]
     for config in CONFIGS:
         for line in config.read_text(encoding="utf-8").splitlines():
