@@ -2,7 +2,8 @@
 
 Every objective against the CPU, whole training runs, generation, memory and speed; each check prints
 a line when it ends, and the table comes last. The package needn't be installed, and nothing is
-downloaded. ``--device cpu`` runs the same lines at small sizes, to find mistakes beforehand.
+downloaded. ``--device cpu`` and ``--device pretended`` (`pretended_gpu`) run the same lines at small
+sizes, to find mistakes beforehand.
 """
 
 from __future__ import annotations
@@ -110,12 +111,22 @@ def machine(device: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu", "pretended"), default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no check after this long")
     parser.add_argument("--each", type=int, default=120, help="most seconds of one check")
     parser.add_argument("--only", default="", help="checks whose names this regular expression finds")
     parser.add_argument("--json", type=Path, help="write the results here, after every check")
     a = parser.parse_args(arguments)
+    if a.device != "pretended":
+        return run_all(a)
+    from pretended_gpu import PretendedGpu
+
+    with PretendedGpu():
+        return run_all(a)
+
+
+def run_all(a: argparse.Namespace) -> int:
+    """Run the checks, print them, and return the exit status."""
     begin, results = time.perf_counter(), []
     title = machine(a.device)
     for name in ("lightning.pytorch", "dskd_lightning"):

@@ -1,4 +1,4 @@
-"""`make gpu-check` is dry-run on the CPU, so that it can't fail on a typo once a GPU is at hand."""
+"""`make gpu-check` is dry-run on a GPU that isn't there, so that no typo fails it once one is."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import pytest
 
 from tests import gpu_check
 
-SAMPLE = "^loss|train ETA, cached, LoRA|bf16-mixed DSKD|^generation|responses|resume|packing,|^fused|^step"
 
-
-def test_checks_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("part", ["^loss|^fused|^step", "^train", "^(?!loss|fused|step|train)"])
+def test_checks_run_on_the_pretended_gpu(part: str, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    status = gpu_check.main(["--device", "cpu", "--only", SAMPLE, "--json", str(path)])
+    status = gpu_check.main(["--device", "pretended", "--only", part, "--json", str(path)])
     found = json.loads(path.read_text())["checks"]
-    assert [f for f in found if f["outcome"] != "ok"] == []
+    assert [f for f in found if f["outcome"] not in ("ok", "skipped")] == []
     assert status == 0
-    assert len(found) > 35
-    assert f"0 of {len(found)} failed" in capsys.readouterr().out
+    assert found
+
+
+def test_a_check_runs_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--device", "cpu", "--only", "^bf16-mixed DSKD"]) == 0
+    assert "0 of 1 failed" in capsys.readouterr().out
 
 
 def test_a_broken_check_names_its_place_and_the_rest_goes_on() -> None:

@@ -37,12 +37,13 @@ class Setup:
     """What a check runs on.
 
     Args:
-        device: ``cuda`` or ``cpu``; on the latter sizes are small.
+        device: ``cuda``, ``cpu`` or ``pretended``, a GPU that isn't there; sizes are small on the last two.
     """
 
     def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        self.small = device == "cpu"
+        self.device = torch.device("cpu" if device == "cpu" else "cuda")
+        self.small = device != "cuda"
+        self.pretended = device == "pretended"
         self._folder = tempfile.TemporaryDirectory(prefix="gpu-check-")
         self.folder = Path(self._folder.name)
         self.source = cache(self._source)
@@ -52,7 +53,7 @@ class Setup:
         folder = self.folder / f"{tokenizer}-{hidden}-{seed}"
         fast = make_tokenizer(tokenizer, 400 if tokenizer == "bpe" else 420)
         fast.save_pretrained(folder)
-        make_model(len(fast), hidden).save_pretrained(folder)
+        make_model(len(fast), hidden, 1 if self.small else 2).save_pretrained(folder)
         return str(folder)
 
     @cached_property
@@ -104,9 +105,9 @@ class Setup:
         """A silent trainer on the device."""
         return L.Trainer(
             **{
-                "accelerator": "cpu" if self.small else "gpu", "devices": 1, "logger": False,
+                "accelerator": "cpu" if self.device.type == "cpu" else "gpu", "devices": 1, "logger": False,
                 "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-                "max_steps": 3, "num_sanity_val_steps": 0, **options,
+                "max_steps": 2 if self.small else 3, "num_sanity_val_steps": 0, **options,
             }
         )  # fmt: skip
 
