@@ -108,8 +108,8 @@ class LinearProjector(nn.Linear):
 
     @torch.no_grad()
     def _measure(self, hidden: Tensor) -> None:
-        squares = hidden.float().square().sum(0)
-        sums = torch.cat([squares, squares.new_tensor([len(hidden)])])
+        rows = hidden.flatten(0, -2).float()
+        sums = torch.cat([rows.square().sum(0), rows.new_full((1,), len(rows))])
         self._squares = sums if self._squares is None else self._squares + sums
         if not self._whole_step:
             self.settle()
