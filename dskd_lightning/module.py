@@ -203,8 +203,7 @@ class DistillationModule(L.LightningModule):
     def _calibration(self) -> Calibration | None:
         """Training text to prune the student by, where there is any."""
         datamodule: Any = None if self._trainer is None else cast("Any", self._trainer).datamodule
-        configured = datamodule is not None and "train" in getattr(datamodule, "stages", list)()
-        return datamodule.calibration if configured else None
+        return getattr(datamodule, "calibration", None) if getattr(datamodule, "trains", False) else None
 
     def _agreed(self, spec: StudentSpec) -> StudentSpec:
         """The first rank's student, since two devices may round scores differently."""

@@ -205,3 +205,13 @@ def test_projectors_and_student_are_clipped_apart(model_folder, tmp_path, joint)
         factors = (0.01 / whole, 0.01 / whole) if joint else (0.01 / student, 0.01 / projectors)
         assert clipped_student == pytest.approx(student * factors[0], rel=1e-3)
         assert clipped_projectors == pytest.approx(projectors * factors[1], rel=1e-3)
+
+
+def test_a_pruned_student_is_measured_on_training_data_before_any_training(model_folder, tmp_path):
+    _, data = make(model_folder, tmp_path)
+    spec = dl.StudentSpec(model_folder(seed=1, layers=3), prune=dl.PruneSpec(layers=2))
+    module = dl.DistillationModule(spec, dl.DSKDObjective(), dl.TeacherSpec(model_folder(hidden=24, seed=2)))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert len(module.student_spec.prune.layers) == 2
+    assert spec.prune.layers == 2

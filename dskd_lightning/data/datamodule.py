@@ -193,6 +193,11 @@ class InstructionDataModule(pl.LightningDataModule):
         )
         return cut_left(ids, self.max_prompt_length, renderer.bos_ids)
 
+    @property
+    def trains(self) -> bool:
+        """Whether there are training data, whatever the Trainer is doing."""
+        return self._configured("train")
+
     def calibration(self, spec: ModelSpec, count: int) -> list[TokenBatch]:
         """Up to ``count`` training examples, evenly spaced, as the source of ``spec`` reads them itself.
 

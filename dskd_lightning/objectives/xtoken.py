@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,27 @@ from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.structures import Alignment, ModelSpace, Side
 
 __all__ = ["XTokenHybridObjective", "XTokenProjectionObjective"]
+
+
+class _SparseProduct(torch.autograd.Function):
+    """``q @ matrix.T`` in q's own type, forward and backward: CUDA has no sparse products in half precision.
+
+    The gradient is asked for inside of autocast, which would put `torch.sparse.mm`'s own backward into half.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, q: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        return _SparseProduct._product(matrix, q)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor]:
+        return None, _SparseProduct._product(ctx.matrix.t(), upstream[0].to(ctx.matrix.dtype))
+
+    @staticmethod
+    def _product(matrix: Tensor, rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.sparse.mm(matrix, rows.T).T
 
 
 class XTokenProjectionObjective(PairedObjective):
@@ -58,8 +81,7 @@ class XTokenProjectionObjective(PairedObjective):
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         q = (pairs.student / self.temperature).softmax(-1)
-        with torch.autocast(q.device.type, enabled=False):  # sparse products in half precision are few
-            projected = self._project(q)
+        projected = self._project(q)
         tiny = torch.finfo(q.dtype).tiny
         log_q = projected.clamp(min=tiny).log()
         log_q = log_q - log_q.logsumexp(-1, keepdim=True)
@@ -75,7 +97,7 @@ class XTokenProjectionObjective(PairedObjective):
             spread = q.index_select(1, rows) * weights
             return q.new_zeros(len(q), size[0]).index_add(1, slots, spread)
         matrix = torch.sparse_coo_tensor(index, weights, size, is_coalesced=True, check_invariants=False)
-        return torch.sparse.mm(matrix, q.T).T
+        return cast("Tensor", _SparseProduct.apply(matrix, q))
 
     def diagnose(self, pairs: Pairs) -> dict[str, Tensor]:
         mass = (pairs.teacher / self.temperature).softmax(-1).index_select(-1, self.reached).sum()
