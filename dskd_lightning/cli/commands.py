@@ -123,6 +123,7 @@ def export(
     comparison: str | None = None,
     push: str | None = None,
     private: bool = True,
+    gguf: str | None = None,
 ) -> None:
     """Write a trained student as a plain Hugging Face folder with a model card.
 
@@ -138,6 +139,7 @@ def export(
         comparison: folder of a ``dskd compare`` with the run, whose paired tests the card then has.
         push: also upload to this repository (owner/name) of the Hub, with the token in $HF_TOKEN.
         private: whether a repository that is made now is private.
+        gguf: also write this GGUF file, in float16, for llama.cpp and what is built on it.
     """
     from dskd_lightning.files import write_atomic
     from dskd_lightning.launch.card import model_card
@@ -155,6 +157,10 @@ def export(
     else:
         write_atomic(folder / "README.md", card)
     print(f"student written to {folder}; load it with AutoModelForCausalLM.from_pretrained")
+    if gguf is not None:
+        from dskd_lightning.models.gguf_writing import write_gguf
+
+        print(f"GGUF file written to {write_gguf(model, tokenizer, gguf)}")
     if push is not None:
         print(f"uploaded to {push_folder(folder, push, private)}")
 

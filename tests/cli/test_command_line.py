@@ -71,8 +71,12 @@ def test_test_scores_the_best_checkpoint(trained):
 
 
 def test_export_is_a_plain_folder(trained, tmp_path):
-    dskd("export", str(trained / "run"), str(tmp_path / "student"))
+    file = tmp_path / "student.gguf"
+    dskd("export", str(trained / "run"), str(tmp_path / "student"), "--gguf", str(file))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    for name, weight in packed.state_dict().items():  # adapters merged in both
+        torch.testing.assert_close(weight, model.state_dict()[name].float(), rtol=1e-3, atol=1e-4)
     assert not any("lora" in name for name in model.state_dict())
     assert "`DSKDObjective`" in (tmp_path / "student/README.md").read_text(encoding="utf-8")
     assert not any(
