@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loaded import Loaded
@@ -28,7 +29,7 @@ from dskd_lightning.projection import LinearProjector
 from dskd_lightning.strategies import shard
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
-from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
+from dskd_lightning.training import RatioMeter, cosine_with_warmup, follow_schedule, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
 from dskd_lightning.training.origin import (
     StartingWeights,
@@ -310,6 +311,15 @@ class DistillationModule(L.LightningModule):
         metrics = {f"{k}_{i}": r for i, o in enumerate(outputs) for k, r in o.metrics.items()}
         return ObjectiveOutput(cast("Tensor", loss), outputs[0].tokens, terms, metrics)
 
+    def on_train_start(self) -> None:
+        """Take up what Lightning restores too early or too late."""
+        # Loaders that were built to count the steps, before the checkpoint's progress was read.
+        self.trainer.fit_loop._load_combined_loader_states()
+        if self._lr_scheduler is None:
+            for config in self.trainer.lr_scheduler_configs:
+                if isinstance(config.scheduler, LambdaLR):
+                    follow_schedule(config.scheduler)
+
     def on_train_batch_start(self, batch: DistillationBatch, batch_idx: int) -> None:
         """Seed dropout from the position in training: a resumed run draws what it would have."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
@@ -406,8 +416,13 @@ class DistillationModule(L.LightningModule):
         if self._lr_scheduler is not None:
             scheduler: Any = self._lr_scheduler(optimizer)
         else:
-            steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = cosine_with_warmup(optimizer, steps, self.warmup_ratio, self.min_lr_ratio)
+            steps = self.trainer.estimated_stepping_batches
+            if not 0 <= steps < float("inf"):
+                raise UserError(
+                    "trainer.max_epochs: the default schedule ends with training, so it must know where: set "
+                    "trainer.max_epochs or trainer.max_steps, or a model.lr_scheduler that needs no end."
+                )
+            scheduler = cosine_with_warmup(optimizer, int(steps), self.warmup_ratio, self.min_lr_ratio)
         self._origin |= optimization_origin(optimizer, scheduler)
         if self._resumed is not None:
             check_origin(self._resumed[0], self._origin, self._resumed[1])

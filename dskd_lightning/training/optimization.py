@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["cosine_with_warmup", "parameter_groups"]
+__all__ = ["cosine_with_warmup", "follow_schedule", "parameter_groups"]
 
 
 def parameter_groups(
@@ -56,3 +56,14 @@ def cosine_with_warmup(
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
+
+
+def follow_schedule(scheduler: LambdaLR) -> None:
+    """Set the rates of the scheduler's present step; a checkpoint holds those of a schedule that may
+    have ended elsewhere."""
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

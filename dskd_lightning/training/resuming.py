@@ -45,6 +45,9 @@ def settle_progress(loop: dict[str, Any], steps: int, accumulate: int, by_steps:
     for progress, processed in ((batches["total"], batches["total"]["processed"]), (current, done)):
         progress.update(ready=processed, started=processed, processed=processed, completed=processed - 1)
     batches["is_last_batch"] = False
+    for loader in loop["state_dict"].get("combined_loader", ()):
+        if "position" in loader:
+            loader["position"] = done  # it may have counted a batch that was handed out and not trained on
     if whole:
         for first, *path in _CURRENT_EPOCH_ONLY:
             progress = loop[first]
