@@ -19,6 +19,7 @@ _HOMES = {
     "DSKDTokenAlignmentObjective": "objectives",
     "DSKDv2Objective": "objectives",
     "DistillationBatch": "structures",
+    "DistillationCollator": "data",
     "DistillationModule": "module",
     "ForwardKL": "functional",
     "GOLDObjective": "objectives",

@@ -6,6 +6,7 @@ from dskd_lightning.data.collate import Collator, TeacherHidden
 from dskd_lightning.data.datamodule import InstructionDataModule, Stage
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.formats import Format, InvalidRecord, detect_format, parse_record
+from dskd_lightning.data.in_memory import DistillationCollator
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
@@ -19,6 +20,7 @@ __all__ = [
     "BatchSettings",
     "ChatRenderer",
     "Collator",
+    "DistillationCollator",
     "DistillationLoader",
     "Example",
     "ExampleView",

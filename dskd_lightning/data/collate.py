@@ -15,7 +15,7 @@ from dskd_lightning.data.batching import Batch
 from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
 from dskd_lightning.structures import IGNORE_INDEX, Alignment, DistillationBatch, TokenBatch
 
-__all__ = ["Collator", "TeacherHidden"]
+__all__ = ["Collator", "TeacherHidden", "collate", "token_batch"]
 
 
 class TeacherHidden(Protocol):
@@ -52,61 +52,98 @@ class Collator:
         filler = not rows
         rows = rows or [[int(self.dataset.longest(range(len(self.dataset))).argmin())]]
         indices = [index for row in rows for index in row]
-        sides = [
-            {index: self.dataset.rendered(index, model) for index in indices}
-            for model in range(len(self.pad_ids))
-        ]
-        tokens = [
-            self._tokens([[side[i] for i in row] for row in rows], pad, filler)
-            for side, pad in zip(sides, self.pad_ids, strict=True)
-        ]
-        student = [] if filler else [sides[0][i] for i in indices]
-        held = sum(len(example) for example in sides[0].values())
-        return DistillationBatch(
-            student=tokens[0],
-            examples=torch.tensor([] if filler else indices, dtype=torch.long),
-            response_bytes=torch.tensor(
-                [sum(turn.length for turn in example.spans) for example in student], dtype=torch.long
-            ),
-            teachers=tuple(tokens[1:]),
-            alignments=tuple(
-                None if same else _alignment(student, [] if filler else [side[i] for i in indices])
-                for side, same in zip(sides[1:], self.same_tokens, strict=True)
-            ),
-            teacher_hidden=tuple(
-                None if cache is None else _joined(cache, indices, filler) for cache in self.teacher_hidden
-            )
-            or (None,) * (len(tokens) - 1),
-            padding_share=1.0 - held / tokens[0].input_ids.numel(),
+        batch = collate(
+            [
+                [[self.dataset.rendered(index, model) for index in row] for row in rows]
+                for model in range(len(self.pad_ids))
+            ],
+            self.pad_ids,
+            self.same_tokens,
+            indices,
+            packing=self.packing,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            filler=filler,
         )
+        if not self.teacher_hidden:
+            return batch
+        hidden = tuple(
+            None if cache is None else _joined(cache, indices, filler) for cache in self.teacher_hidden
+        )
+        return replace(batch, teacher_hidden=hidden)
 
-    def _tokens(self, rows: list[list[RenderedExample]], pad_id: int, filler: bool) -> TokenBatch:
-        longest = max(sum(map(len, row)) for row in rows)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), width)
-        ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
-        positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        sequence, number = [], 0
-        for at, row in enumerate(rows):
-            start = 0
-            for example in row:
-                stop = start + len(example)
-                ids[at, start:stop] = example.input_ids
-                labels[at, start:stop] = IGNORE_INDEX if filler else example.labels
-                positions[at, start:stop] = np.arange(stop - start)
-                sequence.append(np.full(0 if filler else len(example.response), number))
-                start, number = stop, number + 1
-            mask[at, :start] = 1
-            # Packed rows take the padding for one more sequence; else positions simply go on.
-            positions[at, start:] = np.arange(width - start) + (0 if self.packing else start)
-        return TokenBatch(
-            input_ids=torch.from_numpy(ids),
-            labels=torch.from_numpy(labels),
-            attention_mask=None if self.packing else torch.from_numpy(mask),
-            position_ids=torch.from_numpy(positions),
-            response=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
-            sequence=torch.from_numpy(np.concatenate(sequence).astype(np.int64)),
-        )
+
+def collate(
+    models: Sequence[Sequence[Sequence[RenderedExample]]],
+    pad_ids: Sequence[int],
+    same_tokens: Sequence[bool],
+    examples: Sequence[int],
+    *,
+    packing: bool = False,
+    pad_to_multiple_of: int = 1,
+    filler: bool = False,
+) -> DistillationBatch:
+    """The batch of rendered examples, with which every source of data ends.
+
+    Args:
+        models: per model, the student first: rows of the examples that they hold, in the same order.
+        pad_ids: padding token of each model.
+        same_tokens: per teacher, whether it gets the student's very token ids; then nothing needs aligning.
+        examples: number of each example, row by row.
+        packing: rows hold several examples, told apart by position ids that restart.
+        pad_to_multiple_of: round the rows' length up, for tensor cores.
+        filler: nothing of the rows is learnt; the batch counts no examples.
+    """
+    tokens = [
+        _tokens(rows, pad, packing, pad_to_multiple_of, filler)
+        for rows, pad in zip(models, pad_ids, strict=True)
+    ]
+    flat = [[example for row in rows for example in row] for rows in models]
+    read = [[] if filler else side for side in flat]
+    return DistillationBatch(
+        student=tokens[0],
+        examples=torch.tensor([] if filler else examples, dtype=torch.long),
+        response_bytes=torch.tensor(
+            [sum(turn.length for turn in example.spans) for example in read[0]], dtype=torch.long
+        ),
+        teachers=tuple(tokens[1:]),
+        alignments=tuple(
+            None if same else _alignment(read[0], side)
+            for side, same in zip(read[1:], same_tokens, strict=True)
+        ),
+        teacher_hidden=(None,) * (len(tokens) - 1),
+        padding_share=1.0 - sum(map(len, flat[0])) / tokens[0].input_ids.numel(),
+    )
+
+
+def _tokens(
+    rows: Sequence[Sequence[RenderedExample]], pad_id: int, packing: bool, multiple: int, filler: bool
+) -> TokenBatch:
+    longest = max(sum(map(len, row)) for row in rows)
+    width = -(-longest // multiple) * multiple
+    shape = (len(rows), width)
+    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
+    positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    sequence, number = [], 0
+    for at, row in enumerate(rows):
+        start = 0
+        for example in row:
+            stop = start + len(example)
+            ids[at, start:stop] = example.input_ids
+            labels[at, start:stop] = IGNORE_INDEX if filler else example.labels
+            positions[at, start:stop] = np.arange(stop - start)
+            sequence.append(np.full(0 if filler else len(example.response), number))
+            start, number = stop, number + 1
+        mask[at, :start] = 1
+        # Packed rows take the padding for one more sequence; else positions simply go on.
+        positions[at, start:] = np.arange(width - start) + (0 if packing else start)
+    return TokenBatch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        attention_mask=None if packing else torch.from_numpy(mask),
+        position_ids=torch.from_numpy(positions),
+        response=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+        sequence=torch.from_numpy(np.concatenate(sequence).astype(np.int64)),
+    )
 
 
 def _joined(cache: TeacherHidden, indices: Sequence[int], filler: bool) -> Tensor:

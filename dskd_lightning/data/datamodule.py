@@ -27,9 +27,9 @@ from dskd_lightning.data.templates import split_reasoning
 from dskd_lightning.data.truncation import cut_left, truncate
 from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
-from dskd_lightning.models.loading import load_tokenizer
 from dskd_lightning.models.spec import ModelSpec, Student, Teacher
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
+from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
 from dskd_lightning.structures import TokenBatch
 
 __all__ = ["InstructionDataModule", "Stage"]
@@ -216,7 +216,7 @@ class InstructionDataModule(pl.LightningDataModule):
             rendered += [rendered_example(conversation_row(part)) for part in cut.conversations]
         if not rendered:
             raise UserError("None of the training examples leaves room for its response: raise `max_length`.")
-        pad = _pad_id(renderer.tokenizer)
+        pad = pad_token_id(renderer.tokenizer)
         return [token_batch(rendered[i : i + _TOGETHER], pad) for i in range(0, len(rendered), _TOGETHER)]
 
     def prepare_data(self) -> None:
@@ -309,7 +309,7 @@ class InstructionDataModule(pl.LightningDataModule):
         student, *teachers = self.renderers
         collator = Collator(
             view.dataset,
-            pad_ids=[_pad_id(renderer.tokenizer) for renderer in self.renderers],
+            pad_ids=[pad_token_id(renderer.tokenizer) for renderer in self.renderers],
             same_tokens=[renderer.fingerprint == student.fingerprint for renderer in teachers],
             packing=self.packing and training,
             pad_to_multiple_of=self.pad_to_multiple_of,
@@ -334,11 +334,6 @@ class InstructionDataModule(pl.LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         assert isinstance(progress, _ProcessedTracker)
         return progress.processed
-
-
-def _pad_id(tokenizer: Any) -> int:
-    pad: int | None = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
 
 
 def _check(max_length: int, max_prompt_length: int, max_tokens: int | None) -> None:

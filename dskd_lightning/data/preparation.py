@@ -27,7 +27,7 @@ from dskd_lightning.data.truncation import truncate
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.heartbeat import Progress
 
-__all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
+__all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples", "render_example"]
 
 _log = logging.getLogger(__name__)
 _VERSION = 3  # of the files' layout and of the rendering
@@ -153,7 +153,6 @@ def _write(
 ) -> None:
     counts: Counter[str] = Counter()
     lengths = array("i")  # 4 bytes a number
-    starts = [renderer.bos_ids for renderer in renderers]
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(_Writer(folder / f"{name}.arrow", schema))
@@ -164,16 +163,9 @@ def _write(
         ]
         for example in read_examples(sources, settings, counts):
             progress.done += 1
-            example = _as_models_read(example, renderers, counts)
-            learnt = example if example.response is not None else _with_placeholder(example)
-            rendered = [renderer.render(learnt) for renderer in renderers]
-            cut = truncate(rendered, settings.max_length, settings.max_prompt_length, starts)
-            counts["truncated prompts"] += cut.prompt
-            counts["truncated responses"] += cut.response
-            if not cut.conversations:
-                counts["skipped: no room for the response"] += 1
+            example, rows = render_example(example, renderers, settings, counts)
+            if not rows:
                 continue
-            rows = [conversation_row(conversation) for conversation in cut.conversations]
             lengths.extend(len(row["tokens"]) - 1 for row in rows)
             for writer, row in zip(writers, [asdict(example), *rows], strict=True):
                 writer.add(row)
@@ -186,6 +178,27 @@ def _write(
     np.save(folder / "lengths.npy", np.array(lengths, np.int32).reshape(-1, len(renderers)))
     streams = {writer.path.name: blocks_of(writer.path, writer.batches) for writer in writers}
     write_report(folder / "report.json", counts, [folder / "lengths.npy"], streams)
+
+
+def render_example(
+    example: Example,
+    renderers: Sequence[ChatRenderer],
+    settings: PreparationSettings,
+    counts: Counter[str],
+) -> tuple[Example, list[dict[str, Any]]]:
+    """``example`` as the models read it, and its tokens for each of them as `rendered_example` takes them.
+
+    No tokens where not one of the response has room; ``counts`` learns what was cut.
+    """
+    example = _as_models_read(example, renderers, counts)
+    learnt = example if example.response is not None else _with_placeholder(example)
+    rendered = [renderer.render(learnt) for renderer in renderers]
+    starts = [renderer.bos_ids for renderer in renderers]
+    cut = truncate(rendered, settings.max_length, settings.max_prompt_length, starts)
+    counts["truncated prompts"] += cut.prompt
+    counts["truncated responses"] += cut.response
+    counts["skipped: no room for the response"] += not cut.conversations
+    return example, [conversation_row(conversation) for conversation in cut.conversations]
 
 
 def _as_models_read(example: Example, renderers: Sequence[ChatRenderer], counts: Counter[str]) -> Example:

@@ -15,7 +15,7 @@ from dskd_lightning.models.sources import load_errors, quiet, resolve_source
 if TYPE_CHECKING:
     from dskd_lightning.models.spec import ModelSpec
 
-__all__ = ["load_tokenizer"]
+__all__ = ["load_tokenizer", "pad_token_id"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,12 @@ def load_tokenizer(spec: ModelSpec | Loaded) -> PreTrainedTokenizerFast:
     if spec.chat_template is not None:
         tokenizer.chat_template = _chat_template(spec.chat_template)
     return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The padding token, or the end of sequence where there is none: labels tell padding apart."""
+    pad: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def _load(spec: ModelSpec, source: str) -> PreTrainedTokenizerFast:

@@ -1,0 +1,92 @@
+"""Rows in memory give the batches that files give, and train in a plain Lightning loop."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dskd_lightning as dl
+from dskd_lightning.structures import DistillationBatch
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"count to {n}"},
+            {"role": "assistant", "content": "1 2 3 " * n},
+        ]
+    }
+    for n in range(1, 9)
+]
+
+
+def tensors(batch: DistillationBatch) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(value, name):
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                walk(item, f"{name}.{index}")
+        elif hasattr(value, "__dataclass_fields__"):
+            for field in value.__dataclass_fields__:
+                walk(getattr(value, field), f"{name}.{field}")
+
+    walk(batch, "")
+    return found
+
+
+@pytest.fixture
+def folders(model_folder):
+    return model_folder(seed=1), model_folder(hidden=24, seed=2, tokenizer="sentencepiece")
+
+
+def loaded(folder: str) -> dl.Loaded:
+    return dl.Loaded(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+
+
+def test_the_collator_and_the_data_module_make_the_same_batch(folders, tmp_path) -> None:
+    student, teacher = dl.StudentSpec(folders[0]), dl.TeacherSpec(folders[1])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = dl.InstructionDataModule(
+        str(file), student=student, teacher=teacher, max_length=40, max_prompt_length=16,
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    collator = dl.DistillationCollator(student, teacher, max_length=40, max_prompt_length=16)
+    expected = tensors(data._loader("train").collator([[i] for i in range(8)]))
+    for make in (collator, pickle.loads(pickle.dumps(collator))):
+        found = tensors(make(ROWS))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+    assert collator.report["truncated responses"] == data.report["train"]["truncated responses"] > 0
+
+
+def test_two_models_in_memory_distil_from_an_ordinary_loader(folders, tmp_path) -> None:
+    student, teacher = (loaded(folder) for folder in folders)
+    module = dl.DistillationModule(student, dl.DSKDTokenAlignmentObjective(), teacher)
+    before = {name: p.detach().clone() for name, p in student.model.named_parameters()}
+    loader = DataLoader(ROWS, batch_size=2, collate_fn=dl.DistillationCollator(student, teacher))
+    L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+              enable_progress_bar=False).fit(module, loader)  # fmt: skip
+    assert module.student is student.model
+    assert any(not torch.equal(p, before[name]) for name, p in student.model.named_parameters())
+    module.student.save_pretrained(tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"text": 3}, "batch"), ("no record", "instead of a JSON object"), ({"messages": []}, "batch:0")],
+)
+def test_rows_without_messages_are_one_sentence(folders, row, message) -> None:
+    collator = dl.DistillationCollator(dl.StudentSpec(folders[0]))
+    with pytest.raises(dl.UserError, match=message):
+        collator([row])
