@@ -96,7 +96,8 @@ def check_tensors(state: Mapping[str, Tensor], module: nn.Module, names: Iterabl
     """
     own = {name: tensor.shape for name, tensor in _tensors(module)}
     lacking = sorted(set(names) - state.keys())
-    other = [name for name, value in state.items() if name in own and own[name] != value.shape]
+    there = {name: value for name, value in state.items() if value is not None}  # all, on the first rank
+    other = [name for name, value in there.items() if name in own and own[name] != value.shape]
     strange = [name for name in state if name not in own]
     if not (lacking or other or strange):
         return
