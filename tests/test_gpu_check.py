@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pretended_gpu import PretendedGpu
 
 from tests import gpu_check
 
@@ -18,6 +19,14 @@ def test_checks_run_on_the_pretended_gpu(part: str, tmp_path: Path) -> None:
     assert [f for f in found if f["outcome"] not in ("ok", "skipped")] == []
     assert status == 0
     assert found
+
+
+def test_whole_runs_without_float64_and_sparse_tensors() -> None:
+    with PretendedGpu(float64=False):
+        checks = gpu_check.checks("pretended", "^train")
+        found = [gpu_check.run_one(name, check, 120) for name, check in checks]
+    assert [f for f in found if f.outcome != "ok"] == []
+    assert len(found) > 20
 
 
 def test_a_check_runs_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ class InstructionDataModule(pl.LightningDataModule):
         packing: put several training examples in one row of up to ``max_length`` tokens.
         pad_to_multiple_of: round row lengths up to a multiple of this.
         num_workers: processes that build batches ahead.
-        pin_memory: page-locked batches, for CUDA.
+        pin_memory: page-locked batches, which move to the device while it computes; None where CUDA is.
         seed: of splits and of the order.
         cache_dir: where prepared tokens are kept; None for ``data`` in `dskd_lightning.cache_dir`.
         teacher_cache: keep the teachers' hidden states on the disk, computed before the first
@@ -102,7 +102,7 @@ class InstructionDataModule(pl.LightningDataModule):
         packing: bool = False,
         pad_to_multiple_of: int = 1,
         num_workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool | None = None,
         seed: int = 42,
         cache_dir: str | None = None,
         teacher_cache: TeacherCacheSettings | None = None,

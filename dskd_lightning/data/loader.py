@@ -39,7 +39,7 @@ class DistillationLoader:
         rank: this process's.
         ranks: number of processes.
         num_workers: processes that build batches ahead; 0 builds them in this one.
-        pin_memory: page-locked batches, for CUDA.
+        pin_memory: page-locked batches; None where CUDA is.
         processed: number of batches of this epoch that training has finished. Without it, a
             batch counts as finished when it was handed out.
     """
@@ -55,12 +55,13 @@ class DistillationLoader:
         rank: int = 0,
         ranks: int = 1,
         num_workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool | None = None,
         processed: Callable[[], int] | None = None,
     ) -> None:
         self.collator, self.indices, self.settings = collator, indices, settings
         self.shuffle, self.seed, self.rank, self.ranks = shuffle, seed, rank, ranks
-        self.num_workers, self.pin_memory, self._processed = num_workers, pin_memory, processed
+        self.num_workers, self._processed = num_workers, processed
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.epoch = 0
         self._lengths = collator.dataset.longest(indices)
         self._position = 0

@@ -50,7 +50,7 @@ def named_scaling(config: Any) -> tuple[float, float | None]:
     return float(scale) / float(getattr(config, "logits_scaling", None) or 1.0), cap
 
 
-@torch.no_grad()
+@torch.no_grad()  # in float64, which not every device has, on the CPU
 def measure_head(model: PreTrainedModel, ids: Tensor) -> HeadReading | None:
     """Run ``model``, in eval mode, on ``ids`` ``[1, tokens]`` and keep with it how its head is read.
 
@@ -66,7 +66,9 @@ def measure_head(model: PreTrainedModel, ids: Tensor) -> HeadReading | None:
         return None
     tolerance = 1e-4 if seen.logits.dtype == ramp.products.dtype == torch.float32 else 1e-2
     numbers = _numbers(model.config.get_text_config())
-    fitted = _fit(ramp.products.double().flatten(), ramp.logits.double().flatten(), numbers, tolerance)
+    fitted = _fit(
+        ramp.products.cpu().double().flatten(), ramp.logits.cpu().double().flatten(), numbers, tolerance
+    )
     if fitted is None:
         return None
     scale, cap = fitted
@@ -127,13 +129,13 @@ def _removed(handle: Any) -> Iterator[None]:
 def _decoder_and_factor(model: PreTrainedModel, seen: _Run) -> tuple[str, float] | None:
     """The module whose states are the head's input up to a factor: `get_decoder` if it is one."""
     assert seen.head_input is not None
-    target = seen.head_input.double()
+    target = seen.head_input.cpu().double()
     usual = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
     names = [usual, *reversed(seen.hidden)]  # the outermost ends last
     for name in names:
         if name not in seen.hidden or seen.hidden[name].shape != target.shape:
             continue
-        hidden = seen.hidden[name].double()
+        hidden = seen.hidden[name].cpu().double()
         factor = float((hidden * target).sum() / hidden.square().sum())
         tolerance = 1e-5 if target.dtype == seen.hidden[name].dtype == torch.float32 else 1e-2
         if torch.allclose(factor * hidden, target, rtol=tolerance, atol=tolerance * float(target.std())):
@@ -143,9 +145,9 @@ def _decoder_and_factor(model: PreTrainedModel, seen: _Run) -> tuple[str, float]
 
 def _ramp(products: Tensor) -> Tensor:
     """Numbers of both signs and all sizes, in the shape of ``products``."""
-    sizes = torch.logspace(-3, 4, products.numel(), device=products.device, dtype=torch.float64)
-    signs = 1 - 2 * (torch.arange(products.numel(), device=products.device) % 2)
-    return (sizes * signs).to(products.dtype).reshape(products.shape)
+    sizes = torch.logspace(-3, 4, products.numel(), device="cpu", dtype=torch.float64)
+    signs = 1 - 2 * (torch.arange(products.numel(), device="cpu") % 2)
+    return (sizes * signs).to(products).reshape(products.shape)
 
 
 def _fit(

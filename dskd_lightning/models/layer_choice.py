@@ -58,7 +58,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
             real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             tokens += int(real.sum())
             for index, cosine in seen.items():
-                sums[index] += float((1 - cosine)[real.bool()].double().cpu().sum())
+                sums[index] += float((1 - cosine)[real.bool()].cpu().double().sum())
     finally:
         for handle in hooks:
             handle.remove()

@@ -102,28 +102,29 @@ class ALMObjective(CrossTokenizerObjective):
             read_t = self._read("teacher", teacher, self._chunk(student, teacher))
         logs, kept = [], torch.ones(aligned.groups, dtype=torch.bool, device=student.labels.device)
         for read, group in ((read_s, aligned.student_group), (read_t, aligned.teacher_group)):
-            rows = (group >= 0).nonzero().squeeze(1)
-            total = read.new_zeros(aligned.groups).index_add(0, group[rows], read[rows, 0])
+            slots = group.where(group >= 0, aligned.groups)  # the last takes those without a group
+            total = read.new_zeros(aligned.groups + 1).index_add(0, slots, read[:, 0])[:-1]
             logs.append(total / self.temperature)
             if self.bias_threshold is not None:
-                last = group.new_zeros(aligned.groups).scatter_reduce(0, group[rows], rows, "amax")
+                places = torch.arange(len(group), device=group.device)
+                last = group.new_zeros(aligned.groups + 1).scatter_reduce(0, slots, places, "amax")[:-1]
                 kept &= read[last, 1].detach() <= self.bias_threshold
         log_q, log_p = (log[kept] for log in logs)
         each = bernoulli_kl(log_p, log_q) if self.divergence == "bernoulli_kl" else (log_p - log_q).abs()
         kd = self.weight * each.sum()
         ce = -read_s[:, 0].sum()
         loss = (1 - self.kd_ratio) * ce + self.kd_ratio * kd
-        tokens = student.labels.new_tensor(len(student))
+        tokens = student.labels.new_full((), len(student))
         covered = (aligned.student_group >= 0) & torch.cat([kept, kept.new_zeros(1)])[aligned.student_group]
         metrics = self.alignment_metrics(student, alignment, covered)
-        metrics["chunks_kept"] = Ratio(kept.sum(), tokens.new_tensor(aligned.groups))
+        metrics["chunks_kept"] = Ratio(kept.sum(), tokens.new_full((), aligned.groups))
         for name, read in (("student", read_s.detach()), ("teacher", read_t)):
-            count = tokens.new_tensor(len(read))
+            count = tokens.new_full((), len(read))
             metrics[f"{name}_accuracy"] = Ratio(read[:, 2].sum(), count)
             metrics[f"{name}_entropy"] = Ratio(read[:, 3].sum(), count)
         pairs = aligned.pairs
         agree = read_s[pairs[:, 0], 2].detach() * read_t[pairs[:, 1], 2]
-        metrics["agreement"] = Ratio(agree.sum(), tokens.new_tensor(len(pairs)))
+        metrics["agreement"] = Ratio(agree.sum(), tokens.new_full((), len(pairs)))
         terms = {"ce": Ratio(ce.detach(), tokens), "kd": Ratio(kd.detach(), tokens)}
         return ObjectiveOutput(loss, tokens, terms, metrics)
 

@@ -107,19 +107,18 @@ class CrossTokenizerObjective(DistillationObjective):
             ``vocabulary_coverage`` (student tokens with a counterpart in the teacher's vocabulary),
             ``unaligned_examples`` (examples none of whose positions KD read).
         """
-        tokens = student.labels.new_tensor(len(student))
+        tokens = student.labels.new_full((), len(student))
         metrics = {}
         if alignment is not None:
-            metrics["alignment_ratio"] = Ratio(tokens.new_tensor(len(alignment.pairs)), tokens)
+            metrics["alignment_ratio"] = Ratio(tokens.new_full((), len(alignment.pairs)), tokens)
             metrics["group_ratio"] = Ratio((alignment.student_group >= 0).sum(), tokens)
         if self.student_to_teacher is not None:
             known = self.student_to_teacher[student.labels] >= 0
             metrics["vocabulary_coverage"] = Ratio(known.sum(), tokens)
         if covered is not None:
-            last = int(student.sequence[-1]) + 1 if len(student) else 0
-            present, read = (
-                torch.bincount(part, minlength=last) > 0
-                for part in (student.sequence, student.sequence[covered])
-            )
-            metrics["unaligned_examples"] = Ratio((present & ~read).sum(), present.sum())
+            first = torch.ones_like(covered)
+            first[1:] = student.sequence[1:] != student.sequence[:-1]
+            read = tokens.new_zeros(len(student)).index_add(0, first.cumsum(0) - 1, covered.to(tokens.dtype))
+            examples = first.sum()
+            metrics["unaligned_examples"] = Ratio(examples - (read > 0).sum(), examples)
         return metrics

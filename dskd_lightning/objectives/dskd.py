@@ -117,7 +117,7 @@ def dual_space_output(
     ``t2s_agreement`` and ``s2t_agreement`` are the shares of positions at which a model's hidden
     states, projected and read by the other's head, choose as the model itself does.
     """
-    tokens = student.labels.new_tensor(len(student))
+    tokens = student.labels.new_full((), len(student))
     terms = {"ce": t2s["ce"], "t2s_ce": t2s["t2s_ce"], "t2s_kd": t2s["t2s_kd"], "s2t_kd": s2t["s2t_kd"]}
     terms["kd"] = terms["t2s_ce"] + terms["t2s_kd"] + terms["s2t_kd"]
     gold, choice = student.labels, s2t["teacher_choice"]

@@ -160,9 +160,9 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             terms["kq"] = kq.detach()
             terms["kd"] = terms["kd"] + self.kq_ratio * terms["kq"]
             for name, (total, count) in extra.items():
-                metrics[name] = Ratio(total, student.labels.new_tensor(count))
+                metrics[name] = Ratio(total, student.labels.new_full((), count))
         metrics |= self._agreement(stats, s2t_stats, answers, len(teacher), alignment)
-        tokens = student.labels.new_tensor(len(student))
+        tokens = student.labels.new_full((), len(student))
         return ObjectiveOutput(loss, tokens, {k: Ratio(v, tokens) for k, v in terms.items()}, metrics)
 
     def _metrics(
@@ -174,7 +174,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         reads: Tensor,
         stats: dict[str, Tensor],
     ) -> dict[str, Ratio]:
-        tokens, answers = (student.labels.new_tensor(len(side)) for side in (student, answering))
+        tokens, answers = (student.labels.new_full((), len(side)) for side in (student, answering))
         metrics = self.alignment_metrics(student, alignment, reads)
         metrics["student_accuracy"] = Ratio((stats["student_choice"] == student.labels).sum(), tokens)
         metrics["student_entropy"] = Ratio(stats["student_entropy"], tokens)
@@ -184,7 +184,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             metrics[name] = Ratio(stats[name], answers)
         if alignment is not None:
             mass = attention.pair_mass(alignment.pairs)
-            metrics["partner_attention"] = Ratio(mass.sum(), tokens.new_tensor(len(mass)))
+            metrics["partner_attention"] = Ratio(mass.sum(), tokens.new_full((), len(mass)))
         return metrics
 
     def _agreement(
@@ -214,7 +214,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             "t2s_agreement": stats["t2s_choice"][i] == wanted,
             "s2t_agreement": s2t_stats["s2t_choice"][j] == self.student_to_teacher[student],
         }
-        return {name: Ratio(same.sum(), i.new_tensor(len(i))) for name, same in shares.items()}
+        return {name: Ratio(same.sum(), i.new_full((), len(i))) for name, same in shares.items()}
 
 
 def _take(side: Side, rows: Tensor) -> Side:

@@ -139,7 +139,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             "s2t_kd": s2t["s2t_kd"] * per_pair,
         }
         terms["kd"] = terms["t2s_ce"] + terms["t2s_kd"] + terms["s2t_kd"]
-        count = student.labels.new_tensor(tokens)
+        count = student.labels.new_full((), tokens)
         metrics = self.alignment_metrics(student, alignment, targets >= 0)
         metrics |= self._metrics(student, i, labels, stats, s2t, len(aligned.pairs))
         return ObjectiveOutput(
@@ -155,7 +155,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         s2t: dict[str, Tensor],
         aligned: int,
     ) -> dict[str, Ratio]:
-        tokens, pairs, all_pairs = (i.new_tensor(n) for n in (len(student), len(i), aligned))
+        tokens, pairs, all_pairs = (i.new_full((), n) for n in (len(student), len(i), aligned))
         choice, gold = stats["student_choice"], student.labels
         metrics = {
             "student_accuracy": Ratio((choice == gold).sum(), tokens),

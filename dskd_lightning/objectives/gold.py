@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,9 @@ def group_starts(student: Side, alignment: Alignment) -> Tensor:
 
 def _firsts(group: Tensor, groups: int) -> Tensor:
     """``[groups]``, first position of each group."""
-    rows = (group >= 0).nonzero().squeeze(1)
-    return group.new_full((groups,), len(group)).scatter_reduce(0, group[rows], rows, "amin")
+    slots = group.where(group >= 0, groups)  # the last takes those without a group: no size to wait for
+    places = torch.arange(len(group), device=group.device)
+    return group.new_full((groups + 1,), len(group)).scatter_reduce(0, slots, places, "amin")[:groups]
 
 
 def measure_divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -45,8 +48,7 @@ def measure_divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
         return (p * (log_p - log_q)).sum(-1)
     if beta == 1.0:
         return (q * (log_q - log_p)).sum(-1)
-    shares = log_p.new_tensor([beta, 1 - beta]).log()
-    log_m = torch.logaddexp(log_p + shares[0], log_q + shares[1])
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
     return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
 
 

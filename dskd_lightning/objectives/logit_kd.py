@@ -40,7 +40,7 @@ class LogitKDObjective(SameVocabularyObjective):
             memory_budget_mb=self.memory_budget_mb,
         )
         stats = fused.stats
-        tokens = student.labels.new_tensor(len(student))
+        tokens = student.labels.new_full((), len(student))
         ours, theirs = stats["student_choice"], stats["teacher_choice"]
         metrics = {
             "student_accuracy": (ours == student.labels).sum(),

@@ -88,7 +88,7 @@ class PairedObjective(CrossTokenizerObjective):
             memory_budget_mb=self.memory_budget_mb,
             copies=self.vocabulary_copies,
         )
-        tokens = student.labels.new_tensor(len(student))
+        tokens = student.labels.new_full((), len(student))
         pairs = (position >= 0).sum()
         counts = {"student_accuracy": tokens, "student_entropy": tokens}
         names = ("teacher_accuracy", "teacher_entropy", "agreement", *self.diagnostics)

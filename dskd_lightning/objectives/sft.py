@@ -32,7 +32,7 @@ class SFTObjective(Objective):
         fused = fused_distillation(
             student.hidden, student.head, labels=student.labels, memory_budget_mb=self.memory_budget_mb
         )
-        tokens = student.labels.new_tensor(len(student))
+        tokens = student.labels.new_full((), len(student))
         hits = (fused.stats["student_choice"] == student.labels).sum()
         return ObjectiveOutput(
             fused.loss,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dskd_lightning.functional.precision import float64_place
 from dskd_lightning.projection.pseudo_inverse import cross_gram, inverse_gram
@@ -39,7 +40,7 @@ class HeadMap(nn.Module):
         # Not a buffer: `module.to(torch.bfloat16)` would ruin it.
         self._inverse = inverse_gram(target.weight[target_tokens])
         self._map: Tensor | None = None
-        self._made_of: tuple[weakref.ref[Tensor], int] | None = None
+        self._made_of: tuple[weakref.ref[Tensor], int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None, "_made_of": None}  # weak references don't pickle
@@ -59,13 +60,31 @@ class HeadMap(nn.Module):
             self._inverse = self._inverse.to(place)
             matrix = shared.to(place).double() @ self._inverse * (source.scale / target.scale)
             self._map = matrix.to(shared.dtype).to(shared.device)
-            self._made_of = weakref.ref(source.weight), source.weight._version
+            self._made_of = (
+                weakref.ref(source.weight),
+                source.weight._version,
+                _optimizer_steps(source.weight),
+            )
         return self._map
 
     def _stale(self, weight: Tensor) -> bool:
-        if weight.requires_grad and torch.distributed.is_available() and torch.distributed.is_initialized():
-            return True  # sharded strategies write behind the version counter's back
         if self._made_of is None:
             return True
-        reference, version = self._made_of
-        return reference() is not weight or weight._version != version
+        reference, *state = self._made_of
+        return reference() is not weight or state != [weight._version, _optimizer_steps(weight)]
+
+
+_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+# 8-bit optimisers and sharded strategies write behind a tensor's version counter.
+register_optimizer_step_post_hook(_count_step)
+
+
+def _optimizer_steps(weight: Tensor) -> int:
+    """How many steps any optimiser has made; none of them changes a frozen weight."""
+    return _steps[0] if weight.requires_grad or weight.grad_fn is not None else 0

@@ -192,8 +192,8 @@ def _build(
 ) -> TeacherHead:
     rank, ranks = rank_and_world()
     teacher = load_teacher(spec)
-    if torch.cuda.is_available() and not spec.quantization:
-        teacher.to(torch.device("cuda", torch.cuda.current_device()))  # type: ignore[arg-type]
+    if not spec.quantization:
+        teacher.to(_device(datamodule))  # type: ignore[arg-type]
     weights = weights_fingerprint(teacher)
     vocab = input_embeddings(teacher).shape[0]
     for cache in caches:
@@ -203,6 +203,15 @@ def _build(
         barrier()
         _log.info("Teacher cache of '%s' as %s: %s.", spec.source, settings.dtype, error)
     return TeacherHead.from_model(teacher).cpu()
+
+
+def _device(datamodule: InstructionDataModule) -> torch.device:
+    """The trainer's, or the accelerator that is here."""
+    if datamodule.trainer is not None:
+        return datamodule.trainer.strategy.root_device
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _builder(

@@ -53,7 +53,7 @@ def fidelity(
     """
     with torch.no_grad():
         sums = _likelihood(student)
-        count = torch.tensor(len(student), device=student.hidden.device)
+        count = student.labels.new_full((), len(student))
         ratios = {
             "nll_per_token": Ratio(sums["nll"], count),
             "nll_per_byte": Ratio(sums["nll"], response_bytes.sum()),
@@ -73,7 +73,7 @@ def fidelity(
             teacher.hidden[pairs[:, 1]],
             teacher.head.restrict(teacher_ids),
         )
-        aligned = Ratio(count.new_tensor(len(pairs)), count)
+        aligned = Ratio(count.new_full((), len(pairs)), count)
         return ratios | {f"aligned_{k}": r for k, r in closeness.items()} | {"alignment_ratio": aligned}
 
 
@@ -111,5 +111,5 @@ def _closeness(
         (*head_parameters(student_head), *head_parameters(teacher_head)),
         chunk_size=chunk_tokens(vocabulary, device=student_hidden.device),
     )[1]
-    count = torch.tensor(student_hidden.shape[0], device=student_hidden.device)
+    count = torch.full((), student_hidden.shape[0], device=student_hidden.device)
     return {"kl": Ratio(sums["kl"], count), "agreement": Ratio(sums["agree"], count)}
