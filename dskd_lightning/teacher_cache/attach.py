@@ -192,12 +192,12 @@ def _build(
 ) -> TeacherHead:
     rank, ranks = rank_and_world()
     teacher = load_teacher(spec)
+    fingerprints = weights_fingerprint(teacher), head_fingerprint(teacher)  # read before they are moved
     if not spec.quantization:
         teacher.to(_device(datamodule))  # type: ignore[arg-type]
-    weights = weights_fingerprint(teacher)
     vocab = input_embeddings(teacher).shape[0]
     for cache in caches:
-        builder = _builder(datamodule, spec, cache, settings, teacher, weights, rank)
+        builder = _builder(datamodule, spec, cache, settings, teacher, fingerprints, rank)
         builder.announce(vocab)
         error = builder.build(teacher, rank, ranks)
         barrier()
@@ -220,7 +220,7 @@ def _builder(
     cache: _Wanted,
     settings: TeacherCacheSettings,
     teacher: PreTrainedModel,
-    weights: str,
+    fingerprints: tuple[str, str],
     rank: int,
 ) -> StateBuilder:
     head = language_head(teacher)
@@ -230,8 +230,8 @@ def _builder(
         dtype=settings.dtype,
         teacher_dtype=str(teacher.dtype).removeprefix("torch."),
         shard_tokens=shard_tokens(bytes_per_token(head.hidden_size, settings.dtype)),
-        weights=weights,
-        head=head_fingerprint(teacher),
+        weights=fingerprints[0],
+        head=fingerprints[1],
         notes={
             "source": spec.source,
             "max_length": str(datamodule.max_length),
@@ -245,7 +245,7 @@ def _builder(
     barrier()
     found = Manifest.read(cache.folder)
     assert found is not None
-    if found.weights != weights:
+    if found.weights != fingerprints[0]:
         raise UserError(
             f"The unfinished teacher cache '{cache.folder}' was begun with other weights of '{spec.source}': "
             "delete that folder."

@@ -124,7 +124,7 @@ class StateBuilder:
                 progress.say()
         return error
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def states(self, teacher: PreTrainedModel, shard: int, progress: Progress | None = None) -> Tensor:
         """``[tokens, hidden]`` of a shard's examples in their order, on the CPU."""
         first = self.layout.examples(shard).start
