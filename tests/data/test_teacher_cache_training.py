@@ -89,7 +89,7 @@ def test_a_warm_cache_loads_no_decoder(model_folder, tmp_path, monkeypatch) -> N
     def forbidden(*_):
         raise AssertionError("a whole teacher was loaded")
 
-    for place in ("module", "teacher_cache.attach", "teacher_cache.head"):
+    for place in ("models.loading", "teacher_cache.attach", "teacher_cache.head"):
         monkeypatch.setattr(f"dskd_lightning.{place}.load_teacher", forbidden)
     monkeypatch.setattr(StateBuilder, "build", forbidden)
     module, datamodule = make(model_folder, tmp_path, cache=cache)
