@@ -7,7 +7,7 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from dskd_lightning.alignment.exact import align
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.examples import Example, Message
-from dskd_lightning.data.prepared import _rendered, conversation_row
+from dskd_lightning.data.prepared import conversation_row, rendered_example
 from dskd_lightning.data.truncation import truncate
 from dskd_lightning.errors import UserError
 
@@ -25,7 +25,7 @@ def rendered(renderer: ChatRenderer, example: Example):
     arrays = {
         k: np.array(v, np.uint8 if k == "flags" else np.int32) for k, v in row.items() if k != "normalized"
     }
-    return _rendered({**arrays, "normalized": row["normalized"]})
+    return rendered_example({**arrays, "normalized": row["normalized"]})
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "unigram"])
