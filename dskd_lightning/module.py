@@ -40,14 +40,12 @@ from dskd_lightning.training.origin import (
     weight_sample,
 )
 from dskd_lightning.training.resuming import settle_progress
+from dskd_lightning.training.windows import look_ahead
 
 if TYPE_CHECKING:
     from dskd_lightning.models.layer_choice import Calibration
 
 __all__ = ["DistillationModule"]
-
-_TOKENS_PER_UNIT = 1024
-"""Losses are sums; backward runs on sums over this many tokens, which keeps fp16 in range."""
 
 
 def _drop_untrained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -184,9 +182,6 @@ class DistillationModule(L.LightningModule):
         self._origin["teacher"] = [weight_sample(space.head.weight) for space in spaces]
         self._origin["objective or projector"] = parts_of(self.objectives)
         self.student, self.tokenizer = model, tokenizer
-        for part in self.objectives.modules():
-            if isinstance(part, LinearProjector):
-                part.measure_whole_step()
         self._shared_tokens = shared_tokens(student_space, spaces[0]) if spaces else None
         self.checkpoint_names = self._trained_names()
         if self.device_mesh is not None:
@@ -319,6 +314,10 @@ class DistillationModule(L.LightningModule):
             for config in self.trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, LambdaLR):
                     follow_schedule(config.scheduler)
+        for part in self.objectives.modules():
+            if isinstance(part, LinearProjector):
+                part.measure_whole_step()  # and settle before the step, see configure_gradient_clipping
+        look_ahead(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """As Lightning does, but without waiting for CUDA, which Lightning does for dataclasses."""
@@ -333,6 +332,7 @@ class DistillationModule(L.LightningModule):
         torch.manual_seed(hash((seed, position)) & 0x7FFF_FFFF_FFFF_FFFF)
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
+        """This batch's part of the step's mean loss; what subclasses add is a mean over them."""
         output = self.distil(batch)
         if not torch.isfinite(output.loss):
             raise UserError(
@@ -343,21 +343,46 @@ class DistillationModule(L.LightningModule):
         loss = Ratio(output.loss.detach(), output.tokens)
         padding = Ratio(loss.total.new_full((), batch.padding_share), loss.count.new_ones(()))
         self._meter.update({"loss": loss, **output.terms, **output.metrics, "padding_share": padding})
-        return output.loss / _TOKENS_PER_UNIT
+        return self.mean_over_step(output.loss, batch)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn gradients of sums into gradients of the mean over the step's response tokens."""
+    def mean_over_step(self, total: Tensor, batch: DistillationBatch) -> Tensor:
+        """Make a sum over this batch's response tokens its part of the mean over the optimiser step.
+
+        Lightning divides by the accumulated batches and data parallelism by the ranks; both are
+        made up for. Without a Trainer or Fabric the parts of a step simply add up.
+
+        Args:
+            total: scalar with a gradient.
+            batch: with ``step_tokens`` where the step has more batches.
+        """
+        own = batch.student.response.numel()
+        tokens = total.new_tensor(own, dtype=torch.long) if batch.step_tokens is None else batch.step_tokens
+        averaged_over = 1
+        if self._fabric is not None:
+            averaged_over = self._fabric.world_size
+            tokens = cast("Tensor", self._fabric.all_reduce(tokens.clone(), reduce_op="sum"))
+        elif self._trainer is not None:
+            if batch.step_tokens is None and self.trainer.accumulate_grad_batches > 1:
+                raise UserError(
+                    "trainer.accumulate_grad_batches: the batches of a step can't be looked at ahead; give "
+                    "one training loader of DistillationBatches, or larger batches instead."
+                )
+            averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
+            tokens = self._all_reduce(tokens.clone())
+        precise = torch.promote_types(total.dtype, torch.float32)
+        return total * (averaged_over / tokens.clamp(min=1).to(total.device, precise))
+
+    def on_train_epoch_start(self) -> None:
+        look_ahead(self.trainer)  # loaders may be made anew for every epoch
+
+    def _log_step(self) -> None:
+        """Means over all the step's response tokens; gradients are whole and not clipped yet."""
         ratios = self._meter.reduce(self._all_reduce)
-        tokens = ratios["loss"].count
-        # Lightning has divided by the accumulation window, data parallelism by the ranks.
-        averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        factor = averaged_over * _TOKENS_PER_UNIT / tokens.clamp(min=1)
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(factor.to(gradient.dtype))
+        if not ratios:
+            return
         values = {f"train/{name}": ratio.value.float() for name, ratio in ratios.items()}
         values |= self._gradient_norms()
-        self.log_dict(values | {"train/tokens": tokens.float()}, batch_size=1)
+        self.log_dict(values | {"train/tokens": ratios["loss"].count.float()}, batch_size=1)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def _gradient_norms(self) -> dict[str, Tensor]:
@@ -441,6 +466,7 @@ class DistillationModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip norms of the student's and of the objectives' gradients apart; values as Lightning does."""
+        self._log_step()
         for part in self.objectives.modules():
             if isinstance(part, LinearProjector):
                 part.settle()

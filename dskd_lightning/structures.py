@@ -214,6 +214,8 @@ class DistillationBatch(_Movable):
         examples: ``[batch]``, indices of the examples in their dataset.
         response_bytes: ``[batch]``, UTF-8 bytes of each example's response.
         padding_share: share of ``rows * length`` of the student that is padding.
+        step_tokens: scalar, this process's response tokens in all batches of the optimiser step; None
+            where this batch is the whole step. See `dskd_lightning.training.windows`.
     """
 
     student: TokenBatch
@@ -223,6 +225,7 @@ class DistillationBatch(_Movable):
     alignments: tuple[Alignment | None, ...] = ()
     teacher_hidden: tuple[Tensor | None, ...] = ()
     padding_share: float = 0.0
+    step_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of examples, not of rows."""
