@@ -6,14 +6,61 @@ Everything is imported on first use, so that ``import dskd_lightning`` costs not
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from dskd_lightning.data import InstructionDataModule as InstructionDataModule
+    from dskd_lightning.errors import UserError as UserError
+    from dskd_lightning.functional import AdaptiveKL as AdaptiveKL
+    from dskd_lightning.functional import Divergence as Divergence
+    from dskd_lightning.functional import ForwardKL as ForwardKL
+    from dskd_lightning.functional import JensenShannon as JensenShannon
+    from dskd_lightning.functional import ReverseKL as ReverseKL
+    from dskd_lightning.functional import SkewedForwardKL as SkewedForwardKL
+    from dskd_lightning.functional import SkewedReverseKL as SkewedReverseKL
+    from dskd_lightning.functional import TotalVariation as TotalVariation
+    from dskd_lightning.generation import Generator as Generator
+    from dskd_lightning.models import export_student as export_student
+    from dskd_lightning.models.loaded import Loaded as Loaded
+    from dskd_lightning.models.spec import LoraSpec as LoraSpec
+    from dskd_lightning.models.spec import PruneSpec as PruneSpec
+    from dskd_lightning.models.spec import StudentSpec as StudentSpec
+    from dskd_lightning.models.spec import TeacherSpec as TeacherSpec
+    from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings as TeacherCacheSettings
+    from dskd_lightning.module import DistillationModule as DistillationModule
+    from dskd_lightning.objectives import ALMObjective as ALMObjective
+    from dskd_lightning.objectives import DSKDCrossAttentionObjective as DSKDCrossAttentionObjective
+    from dskd_lightning.objectives import DSKDObjective as DSKDObjective
+    from dskd_lightning.objectives import DSKDTokenAlignmentObjective as DSKDTokenAlignmentObjective
+    from dskd_lightning.objectives import DSKDv2Objective as DSKDv2Objective
+    from dskd_lightning.objectives import GOLDObjective as GOLDObjective
+    from dskd_lightning.objectives import LogitKDObjective as LogitKDObjective
+    from dskd_lightning.objectives import MinEditObjective as MinEditObjective
+    from dskd_lightning.objectives import Objective as Objective
+    from dskd_lightning.objectives import ObjectiveOutput as ObjectiveOutput
+    from dskd_lightning.objectives import SFTObjective as SFTObjective
+    from dskd_lightning.objectives import SharedVocabularyObjective as SharedVocabularyObjective
+    from dskd_lightning.objectives import ULDObjective as ULDObjective
+    from dskd_lightning.objectives import XTokenHybridObjective as XTokenHybridObjective
+    from dskd_lightning.objectives import XTokenProjectionObjective as XTokenProjectionObjective
+    from dskd_lightning.objectives._same_vocabulary import SameVocabularyObjective as SameVocabularyObjective
+    from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective as CrossTokenizerObjective
+    from dskd_lightning.objectives.paired import PairedObjective as PairedObjective
+    from dskd_lightning.structures import Alignment as Alignment
+    from dskd_lightning.structures import DistillationBatch as DistillationBatch
+    from dskd_lightning.structures import Head as Head
+    from dskd_lightning.structures import ModelSpace as ModelSpace
+    from dskd_lightning.structures import Ratio as Ratio
+    from dskd_lightning.structures import Side as Side
+    from dskd_lightning.structures import TokenBatch as TokenBatch
 
 _HOMES = {
     "ALMObjective": "objectives",
     "AdaptiveKL": "functional",
     "Alignment": "structures",
+    "CrossTokenizerObjective": "objectives.cross_tokenizer",
     "DSKDCrossAttentionObjective": "objectives",
     "DSKDObjective": "objectives",
     "DSKDTokenAlignmentObjective": "objectives",
@@ -21,8 +68,10 @@ _HOMES = {
     "DistillationBatch": "structures",
     "DistillationCollator": "data",
     "DistillationModule": "module",
+    "Divergence": "functional",
     "ForwardKL": "functional",
     "GOLDObjective": "objectives",
+    "Generator": "generation",
     "Head": "structures",
     "InstructionDataModule": "data",
     "JensenShannon": "functional",
@@ -33,16 +82,20 @@ _HOMES = {
     "ModelSpace": "structures",
     "Objective": "objectives",
     "ObjectiveOutput": "objectives",
+    "PairedObjective": "objectives.paired",
     "PruneSpec": "models.spec",
     "Ratio": "structures",
     "ReverseKL": "functional",
     "SFTObjective": "objectives",
+    "SameVocabularyObjective": "objectives._same_vocabulary",
     "SharedVocabularyObjective": "objectives",
     "Side": "structures",
     "SkewedForwardKL": "functional",
     "SkewedReverseKL": "functional",
     "StudentSpec": "models.spec",
+    "TeacherCacheSettings": "models.teacher_cache_settings",
     "TeacherSpec": "models.spec",
+    "TokenBatch": "structures",
     "TotalVariation": "functional",
     "ULDObjective": "objectives",
     "UserError": "errors",
