@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from dskd_lightning.data import DistillationCollator as DistillationCollator
     from dskd_lightning.data import InstructionDataModule as InstructionDataModule
     from dskd_lightning.errors import UserError as UserError
     from dskd_lightning.functional import AdaptiveKL as AdaptiveKL

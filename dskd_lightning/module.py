@@ -319,12 +319,6 @@ class DistillationModule(L.LightningModule):
                 part.measure_whole_step()  # and settle before the step, see configure_gradient_clipping
         look_ahead(self.trainer)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As Lightning does, but without waiting for CUDA, which Lightning does for dataclasses."""
-        if isinstance(batch, DistillationBatch):
-            return batch.to(device, non_blocking=device.type == "cuda")
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     def on_train_batch_start(self, batch: DistillationBatch, batch_idx: int) -> None:
         """Seed dropout from the position in training: a resumed run draws what it would have."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
