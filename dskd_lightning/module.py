@@ -350,7 +350,9 @@ class DistillationModule(L.LightningModule):
             batch: with ``step_tokens`` where the step has more batches.
         """
         own = batch.student.response.numel()
-        tokens = total.new_tensor(own, dtype=torch.long) if batch.step_tokens is None else batch.step_tokens
+        tokens = batch.step_tokens
+        if tokens is None:
+            tokens = total.new_full((), own, dtype=torch.long)  # without a copy from the host
         averaged_over = 1
         if self._fabric is not None:
             averaged_over = self._fabric.world_size
