@@ -11,6 +11,7 @@ __all__ = [
     "cache",
     "compare",
     "config",
+    "data",
     "doctor",
     "export",
     "generate",
@@ -98,6 +99,23 @@ def config(action: Literal["list", "show"], *names: str) -> None:
         raise UserError("dskd config show: name a config; `dskd config list` shows all of them.")
     for name in names:
         print(config_path(f"dskd:{name.removeprefix('dskd:')}").read_text(encoding="utf-8"), end="")
+
+
+def data(config: list[str], records: int = 3, json: str | None = None, html: str | None = None) -> None:
+    """Show how each model reads a few records of each file: what is prompt, what is learnt, what aligns.
+
+    Student and teacher stand side by side, with counts, lengths, what was cut, and fields that nothing
+    reads. No weight is loaded; the data are prepared, as the run will need them.
+
+    Args:
+        config: the YAML files of the run or dskd:NAME, as for ``dskd fit``.
+        records: so many of each file.
+        json: also write all of it to this JSON file.
+        html: also write a page to this file.
+    """
+    from dskd_lightning.cli.data_command import show_data
+
+    show_data(config, records, json, html)
 
 
 def doctor(config: list[str]) -> int:

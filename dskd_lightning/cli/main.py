@@ -24,6 +24,7 @@ _USAGE = """usage: dskd COMMAND [options]
   quickstart train three small students on two CPU cores and compare them
   init       write a config for a teacher, a student and data
   doctor     check a config's run without training, estimate its memory and time
+  data       show how each model reads a config's data, before training
   config     list the configs that come with the package, or show one
   fit        train a student:            dskd fit --config FILE.yaml [--config dskd:NAME] [--key value]
   validate   likelihood and closeness to the teacher on the validation set

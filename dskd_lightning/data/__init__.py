@@ -10,6 +10,7 @@ from dskd_lightning.data.in_memory import DistillationCollator
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
+from dskd_lightning.data.preview import DataPreview
 from dskd_lightning.data.sources import Record, Source, resolve_sources
 from dskd_lightning.data.truncation import truncate
 from dskd_lightning.data.views import ExampleView
@@ -20,6 +21,7 @@ __all__ = [
     "BatchSettings",
     "ChatRenderer",
     "Collator",
+    "DataPreview",
     "DistillationCollator",
     "DistillationLoader",
     "Example",

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,15 @@ class ArrowRows:
         if at not in self._chunks:
             self._chunks[at] = self._read(at)
         return self._chunks[at], index - self._rows[at]
+
+    def chunks(self) -> Iterator[Any]:
+        """All record batches in order.
+
+        Raises:
+            UserError: a part of the file is damaged.
+        """
+        for start in self._rows[:-1]:
+            yield self.row(start)[0]
 
     def _read(self, batch: int) -> Any:
         import pyarrow as pa

@@ -22,6 +22,7 @@ from dskd_lightning.data.formats import Format
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row, rendered_example
+from dskd_lightning.data.preview import DataPreview
 from dskd_lightning.data.sources import Source, resolve_sources
 from dskd_lightning.data.splits import split_indices
 from dskd_lightning.data.templates import split_reasoning
@@ -181,6 +182,18 @@ class InstructionDataModule(pl.LightningDataModule):
         if stage not in self._views:
             self._prepare_stage(stage)
         return self._views[stage]
+
+    def preview(self, records: int = 3) -> DataPreview:
+        """How student and teachers read the first ``records`` of each file, with counts and lengths.
+
+        A notebook shows it as HTML; `DataPreview.to_dict` holds all of it in plain types.
+        """
+        stages = [(stage, self.examples(stage), self.report[stage]) for stage in self.stages()]
+        names = [model.source for model in (self.student, *self.teachers) if model is not None]
+        roles = ["student", "teacher", *(f"teacher{number}" for number in range(2, len(names)))]
+        models = [f"{role} {name}" for role, name in zip(roles, names, strict=False)]
+        tokenizers = [renderer.tokenizer for renderer in self.renderers]
+        return DataPreview.of(models, tokenizers, stages, records)
 
     def generation_prompt(self, example: Example, model: int = 0) -> list[int]:
         """Token ids that the student (0) or teacher ``model - 1`` must continue with a response.

@@ -125,6 +125,25 @@ class PreparedDataset:
             row[name] = value.as_py() if name == "normalized" else value.values.to_numpy(zero_copy_only=True)
         return rendered_example(row)
 
+    def response_tokens(self, model: int = 0) -> npt.NDArray[np.int64]:
+        """``[examples]``, tokens that the student (0) or teacher ``model - 1`` learns of each example."""
+        counts = [
+            sum(row)
+            for chunk in self._models[model].chunks()
+            for row in chunk.column("responses").to_pylist()
+        ]
+        return np.array(counts, np.int64)
+
+    def sources(self) -> tuple[list[str], npt.NDArray[np.intp]]:
+        """Names of the files, and ``[examples]``, which of them each example is from."""
+        names: dict[str, int] = {}
+        rows: list[int] = []
+        for chunk in self._examples.chunks():
+            found = chunk.column("source").dictionary_encode()
+            numbers = [names.setdefault(name, len(names)) for name in found.dictionary.to_pylist()]
+            rows += [numbers[index] for index in found.indices.to_pylist()]
+        return list(names), np.array(rows, np.intp)
+
     def longest(self, indices: Sequence[int] | npt.NDArray[np.intp]) -> _Ints:
         """``[examples]``, tokens of each example for the model that needs most."""
         longest: _Ints = self.lengths[np.asarray(indices, np.intp)].max(axis=1)
