@@ -34,6 +34,7 @@ _CALLS = ("function_call", "tool_call")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value")
+_PROVENANCE = ("finished",)  # beside generated responses, ours and the demo's: not meant to be learnt from
 
 
 class InvalidRecord(UserError):
@@ -58,7 +59,7 @@ class RecordReader:
         if not isinstance(record, Mapping):
             raise self.error(f"holds {type(record).__name__} instead of a JSON object", "not an object")
         self.record: Mapping[str, Any] = record
-        self._used: set[str] = set()
+        self._used: set[str] = set(_PROVENANCE)
         self._unused_in_messages: set[str] = set()
 
     def error(self, what: str, reason: str) -> InvalidRecord:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from dskd_lightning.data.compressed import kind_of, open_text
 from dskd_lightning.errors import UserError
 
 __all__ = ["iter_json"]
@@ -23,32 +24,27 @@ def iter_json(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: malformed JSON, with its line.
     """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
+        first = file.read(1)
+        while first and first.isspace():
             first = file.read(1)
-            while first and first.isspace():
-                first = file.read(1)
-            file.seek(0)
-            if first == "[":
-                yield from _array(path, file)
-            elif path.suffix == ".json" and _is_one_object(file):
-                file.seek(0)
-                yield from _object(path, file.read())
-            else:
-                file.seek(0)
-                yield from _lines(path, file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' isn't UTF-8 text ({error.reason}): save it as UTF-8.") from error
+    if first != "[" and kind_of(path) == ".json" and _is_one_object(path):
+        with open_text(path) as file:
+            yield from _object(path, file.read())
+        return
+    with open_text(path) as file:  # from its beginning; packed ones can't go back
+        yield from (_array if first == "[" else _lines)(path, file)
 
 
-def _is_one_object(file: TextIO) -> bool:
+def _is_one_object(path: Path) -> bool:
     """Whether the file is one object, on one line or many, rather than a record on each line."""
-    line = next((line for line in file if line.strip()), "")
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return not any(more.strip() for more in file)
+    with open_text(path) as file:
+        line = next((line for line in file if line.strip()), "")
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            return True
+        return not any(more.strip() for more in file)
 
 
 def _malformed(path: Path, line: int, error: ValueError | RecursionError) -> UserError:

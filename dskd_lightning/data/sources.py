@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dskd_lightning.data.compressed import PACKED, kind_of, open_text
 from dskd_lightning.data.json_stream import iter_json
 from dskd_lightning.demo import DATASET
 from dskd_lightning.errors import UserError
@@ -18,7 +19,9 @@ from dskd_lightning.runs.text import visible
 
 __all__ = ["Record", "Source", "resolve_sources"]
 
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
+_TEXTS = (".json", ".jsonl", ".ndjson", ".csv")
+_SUFFIXES = (*_TEXTS, ".parquet", *(text + packed for packed in PACKED for text in _TEXTS))
+_KINDS = f"{', '.join((*_TEXTS, '.parquet'))} (or {' or '.join(PACKED)} of one)"
 _HUB_ID = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]:%+-]+))?"
 )
@@ -79,7 +82,7 @@ class Source:
                 yield from enumerate(_rows(chunk), start + 1)
         elif self.path.suffix == ".parquet":
             yield from _parquet(self.path)
-        elif self.path.suffix == ".csv":
+        elif kind_of(self.path) == ".csv":
             yield from _csv(self.path)
         else:
             yield from iter_json(self.path)
@@ -128,19 +131,17 @@ def _resolve(entry: str, split: str) -> list[Source]:
         files = sorted(
             file
             for file in path.rglob("*")
-            if file.suffix in _SUFFIXES and file.is_file() and not _is_hidden(file.relative_to(path))
+            if file.name.endswith(_SUFFIXES) and file.is_file() and not _is_hidden(file.relative_to(path))
         )
         if not files:
-            raise UserError(
-                f"The folder '{entry}' holds no {', '.join(_SUFFIXES)} file: name another folder."
-            )
+            raise UserError(f"The folder '{entry}' holds no {_KINDS} file: name another folder.")
         return [Source(visible(str(file)), file) for file in files]
     if path.exists():
-        if path.suffix not in _SUFFIXES:
-            raise UserError(f"'{entry}' is no {', '.join(_SUFFIXES)} file: convert or rename it.")
+        if not path.name.endswith(_SUFFIXES):
+            raise UserError(f"'{entry}' is no {_KINDS} file: convert or rename it.")
         return [Source(visible(entry), path)]
     match = _HUB_ID.fullmatch(entry)
-    if match is None or path.suffix in _SUFFIXES or entry.startswith((".", "/", "~")):
+    if match is None or path.name.endswith(_SUFFIXES) or entry.startswith((".", "/", "~")):
         raise UserError(f"The data file '{entry}' doesn't exist: correct the path.")
     return [Source(entry, None, match["config"], match["split"] or split)]
 
@@ -173,7 +174,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(1 << 30)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_text(path, newline="") as file:
             reader = csv.DictReader(file)
             for row in reader:
                 if None in row or any(value is None for value in row.values()):
@@ -182,8 +183,6 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
                         "commas."
                     )
                 yield reader.line_num, {key: _cell(key, value) for key, value in row.items()}
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' isn't UTF-8 text ({error.reason}): save it as UTF-8.") from error
     except csv.Error as error:
         raise UserError(f"'{path}' is no readable CSV file: {error}.") from error
 

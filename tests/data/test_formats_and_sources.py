@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 from collections import Counter
@@ -124,6 +125,34 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str, monkeypatch: pytest.Mon
     assert source.fingerprint() != before
 
 
+def _pack(path: Path) -> Path:
+    """``path`` packed as its last suffix says, the plain file gone."""
+    plain = path.with_suffix("")
+    _write(plain)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    else:
+        path.write_bytes(pa.compress(plain.read_bytes(), "zstd", asbytes=True))
+    plain.unlink()
+    return path
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_packed_files(tmp_path: Path, suffix: str, packed: str) -> None:
+    path = _pack(tmp_path / f"data{suffix}{packed}")
+    (source,) = resolve_sources(str(tmp_path))
+    assert [record.value for record in source.records()] == RECORDS
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"can't be unpacked"):
+        list(source.records())
+    path.write_bytes(b"plain")
+    with pytest.raises(UserError, match=r"can't be unpacked"):
+        list(source.records())
+    with pytest.raises(UserError, match="doesn't exist"):
+        resolve_sources(str(tmp_path / f"none{suffix}{packed}"))
+
+
 def test_json_object_with_data_and_pretty_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"version": 1, "data": RECORDS[:3]}, indent=2))
@@ -221,6 +250,12 @@ def test_fields_without_a_use_are_named_and_counted(tmp_path: Path) -> None:
         f"unused field 'id' of {file}": 2,
         f"unused field 'messages.name' of {file}": 3,
     }
+
+
+def test_the_demo_has_no_field_without_a_use() -> None:
+    counts = Counter[str]()
+    assert len(list(read_examples(resolve_sources("demo"), PreparationSettings(), counts))) == 412
+    assert counts == {"read": 412}
 
 
 def test_a_message_without_role_names_its_keys() -> None:

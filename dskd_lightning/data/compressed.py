@@ -1,0 +1,47 @@
+"""Text files, packed with gzip or Zstandard or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TextIO, cast
+
+from dskd_lightning.errors import UserError
+
+__all__ = ["PACKED", "kind_of", "open_text"]
+
+PACKED = (".gz", ".zst")
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file holds: that before ``.gz`` or ``.zst``."""
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+
+
+@contextlib.contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """The file's text, unpacked as it is read.
+
+    Raises:
+        UserError: it isn't UTF-8, or can't be unpacked.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            raw = cast("IO[bytes]", stack.enter_context(path.open("rb")))
+            if path.suffix == ".gz":
+                raw = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw)))
+            elif path.suffix == ".zst":
+                import pyarrow as pa
+
+                raw = stack.enter_context(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
+            yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline))
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' isn't UTF-8 text ({error.reason}): save it as UTF-8.") from error
+    except (EOFError, zlib.error, OSError) as error:
+        if path.suffix not in PACKED or getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"'{path}' can't be unpacked ({error}): pack or copy it again.") from error
