@@ -13,8 +13,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from dskd_lightning.alignment.byte_spans import ByteSpans, token_byte_spans
 from dskd_lightning.alignment.token_bytes import token_bytes
@@ -25,7 +25,11 @@ from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.spec import ModelSpec
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
-__all__ = ["ChatRenderer", "RenderedConversation", "RenderedTurn"]
+__all__ = ["ChatRenderer", "Learn", "RenderedConversation", "RenderedTurn"]
+
+Learn = Literal["assistant", "last", "everything"]
+"""Which texts of a conversation are learnt: every assistant turn, the last one, or every message's.
+What a template writes around them is not, the token that closes a text excepted."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class ChatRenderer:
         template_options: further arguments of the chat template, such as ``enable_thinking``.
         special_tokens_in_text: read special tokens' strings inside messages as those tokens; else
             they are plain text.
+        learn: which texts are learnt.
 
     Raises:
         UserError: no template at all, a template without ``{prompt}``, or no token that could end
@@ -73,8 +78,9 @@ class ChatRenderer:
         prompt_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
         special_tokens_in_text: bool = False,
+        learn: Learn = "assistant",
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.learn = tokenizer, learn
         self.prompt_template = prompt_template
         self.special_tokens_in_text = special_tokens_in_text
         self.template = ChatTemplate(tokenizer, prompt_template, template_options)
@@ -99,12 +105,16 @@ class ChatRenderer:
 
     @classmethod
     def from_spec(
-        cls, tokenizer: Any, spec: ModelSpec | Loaded | None, special_tokens_in_text: bool = False
+        cls,
+        tokenizer: Any,
+        spec: ModelSpec | Loaded | None,
+        special_tokens_in_text: bool = False,
+        learn: Learn = "assistant",
     ) -> ChatRenderer:
         """The renderer of the model that ``spec`` describes."""
         if spec is None:
-            return cls(tokenizer, special_tokens_in_text=special_tokens_in_text)
-        return cls(tokenizer, spec.prompt_template, spec.template_options, special_tokens_in_text)
+            return cls(tokenizer, special_tokens_in_text=special_tokens_in_text, learn=learn)
+        return cls(tokenizer, spec.prompt_template, spec.template_options, special_tokens_in_text, learn)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -117,11 +127,12 @@ class ChatRenderer:
             self.bos_ids,
             self.template.options,
             self.special_tokens_in_text,
+            *([] if self.learn == "assistant" else [self.learn]),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def render(self, example: Example) -> RenderedConversation:
-        """Tokens of ``example``, which ends with a response; responses are stripped of outer whitespace.
+        """Tokens of ``example``, which ends with a response; learnt texts lose their outer whitespace.
 
         A response that isn't to be learnt belongs to the prompt of the next.
 
@@ -129,24 +140,29 @@ class ChatRenderer:
             UserError: the template refuses the conversation.
         """
         example = self.template.spelled_out(example)
-        responses = [m for m in example.messages if m.role == "assistant"]
-        texts, written = self._around(example.messages, example.tools, example.place)
+        everything = self.learn == "everything"
+        marked = [m for m in example.messages if m.role == "assistant" or (everything and not m.empty)]
+        last = max((i for i, m in enumerate(marked) if m.learnt), default=0)
+        texts, written = self._around(example.messages, example.tools, example.place, everything)
         turns = []
         before, prompt_ids = texts[0], list[int]()
-        for index, (message, after) in enumerate(zip(responses, texts[1:], strict=True)):
+        for index, (message, after) in enumerate(zip(marked, texts[1:], strict=True)):
             response = message.content.strip()
-            end_id, before_next = self._split_end(after)
+            closing, before_next = self._split_end(after)
+            if closing is None and message.role == "assistant":
+                closing = self.tokenizer.eos_token_id
+            end = [] if closing is None else [closing]
             prompt_ids += self._prompt_ids(before, written)
             if index == 0:
                 prompt_ids = self._with_start(prompt_ids)
             literal = message.special or self.special_tokens_in_text
             response_ids = self._tokenize(response) if literal else self._plain_ids(response)
-            if message.learnt:
-                spans = token_byte_spans(self.tokenizer, response, response_ids, end_ids=()).with_end()
-                turns.append(RenderedTurn(prompt_ids, [*response_ids, end_id], spans))
+            if message.learnt and (self.learn != "last" or index == last):
+                spans = token_byte_spans(self.tokenizer, response, response_ids, end_ids=())
+                turns.append(RenderedTurn(prompt_ids, response_ids + end, spans.with_end() if end else spans))
                 prompt_ids = []
             else:
-                prompt_ids = [*prompt_ids, *response_ids, end_id]
+                prompt_ids = [*prompt_ids, *response_ids, *end]
             before = before_next
         return RenderedConversation(tuple(turns))
 
@@ -162,16 +178,22 @@ class ChatRenderer:
             reasoning: whether the answer starts with reasoning; None for what the template's
                 ``enable_thinking`` says.
         """
+        turns = self.unanswered(messages, place, tools=tools, reasoning=reasoning).turns
+        return [token for turn in turns for token in (*turn.prompt_ids, *turn.response_ids)]
+
+    def unanswered(
+        self, messages: Sequence[Message], place: str = "", *, tools: str = "", reasoning: bool | None = None
+    ) -> RenderedConversation:
+        """The turns of `generation_prompt`; the last one's response has no tokens."""
         example = Example(self._with_answer(messages, reasoning), source=place, tools=tools)
-        turns = self.render(example).turns
-        past = [token for turn in turns[:-1] for token in (*turn.prompt_ids, *turn.response_ids)]
-        return past + turns[-1].prompt_ids
+        *past, last = self.render(example).turns
+        return RenderedConversation((*past, replace(last, response_ids=[], spans=last.spans.window(0, 0)[1])))
 
     def prompt_text(self, messages: Sequence[Message], place: str = "", *, tools: str = "") -> str:
         """The text of `generation_prompt`, for people to read."""
         example = Example(self._with_answer(messages, None), source=place, tools=tools)
         messages = self.template.spelled_out(example).messages
-        texts, written = self._around(messages, tools, place)
+        texts, written = self._around(messages, tools, place, False)
         responses = [m.content.strip() for m in messages[:-1] if m.role == "assistant"]
         text = "".join(text for pair in zip(texts, [*responses, ""], strict=False) for text in pair)
         return _restore(text, written)
@@ -183,10 +205,10 @@ class ChatRenderer:
         return (*messages, Message("assistant", answer))
 
     def _around(
-        self, messages: Sequence[Message], tools: str, place: str
+        self, messages: Sequence[Message], tools: str, place: str, everything: bool
     ) -> tuple[list[str], dict[str, str]]:
         plain = () if self.special_tokens_in_text else tuple(self._specials)
-        return self.template.around_responses(messages, tools, place, plain)
+        return self.template.around_responses(messages, tools, place, plain, everything)
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = token_bytes(self.tokenizer).tracer.encode(text, add_special_tokens=False).ids
@@ -235,11 +257,11 @@ class ChatRenderer:
             ids = [self.tokenizer.eos_token_id if start is None else start]
         return ids
 
-    def _split_end(self, after: str) -> tuple[int, str]:
+    def _split_end(self, after: str) -> tuple[int | None, str]:
         """The token that closes a turn, and the text behind it that belongs to the next prompt.
 
         An added token (marked as special or not) right behind the response (whitespace aside)
-        closes it, whichever a template uses; where there is none, the tokenizer's end of sequence does.
+        closes it, whichever a template uses; None where there is none.
         """
         text = after.lstrip()
         closing = max(
@@ -249,7 +271,7 @@ class ChatRenderer:
             self.tokenizer.bos_token if self.tokenizer.bos_token != self.tokenizer.eos_token else None
         )
         if not closing or closing == opens_next:
-            return self.tokenizer.eos_token_id, after
+            return None, after
         return self._added[closing], text[len(closing) :]
 
     def _check_prompt_template(self, template: str) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dskd_lightning.cache_dir import cache_dir as default_folder
 from dskd_lightning.data.batching import BatchSettings
-from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.chat import ChatRenderer, Learn
 from dskd_lightning.data.collate import Collator, TeacherHidden, token_batch
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format
@@ -65,6 +65,8 @@ class InstructionDataModule(pl.LightningDataModule):
         skip_invalid: leave out and count invalid records instead of stopping at the first.
         special_tokens_in_text: read special tokens' strings inside messages as those tokens; they
             are plain text unless you say so.
+        learn: which texts of a conversation are learnt: those of every ``assistant`` turn, of the
+            ``last`` one, or of every message (``everything``); always without those of weight 0.
         max_length: most tokens of prompt and response; a longer response is cut.
         max_prompt_length: most tokens of the prompt; a longer one loses its beginning.
         batch_size: rows per batch and process.
@@ -96,6 +98,7 @@ class InstructionDataModule(pl.LightningDataModule):
         limit: int | None = None,
         skip_invalid: bool = False,
         special_tokens_in_text: bool = False,
+        learn: Learn = "assistant",
         max_length: int = 512,
         max_prompt_length: int = 256,
         batch_size: int = 8,
@@ -124,7 +127,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
         self.format: Format = format
         self.system, self.limit, self.skip_invalid = system, limit, skip_invalid
-        self.special_tokens_in_text = special_tokens_in_text
+        self.special_tokens_in_text, self.learn = special_tokens_in_text, learn
         self.splits: dict[str, float | int] = {
             "val": 0 if val else val_split, "test": 0 if test else test_split,
         }  # fmt: skip
@@ -152,7 +155,7 @@ class InstructionDataModule(pl.LightningDataModule):
                 )
             specs = [self.student, *self.teachers]
             self._renderers = [
-                ChatRenderer.from_spec(load_tokenizer(spec), spec, self.special_tokens_in_text)
+                ChatRenderer.from_spec(load_tokenizer(spec), spec, self.special_tokens_in_text, self.learn)
                 for spec in specs
             ]
         return self._renderers
@@ -198,14 +201,18 @@ class InstructionDataModule(pl.LightningDataModule):
     def generation_prompt(self, example: Example, model: int = 0) -> list[int]:
         """Token ids that the student (0) or teacher ``model - 1`` must continue with a response.
 
-        Cut at the left to ``max_prompt_length``, as in training.
+        The tokens that training reads before the response: of a conversation the beginning is cut to
+        ``max_prompt_length``, and what follows the first response that is learnt is read whole, up
+        to ``max_length``; one beyond that, which training ends before, loses more of its beginning.
         """
         renderer = self.renderers[model]
         reasons = bool(split_reasoning((example.response or "").strip())[0]) or None
-        ids = renderer.generation_prompt(
+        first, *later = renderer.unanswered(
             example.prompt, example.place, tools=example.tools, reasoning=reasons
-        )
-        return cut_left(ids, self.max_prompt_length, renderer.bos_ids)
+        ).turns
+        ids = cut_left(first.prompt_ids, self.max_prompt_length, renderer.bos_ids) + first.response_ids
+        ids += [token for turn in later for token in (*turn.prompt_ids, *turn.response_ids)]
+        return cut_left(ids, self.max_length - 1, renderer.bos_ids)
 
     @property
     def trains(self) -> bool:
@@ -219,7 +226,7 @@ class InstructionDataModule(pl.LightningDataModule):
             UserError: no example of the training data fits.
         """
         spec = replace(spec, tokenizer=None)  # of the weights, before the vocabulary is swapped
-        renderer = ChatRenderer.from_spec(load_tokenizer(spec), spec, self.special_tokens_in_text)
+        renderer = ChatRenderer.from_spec(load_tokenizer(spec), spec, self.special_tokens_in_text, self.learn)
         view = self.examples("train")
         chosen = np.unique(np.linspace(0, len(view) - 1, min(count, len(view))).round().astype(int))
         rendered = []

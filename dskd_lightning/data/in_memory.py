@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.chat import ChatRenderer, Learn
 from dskd_lightning.data.collate import collate
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format, detect_format, parse_record
@@ -33,6 +33,7 @@ class DistillationCollator:
         max_length: most tokens of prompt and response; a longer response is cut.
         max_prompt_length: most tokens of the prompt; a longer one loses its beginning.
         special_tokens_in_text: read special tokens' strings inside messages as those tokens.
+        learn: which texts of a conversation are learnt, as `InstructionDataModule` takes it.
         pad_to_multiple_of: round row lengths up to a multiple of this.
 
     Attributes:
@@ -49,13 +50,14 @@ class DistillationCollator:
         max_length: int = 512,
         max_prompt_length: int = 256,
         special_tokens_in_text: bool = False,
+        learn: Learn = "assistant",
         pad_to_multiple_of: int = 1,
     ) -> None:
         teachers = (
             [] if teacher is None else [teacher] if isinstance(teacher, Loaded | ModelSpec) else teacher
         )
         self.renderers = [
-            ChatRenderer.from_spec(load_tokenizer(model), model, special_tokens_in_text)
+            ChatRenderer.from_spec(load_tokenizer(model), model, special_tokens_in_text, learn)
             for model in (student, *teachers)
         ]
         self.settings = PreparationSettings(format, max_length, max_prompt_length, system)

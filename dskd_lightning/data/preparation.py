@@ -207,7 +207,9 @@ def _as_models_read(example: Example, renderers: Sequence[ChatRenderer], counts:
         kept = example.without_earlier_reasoning()
         counts["examples without the reasoning of earlier answers"] += kept is not example
         example = kept
-    outer = any(m.role == "assistant" and m.content != m.content.strip() for m in example.messages)
+    everything = renderers[0].learn == "everything"
+    learnt = [m.content for m in example.messages if everything or m.role == "assistant"]
+    outer = any(content != content.strip() for content in learnt)
     counts["responses without their outer whitespace"] += outer
     return renderers[0].template.spelled_out(example)
 

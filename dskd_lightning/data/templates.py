@@ -52,7 +52,12 @@ class ChatTemplate:
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
     def around_responses(
-        self, messages: Sequence[Message], tools: str, place: str, plain: Sequence[str] = ()
+        self,
+        messages: Sequence[Message],
+        tools: str,
+        place: str,
+        plain: Sequence[str] = (),
+        everything: bool = False,
     ) -> tuple[list[str], dict[str, str]]:
         """The text before the first response, between responses, and behind the last.
 
@@ -62,6 +67,7 @@ class ChatTemplate:
             place: the record, for messages to the user.
             plain: strings that stand for text where a user wrote them. They are left out of the
                 result, which holds a mark for each instead.
+            everything: take every message that says something for a response.
 
         Returns:
             The texts, and what each mark in them stands for.
@@ -69,12 +75,15 @@ class ChatTemplate:
         mark = _absent_character([*(m.content for m in messages), tools, *plain])
         found = re.compile("|".join(map(re.escape, sorted(plain, key=len, reverse=True)))) if plain else None
         marked, written = [], dict[str, str]()
-        patterns: list[list[re.Pattern[str]]] = []
+        patterns: list[tuple[str, list[re.Pattern[str]]]] = []
         for message in messages:
-            content = message.content
+            content, name = message.content, f"{mark}{len(patterns)}"
             if message.role == "assistant":
-                content, pattern = _mark_response(content.strip(), f"{mark}{len(patterns)}")
-                patterns.append(pattern)
+                content, pattern = _mark_response(content.strip(), name)
+                patterns.append(("an assistant turn", pattern))
+            elif everything and not message.empty:
+                content = f"{name}c{mark}"
+                patterns.append((f"a {message.role} message", [re.compile(content)]))
             elif found:
 
                 def hide(match: re.Match[str]) -> str:
@@ -86,13 +95,10 @@ class ChatTemplate:
             marked.append({"role": message.role, "content": content, **_extra(message)})
         text = self.apply(marked, tools, place)
         texts = []
-        for pattern in patterns:
+        for what, pattern in patterns:
             hit = next(filter(None, (option.search(text) for option in pattern)), None)
             if hit is None:
-                raise UserError(
-                    f"The chat template leaves out an assistant turn of the conversation at {place}: "
-                    "give the model another `chat_template` or a `prompt_template`."
-                )
+                raise _left_out(what, place, everything)
             before = text[: hit.start()]
             texts.append(_OPENED.sub("", before) if len(pattern) > 1 else before)
             text = text[hit.end() :]
@@ -212,6 +218,14 @@ def _mark_response(response: str, mark: str) -> tuple[str, list[re.Pattern[str]]
         options.insert(1, rf"{inner}.*?{outer}")
     found = [re.compile(option, re.DOTALL) for option in options]
     return f"{parts[1]}{reasoning}{parts[3]}{outer}", found
+
+
+def _left_out(what: str, place: str, everything: bool) -> UserError:
+    moved, setting = (", or moves one", ", or set `learn: assistant`") if everything else ("", "")
+    return UserError(
+        f"The chat template leaves out {what} of the conversation at {place}{moved}: give the model another "
+        f"`chat_template` or a `prompt_template`{setting}."
+    )
 
 
 def _absent_character(texts: Sequence[str]) -> str:

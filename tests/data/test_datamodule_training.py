@@ -168,6 +168,31 @@ def test_report_and_generation_prompt(make) -> None:
         assert tokens.response[0] == len(prompt) - 1
 
 
+@pytest.mark.parametrize("learn", ["assistant", "last", "everything"])
+def test_the_prompts_of_conversations_are_those_of_training(make, tmp_path: Path, learn: str) -> None:
+    path = tmp_path / "turns.jsonl"
+    rows = []
+    for count in range(1, 6):
+        turns = [("user", "Name some fruit, please. " * 6), ("assistant", "apples")]
+        turns += [("user", f"And {count}?"), ("assistant", "plums and pears")] * count
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dm = make(train=str(path), learn=learn, max_length=200, max_prompt_length=30)
+    view, whole = dm.examples("train"), 0
+    for index, row in enumerate(view.indices.tolist()):
+        learnt = {"last": 1, "assistant": index + 2, "everything": 2 * (index + 2)}[learn]
+        for model in (0, 1):
+            tokens = view.dataset.rendered(row, model)
+            prompt = dm.generation_prompt(view[index], model)
+            assert len(prompt) < 200
+            if len(tokens.spans) == learnt and tokens.spans[-1].end.any():  # else its end was cut
+                ids = [*tokens.input_ids.tolist(), int(tokens.labels[-1])]
+                assert ids[: -len(tokens.spans[-1])] == prompt
+                whole += 1
+    assert whole > 2
+    assert dm.report["train"]["truncated prompts"] == (0 if learn == "everything" else 5)
+
+
 def test_cache_is_reused_and_keyed_by_content(make, data_file: Path, monkeypatch) -> None:
     first = make().examples("train").dataset.folder
     monkeypatch.setattr("dskd_lightning.data.preparation._write", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 
@@ -11,7 +12,7 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.chat import ChatRenderer, Learn
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.formats import InvalidRecord, parse_record
 from dskd_lightning.data.preparation import _as_models_read
@@ -75,15 +76,11 @@ def conversations(draw: st.DrawFn) -> Example:
     return Example(tuple(messages), (messages[-1].content,), "f", 1)
 
 
-RENDERERS: dict[str, ChatRenderer] = {}
-
-
-def renderer(name: str) -> ChatRenderer:
-    if name not in RENDERERS:
-        tokenizer = make_tokenizer()
-        tokenizer.chat_template = TEMPLATES[name]
-        RENDERERS[name] = ChatRenderer(tokenizer)
-    return RENDERERS[name]
+@functools.cache
+def renderer(name: str, learn: Learn = "assistant") -> ChatRenderer:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATES[name]
+    return ChatRenderer(tokenizer, learn=learn)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -108,6 +105,25 @@ def test_every_response_is_found_byte_for_byte_and_learnt_once(example: Example,
         )
         past = [i for t in turns[:-1] for i in (*t.prompt_ids, *t.response_ids)]
         assert prompt == past + turns[-1].prompt_ids
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(conversations(), st.sampled_from(sorted(TEMPLATES)), st.sampled_from(["last", "everything"]))
+def test_what_is_learnt_is_a_setting(example: Example, name: str, learn: Learn) -> None:
+    student, teacher = renderer(name, learn), renderer("chatml", learn)
+    example = _as_models_read(example, [student, teacher], Counter())
+    expected = [m.content.strip() for m in example.messages if m.learnt]
+    if learn == "last":
+        expected = expected[-1:]
+    for model in (student, teacher):
+        turns = model.render(example).turns
+        said = [turn.response_ids[: int((~turn.spans.end).sum())] for turn in turns]
+        assert [model.tokenizer.decode(ids) for ids in said] == expected
+        assert [len(turn.spans) for turn in turns] == [len(turn.response_ids) for turn in turns]
+        whole = [i for t in turns for i in (*t.prompt_ids, *t.response_ids)]
+        reasons = example.messages[-1].content.startswith("<think>") or None
+        prompt = model.generation_prompt(example.prompt, tools=example.tools, reasoning=reasons)
+        assert whole == prompt + turns[-1].response_ids
 
 
 def text_of(template: str, *messages: Message, tools: str = "", **options: object) -> tuple[str, str]:
@@ -182,6 +198,18 @@ def test_tools_are_the_templates_and_their_results_are_not_learnt() -> None:
     assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Pau"}}\n</tool_call>' in learnt
     record["messages"][1] = {"from": "function_call", "value": '{"name": "weather", "arguments": {}}'}
     assert "weather" in parse_record(record, "messages", "f", 1).messages[1].extra
+
+
+def test_everything_is_every_message_and_not_the_template() -> None:
+    said = (Message("system", "Be brief."), Message("user", "hi"), Message("assistant", "yo"))
+    whole, learnt = text_of(CHATML, *said, learn="everything")
+    assert whole == text_of(CHATML, *said)[0]
+    assert learnt == "Be brief.<|end|>hi<|end|>yo<|end|>"
+    _, learnt = text_of(SYSTEMLESS, *said, learn="everything")
+    assert learnt == "Be brief.hiyo<|end|>"  # nothing closes what the user says
+    moved = "{% for m in messages | reverse %}{{ m.content }}<|end|>{% endfor %}"
+    with pytest.raises(UserError, match=r"or moves one: .* or set `learn: assistant`"):
+        text_of(moved, *said, learn="everything")
 
 
 def test_a_lost_system_message_goes_to_the_user() -> None:
