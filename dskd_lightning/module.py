@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,10 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.samples import BatchOfSamples, prompts_of
 from dskd_lightning.errors import UserError
+from dskd_lightning.generation.samples import Sample
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.output import decoder_hidden, model_space, side
 from dskd_lightning.models.spec import Student, StudentSpec, Teacher, TeacherSpec
@@ -26,11 +30,13 @@ from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.projection import LinearProjector
+from dskd_lightning.ranks import gathered
 from dskd_lightning.strategies import shard
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, follow_schedule, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
+from dskd_lightning.training.on_policy import OnPolicySettings, SampleBuffer, on_samples, sample_metrics
 from dskd_lightning.training.origin import (
     StartingWeights,
     check_origin,
@@ -92,6 +98,8 @@ class DistillationModule(L.LightningModule):
         joint_clipping: clip the student's and the projectors' gradients by their common norm, as
             published. By default ``gradient_clip_val`` holds for each of the two by itself, or projectors,
             whose gradients are many times larger at first, would leave the student hardly any.
+        on_policy: learn from responses that the student samples, in every step or in some; None learns from
+            the dataset's alone.
         weights_from: an earlier run's folder or checkpoint whose trained weights a fit starts from; its
             student must fit, projectors that don't start anew, as do optimiser, schedule and data.
     """
@@ -107,6 +115,7 @@ class DistillationModule(L.LightningModule):
         warmup_ratio: float = 0.1,
         min_lr_ratio: float = 0.0,
         joint_clipping: bool = False,
+        on_policy: OnPolicySettings | None = None,
         weights_from: str | None = None,
     ) -> None:
         super().__init__()
@@ -120,6 +129,9 @@ class DistillationModule(L.LightningModule):
         self.warmup_ratio = warmup_ratio
         self.min_lr_ratio = min_lr_ratio
         self.joint_clipping = joint_clipping
+        self.on_policy = on_policy
+        self._buffer: SampleBuffer | None = None
+        self._saved_samples: list[dict[str, Any]] | None = None
         self.weights_from = weights_from
         self._origin: dict[str, Any] = {}
         self._resumed: tuple[dict[str, Any], object] | None = None
@@ -143,11 +155,18 @@ class DistillationModule(L.LightningModule):
             )
         if teachers <= 1 and objectives != 1:
             raise UserError("model.objective: a list of objectives needs a list of as many teachers.")
+        if self.on_policy is not None:
+            self.on_policy.check()
         for objective in self._objectives():
             if objective.needs_teacher and not teachers:
                 raise UserError(
                     f"model.teacher: {type(objective).__name__} learns from a teacher; name one, "
                     "or take SFTObjective."
+                )
+            if self.on_policy is not None and not objective.learns_from_samples:
+                raise UserError(
+                    f"model.on_policy: {type(objective).__name__} learns nothing from the student's own "
+                    "samples; take an objective that follows a teacher, or leave on_policy out."
                 )
 
     def _objectives(self) -> Iterable[Objective]:
@@ -233,6 +252,11 @@ class DistillationModule(L.LightningModule):
                 "data.teacher_cache: a cache is known by its teacher's files, which one in memory lacks; set "
                 "it to null, or give a TeacherSpec."
             )
+        if self.on_policy is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            raise UserError(
+                "data.teacher_cache: a cache holds the teacher's states on the dataset's responses, not on "
+                "samples (model.on_policy); set it to null."
+            )
         if any(o.needs_padded_statistics for o in self._objectives()):
             raise UserError(
                 "data.teacher_cache: the objective reads statistics of the padded layout, which a cache "
@@ -263,14 +287,20 @@ class DistillationModule(L.LightningModule):
 
     # --- steps --------------------------------------------------------------------------------
 
-    def student_side(self, tokens: TokenBatch, padded_statistics: bool = False) -> Side:
+    def student_side(
+        self, tokens: TokenBatch, padded_statistics: bool = False, sampled: bool = False
+    ) -> Side:
         """The student's hidden states at the response positions, with a gradient."""
-        return side(
-            self.student, decoder_hidden(self.student, tokens), tokens, padded_statistics=padded_statistics
-        )
+        hidden = decoder_hidden(self.student, tokens)
+        return side(self.student, hidden, tokens, padded_statistics=padded_statistics, sampled=sampled)
 
     def teacher_side(
-        self, index: int, tokens: TokenBatch, hidden: Tensor | None = None, padded_statistics: bool = False
+        self,
+        index: int,
+        tokens: TokenBatch,
+        hidden: Tensor | None = None,
+        padded_statistics: bool = False,
+        sampled: bool = False,
     ) -> Side:
         """A teacher's hidden states at the response positions, from its decoder or the cache.
 
@@ -279,24 +309,28 @@ class DistillationModule(L.LightningModule):
             tokens: its own token ids.
             hidden: ``[m, hidden]`` from a cache; None runs the decoder.
             padded_statistics: also compute `Side.padded` (not from a cache).
+            sampled: the student sampled the responses.
         """
         teacher: Any = self.teachers[index]
         with torch.no_grad():
             values = decoder_hidden(teacher, tokens) if hidden is None else hidden
-            return side(teacher, values, tokens, padded_statistics=padded_statistics)
+            return side(teacher, values, tokens, padded_statistics=padded_statistics, sampled=sampled)
 
     def distil(self, batch: DistillationBatch) -> ObjectiveOutput:
         """The objective on one batch: teachers' outputs are averaged by their weights."""
         objectives = list(self._objectives())
-        student = self.student_side(batch.student, any(o.needs_padded_statistics for o in objectives))
+        padded = any(o.needs_padded_statistics for o in objectives)
+        student = self.student_side(batch.student, padded, batch.sampled)
         if not any(o.needs_teacher for o in objectives):
             return objectives[0](student)
         outputs = []
         for index, objective in enumerate(objectives):
             hidden = batch.teacher_hidden[index] if batch.teacher_hidden else None
             tokens = batch.teachers[index]
-            teacher = self.teacher_side(index, tokens, hidden, objective.needs_padded_statistics)
-            outputs.append(objective(student, teacher, batch.alignments[index]))
+            padded = objective.needs_padded_statistics
+            teacher = self.teacher_side(index, tokens, hidden, padded, batch.sampled)
+            output: ObjectiveOutput = objective(student, teacher, batch.alignments[index])
+            outputs.append(on_samples(output, teacher, batch) if batch.sampled else output)
         return outputs[0] if len(outputs) == 1 else self._average(outputs)
 
     def _average(self, outputs: list[ObjectiveOutput]) -> ObjectiveOutput:
@@ -317,7 +351,57 @@ class DistillationModule(L.LightningModule):
         for part in self.objectives.modules():
             if isinstance(part, LinearProjector):
                 part.measure_whole_step()  # and settle before the step, see configure_gradient_clipping
-        look_ahead(self.trainer)
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        if self.on_policy is None:
+            look_ahead(self.trainer)
+            return
+        steps = self.trainer.estimated_stepping_batches if self.on_policy.changes else float("inf")
+        if self.on_policy.changes and not 0 <= steps < float("inf"):
+            raise UserError(
+                "model.on_policy.fraction: several numbers are spread over training, which must have an end: "
+                "set trainer.max_epochs or trainer.max_steps."
+            )
+        if not look_ahead(self.trainer, lambda windows: self.with_samples(windows, steps)):
+            raise UserError(
+                "model.on_policy: samples take the place of one training loader's batches, not several's."
+            )
+
+    def with_samples(
+        self, windows: Iterator[list[DistillationBatch]], steps: float, step: int | None = None
+    ) -> Iterator[list[DistillationBatch]]:
+        """Lists of batches, one per optimiser step, with samples where `on_policy` says so.
+
+        A Trainer needs no call. In a loop of one's own it goes around `training.windows`, and each list must
+        have been trained on before the next is asked for.
+
+        Args:
+            windows: the dataset's batches.
+            steps: of the whole training.
+            step: of the first window; None asks the Trainer.
+        """
+        if self._buffer is None:
+            self._buffer = self._sample_buffer()
+        if self._saved_samples is not None:
+            self._buffer.load_state_dict(self._saved_samples[self.global_rank])
+            self._saved_samples = None
+        return self._buffer.replaced(windows, self.global_step if step is None else step, steps)
+
+    def _sample_buffer(self) -> SampleBuffer:
+        assert self.on_policy is not None
+        sampler, seed = self.on_policy.make_sampler(), int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        teachers = [ChatRenderer.from_spec(load_tokenizer(spec), spec) for spec in self.teacher_specs]
+
+        def draw(prompts: list[list[int]], keys: list[int]) -> list[Sample]:
+            precision = (
+                nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+            )
+            with precision:
+                return sampler(self.student, self.tokenizer, prompts, keys, seed)
+
+        substitute = BatchOfSamples(self.tokenizer, teachers)
+        return SampleBuffer(self.on_policy, lambda batch: prompts_of(batch.student), substitute, draw, seed)
 
     def on_train_batch_start(self, batch: DistillationBatch, batch_idx: int) -> None:
         """Seed dropout from the position in training: a resumed run draws what it would have."""
@@ -336,7 +420,11 @@ class DistillationModule(L.LightningModule):
             )
         loss = Ratio(output.loss.detach(), output.tokens)
         padding = Ratio(loss.total.new_full((), batch.padding_share), loss.count.new_ones(()))
-        self._meter.update({"loss": loss, **output.terms, **output.metrics, "padding_share": padding})
+        parts = {**output.terms, **output.metrics}
+        if batch.sampled and self._buffer is not None:
+            parts |= sample_metrics(batch, self._buffer, self.global_step)
+            parts = {f"samples_{name}": ratio for name, ratio in parts.items()}
+        self._meter.update({"loss": loss, **parts, "padding_share": padding})
         return self.mean_over_step(output.loss, batch)
 
     def mean_over_step(self, total: Tensor, batch: DistillationBatch) -> Tensor:
@@ -369,7 +457,7 @@ class DistillationModule(L.LightningModule):
         return total * (averaged_over / tokens.clamp(min=1).to(total.device, precise))
 
     def on_train_epoch_start(self) -> None:
-        look_ahead(self.trainer)  # loaders may be made anew for every epoch
+        self._look_ahead()  # loaders may be made anew for every epoch
 
     def _log_step(self) -> None:
         """Means over all the step's response tokens; gradients are whole and not clipped yet."""
@@ -378,8 +466,19 @@ class DistillationModule(L.LightningModule):
             return
         values = {f"train/{name}": ratio.value.float() for name, ratio in ratios.items()}
         values |= self._gradient_norms()
+        self._forget(values)
         self.log_dict(values | {"train/tokens": ratios["loss"].count.float()}, batch_size=1)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=1)
+
+    def _forget(self, values: Mapping[str, object]) -> None:
+        """Lightning would log what a step doesn't have as the last one had it, until the epoch ends."""
+        results = self.trainer._results
+        if results is not None and self.on_policy is not None:
+            names = {key: metric.meta.name for key, metric in results.items()}
+            for key in [
+                key for key, name in names.items() if name.startswith("train/") and name not in values
+            ]:
+                del results[key]
 
     def _gradient_norms(self) -> dict[str, Tensor]:
         """Norms before clipping, of the student's part and of the objectives' (projectors)."""
@@ -478,6 +577,8 @@ class DistillationModule(L.LightningModule):
         if isinstance(self.student_spec, StudentSpec):
             checkpoint["student_spec"] = asdict(self.student_spec)
         trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
+        if self._buffer is not None:
+            checkpoint["on_policy"] = gathered(self._buffer.state_dict())
         checkpoint["trained_with"] = {**self._origin, "set of trained parts": trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -486,6 +587,7 @@ class DistillationModule(L.LightningModule):
             trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
             self._resumed = checkpoint.get("trained_with", {}), path
             check_origin(self._resumed[0], {**self._origin, "set of trained parts": trained}, path)
+            self._saved_samples = checkpoint.get("on_policy") if self.on_policy is not None else None
             settle_progress(
                 checkpoint["loops"]["fit_loop"],
                 steps=checkpoint["global_step"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
-__all__ = ["barrier", "rank_and_world"]
+__all__ = ["barrier", "gathered", "rank_and_world"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -18,3 +20,11 @@ def barrier() -> None:
     """Wait until all processes are here; nothing where there is one alone."""
     if rank_and_world()[1] > 1:
         dist.barrier()
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process passed, in the order of their numbers; all must call."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values

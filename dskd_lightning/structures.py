@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "IGNORE_INDEX",
+    "SAMPLE_STATISTICS",
     "Alignment",
     "DistillationBatch",
     "Head",
@@ -28,6 +29,10 @@ __all__ = [
 
 IGNORE_INDEX = -100
 """Label of a position that predicts no response token."""
+
+SAMPLE_STATISTICS = ("length", "finished", "distinct_2", "repeated_4")
+"""Of sampled responses: tokens; whether they ended by themselves; shares of bigrams that are the first of
+their kind in a sample, and of runs of four tokens that aren't."""
 
 _T = TypeVar("_T")
 
@@ -132,6 +137,7 @@ class Side(_Movable):
         labels: ``[n]``, the token that each position must predict (``y``).
         sequence: ``[n]``, index of the example that the position belongs to, non-decreasing.
         padded: statistics of the padded layout, where an objective asked for them.
+        sampled: the student sampled the responses itself, so that ``labels`` are nothing to learn.
     """
 
     hidden: Tensor
@@ -141,6 +147,7 @@ class Side(_Movable):
     labels: Tensor
     sequence: Tensor
     padded: PaddedStatistics | None = None
+    sampled: bool = False
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -216,6 +223,8 @@ class DistillationBatch(_Movable):
         padding_share: share of ``rows * length`` of the student that is padding.
         step_tokens: scalar, this process's response tokens in all batches of the optimiser step; None
             where this batch is the whole step. See `dskd_lightning.training.windows`.
+        samples: ``[4, 2]``, sums and counts of `SAMPLE_STATISTICS` where the student sampled the responses;
+            None where they are the dataset's.
     """
 
     student: TokenBatch
@@ -226,6 +235,12 @@ class DistillationBatch(_Movable):
     teacher_hidden: tuple[Tensor | None, ...] = ()
     padding_share: float = 0.0
     step_tokens: Tensor | None = None
+    samples: Tensor | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the student sampled the responses itself."""
+        return self.samples is not None
 
     def __len__(self) -> int:
         """Number of examples, not of rows."""

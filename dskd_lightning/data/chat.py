@@ -189,6 +189,23 @@ class ChatRenderer:
         *past, last = self.render(example).turns
         return RenderedConversation((*past, replace(last, response_ids=[], spans=last.spans.window(0, 0)[1])))
 
+    def response_turn(self, text: str, *, ended: bool) -> tuple[list[int], ByteSpans]:
+        """The tokens of a response as it is, and their spans.
+
+        Args:
+            text: the response; special tokens' strings in it are text.
+            ended: whether the token that closes a turn follows.
+        """
+        ids = self._plain_ids(text)
+        spans = token_byte_spans(self.tokenizer, text, ids, end_ids=())
+        return ([*ids, self.end_id], spans.with_end()) if ended else (ids, spans)
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The token that closes the answer to a question."""
+        texts, _ = self._around((Message("user", "?"), Message("assistant", "?")), "", "a question")
+        return self._split_end(texts[-1])[0]
+
     def prompt_text(self, messages: Sequence[Message], place: str = "", *, tools: str = "") -> str:
         """The text of `generation_prompt`, for people to read."""
         example = Example(self._with_answer(messages, None), source=place, tools=tools)

@@ -69,6 +69,11 @@ class DistillationLoader:
         self._plan: tuple[int, BatchPlan] | None = None
 
     @property
+    def counts_finished(self) -> bool:
+        """Whether `state_dict` tells what training has finished, however far it was read ahead."""
+        return self._processed is not None
+
+    @property
     def batch_sampler(self) -> SimpleNamespace:
         """Lightning announces the epoch through ``batch_sampler.sampler.set_epoch``."""
         return SimpleNamespace(sampler=self)

@@ -57,12 +57,29 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Generation:
-    """One response: its prompt's ``index``, text, number of tokens, and whether it ended by itself."""
+    """One response.
+
+    Args:
+        index: of its prompt.
+        text: without special tokens.
+        ids: its tokens, without the one that ended it.
+        stop: the token that ended it; None where it ran to the limit.
+    """
 
     index: int
     text: str
-    tokens: int
-    finished: bool
+    ids: tuple[int, ...]
+    stop: int | None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, without the one that ended it."""
+        return len(self.ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended by itself."""
+        return self.stop is not None
 
 
 class Generator:
@@ -155,7 +172,7 @@ class Generator:
             g for part in parts for g in self._generate(prompts[part], budgets[part], indices[part], seed)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a shard gathered here may still be there in training
     def _generate_once(
         self, prompts: list[Sequence[int]], budgets: list[int], indices: list[int], seed: int | None
     ) -> list[Generation]:
@@ -187,7 +204,7 @@ class Generator:
         end = next((at for at, token in enumerate(response) if token in self.stop_ids), None)
         kept = response[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Generation(index, str(text), len(kept), finished=end is not None)
+        return Generation(index, str(text), tuple(kept), None if end is None else response[end])
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
         # What is not set here comes from the model's own generation config, penalties included.

@@ -114,6 +114,7 @@ def side(
     tokens: TokenBatch,
     *,
     padded_statistics: bool = False,
+    sampled: bool = False,
 ) -> Side:
     """One model's view of the response tokens.
 
@@ -123,6 +124,7 @@ def side(
             response positions were selected already (cached hidden states).
         tokens: the batch that ``hidden`` belongs to.
         padded_statistics: fill `Side.padded`; needs the unselected ``hidden``.
+        sampled: the student sampled the responses.
 
     Raises:
         UserError: padded statistics of cached hidden states were asked for.
@@ -143,4 +145,5 @@ def side(
         labels=tokens.select(tokens.labels),
         sequence=tokens.sequence,
         padded=padded,
+        sampled=sampled,
     )

@@ -113,7 +113,8 @@ class ALMObjective(CrossTokenizerObjective):
         each = bernoulli_kl(log_p, log_q) if self.divergence == "bernoulli_kl" else (log_p - log_q).abs()
         kd = self.weight * each.sum()
         ce = -read_s[:, 0].sum()
-        loss = (1 - self.kd_ratio) * ce + self.kd_ratio * kd
+        ratio = self.kd_share(student)
+        loss = (1 - ratio) * ce + ratio * kd
         tokens = student.labels.new_full((), len(student))
         covered = (aligned.student_group >= 0) & torch.cat([kept, kept.new_zeros(1)])[aligned.student_group]
         metrics = self.alignment_metrics(student, alignment, covered)

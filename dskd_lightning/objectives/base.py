@@ -44,6 +44,9 @@ class Objective(nn.Module, ABC):
     """False for an objective that reads the gold responses only."""
     needs_padded_statistics: bool = False
     """True where `Side.padded` is read."""
+    learns_from_samples: bool = False
+    """True where `Side.sampled` is heeded: the labels are then the student's own samples, and nothing to
+    learn; only what the teacher says about them is."""
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         """Make the parameters that depend on the two models; called once, before training.
@@ -72,6 +75,8 @@ class DistillationObjective(Objective):
         UserError: a value is out of range.
     """
 
+    learns_from_samples = True
+
     def __init__(
         self, kd_ratio: float = 0.5, temperature: float = 2.0, memory_budget_mb: float = DEFAULT_BUDGET_MB
     ) -> None:
@@ -86,6 +91,10 @@ class DistillationObjective(Objective):
         self.kd_ratio = kd_ratio
         self.temperature = temperature
         self.memory_budget_mb = memory_budget_mb
+
+    def kd_share(self, student: Side) -> float:
+        """Weight of KD in the loss: ``kd_ratio``, or 1 on the student's own samples."""
+        return 1.0 if student.sampled else self.kd_ratio
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         """See `Objective.configure`.

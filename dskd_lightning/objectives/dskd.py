@@ -30,7 +30,8 @@ class DSKDObjective(SameVocabularyObjective):
     ``KD = t2s_ce + t2s_kd + s2t_kd``. In the student's space the projected teacher learns the gold
     labels through the student's head, held still (``t2s_ce``), and the student follows it
     (``t2s_kd``). In the teacher's space the projected student follows the teacher by forward KL
-    (``s2t_kd``). All three are sums over the response tokens.
+    (``s2t_kd``). All three are sums over the response tokens. On the student's own samples the projected
+    teacher learns what the teacher would have chosen.
 
     Args:
         divergence: in the student's space; forward KL by default.
@@ -87,7 +88,7 @@ class DSKDObjective(SameVocabularyObjective):
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:
         teacher = self._pair(student, teacher)
-        ratio = self.kd_ratio
+        ratio = self.kd_share(student)
         s2t_loss, s2t = teacher_space(
             teacher,
             self.s2t(student.hidden),
@@ -96,10 +97,14 @@ class DSKDObjective(SameVocabularyObjective):
             ratio,
             memory_budget_mb=self.memory_budget_mb,
         )
+        labels = student.labels
+        if student.sampled:  # the teacher's choice in their place, as in DSKD v2
+            choice = s2t["teacher_choice"]
+            labels = choice.masked_fill(choice >= student.head.vocab_size, -1)
         t2s_loss, t2s = student_space(
             student,
             self.t2s(teacher.hidden.detach()),
-            student.labels,
+            labels,
             self.divergence,
             self.temperature,
             SpaceWeights(1 - ratio, ratio, ratio),

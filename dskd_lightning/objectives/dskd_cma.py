@@ -11,7 +11,7 @@ from torch import Tensor
 from dskd_lightning.alignment.cross_model_attention import AttentionMap, CrossModelAttention
 from dskd_lightning.alignment.key_query_matching import KeyQueryMatching
 from dskd_lightning.errors import UserError
-from dskd_lightning.functional import Divergence, ForwardKL
+from dskd_lightning.functional import Divergence, ForwardKL, token_argmax
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
 from dskd_lightning.objectives._vocabulary import mutual_tokens
@@ -30,6 +30,8 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
     the gold labels through the student's frozen head (``t2s_ce``), the student follows it where
     its argmax is the gold label (``t2s_kd``), and the attended and projected student follows the
     teacher through the teacher's head at all of the teacher's positions (``s2t_kd``, forward KL).
+    On the student's own samples the teacher's choice stands in the place of labels: in the values, and for
+    the projected teacher at exact pairs, where it is known which of the student's tokens that is.
 
     Args:
         divergence: in the student's space; forward KL by default.
@@ -124,14 +126,18 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         if alignment is None and torch.equal(student.labels, teacher.labels):
             alignment = self._alignment(student, teacher, None)
         attention: AttentionMap = self.attention(student, teacher, alignment)
+        labels, choosing = student.labels, teacher
+        if student.sampled:
+            choosing = replace(teacher, labels=token_argmax(teacher.hidden, teacher.head))
+            labels = self._choices(student, choosing, alignment)
         values = self.t2s(
-            self.attention.teacher_values(teacher, self.label_embedding, self.initialization == "heads")
+            self.attention.teacher_values(choosing, self.label_embedding, self.initialization == "heads")
         )
-        reads, ratio = attention.student_reads, self.kd_ratio
+        reads, ratio = attention.student_reads, self.kd_share(student)
         loss, stats = student_space(
             student,
             attention.to_student(values),
-            student.labels.masked_fill(~reads, -1),
+            labels.masked_fill(~reads, -1),
             self.divergence,
             self.temperature,
             SpaceWeights(1 - ratio, ratio, ratio),
@@ -164,6 +170,14 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         metrics |= self._agreement(stats, s2t_stats, answers, len(teacher), alignment)
         tokens = student.labels.new_full((), len(student))
         return ObjectiveOutput(loss, tokens, {k: Ratio(v, tokens) for k, v in terms.items()}, metrics)
+
+    def _choices(self, student: Side, teacher: Side, alignment: Alignment | None) -> Tensor:
+        """``[n]``: at exact pairs the student's token for the teacher's label, elsewhere -1."""
+        labels = torch.full_like(student.labels, -1)
+        if alignment is not None and self.teacher_to_student is not None:
+            i, j = alignment.pairs.unbind(1)
+            labels[i] = self.teacher_to_student[teacher.labels[j]]
+        return labels
 
     def _metrics(
         self,

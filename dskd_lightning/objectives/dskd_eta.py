@@ -101,8 +101,9 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         i, j, projected, labels, guess = i[kept], j[kept], projected[kept], labels[kept], guess[kept]
         pairs, agreeing = len(kept), int((guess == labels).sum())
         only_agreeing = agreeing <= self.agreement_threshold * pairs
-        scale = self.kd_ratio * tokens / max(pairs, 1)
-        kd_scale = self.kd_ratio * tokens / max(agreeing if only_agreeing else pairs, 1)
+        ratio = self.kd_share(student)
+        scale = ratio * tokens / max(pairs, 1)
+        kd_scale = ratio * tokens / max(agreeing if only_agreeing else pairs, 1)
         targets = torch.full_like(student.labels, -1).index_put((i,), labels)
         moved = projected.new_zeros(tokens, projected.shape[1]).index_put((i,), projected)
         loss, stats = student_space(
@@ -111,7 +112,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             targets,
             self.divergence,
             self.temperature,
-            SpaceWeights(1 - self.kd_ratio, scale, kd_scale),
+            SpaceWeights(1 - ratio, scale, kd_scale),
             memory_budget_mb=self.memory_budget_mb,
             only_agreeing=only_agreeing,
         )

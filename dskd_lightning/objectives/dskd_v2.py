@@ -83,7 +83,7 @@ class DSKDv2Objective(SameVocabularyObjective):
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:
         teacher = self._pair(student, teacher)
-        ratio, budget = self.kd_ratio, self.memory_budget_mb
+        ratio, budget = self.kd_share(student), self.memory_budget_mb
         s2t_loss, s2t = teacher_space(
             teacher,
             self.s2t(student.hidden, student.head, teacher.head),

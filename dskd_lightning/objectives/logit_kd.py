@@ -27,16 +27,17 @@ class LogitKDObjective(SameVocabularyObjective):
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:
         teacher = self._pair(student, teacher)
+        ratio = self.kd_share(student)
         fused = fused_distillation(
             student.hidden,
             student.head,
             labels=student.labels,
-            ce_weight=1 - self.kd_ratio,
+            ce_weight=1 - ratio,
             teacher_hidden=teacher.hidden.detach(),
             teacher_head=teacher.head,
             divergence=self.divergence,
             temperature=self.temperature,
-            kd_weight=self.kd_ratio,
+            kd_weight=ratio,
             memory_budget_mb=self.memory_budget_mb,
         )
         stats = fused.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
@@ -70,7 +71,10 @@ class PairedObjective(CrossTokenizerObjective):
         return {}
 
     def unpaired(self, student_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Terms of KD at positions without a partner; none unless overridden."""
+        """Terms of KD at positions without a partner, by their labels; none unless overridden.
+
+        Not called on the student's own samples, whose labels are nothing to learn.
+        """
         return {}
 
     def forward(
@@ -80,7 +84,7 @@ class PairedObjective(CrossTokenizerObjective):
         partners = self.partners(student, teacher, self._alignment(student, teacher, alignment))
         position = partners.position
         loss, stats = paired_logit_sum(
-            self._step,
+            functools.partial(self._step, student.sampled),
             (student.hidden, student.head),
             (teacher.hidden.detach(), teacher.head.detach()),
             position,
@@ -99,16 +103,23 @@ class PairedObjective(CrossTokenizerObjective):
         return ObjectiveOutput(loss, tokens, terms, metrics)
 
     def _step(
-        self, logits: Tensor, teacher_logits: Tensor, rows: Tensor, inputs: tuple[Tensor, ...]
+        self,
+        sampled: bool,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        rows: Tensor,
+        inputs: tuple[Tensor, ...],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         labels, *extras = inputs
         ce = F.cross_entropy(logits, labels, reduction="sum")
         pairs = Pairs(teacher_logits, logits[rows], labels[rows], tuple(extra[rows] for extra in extras))
         terms = self.compare(pairs)
-        for name, value in self.unpaired(logits, labels.index_fill(0, rows, -1)).items():
-            terms[name] = terms[name] + value
+        if not sampled:
+            for name, value in self.unpaired(logits, labels.index_fill(0, rows, -1)).items():
+                terms[name] = terms[name] + value
         kd = torch.stack(list(terms.values())).sum()
-        loss = (1 - self.kd_ratio) * ce + self.kd_ratio * kd
+        ratio = 1.0 if sampled else self.kd_ratio
+        loss = (1 - ratio) * ce + ratio * kd
         stats = {"ce": ce, "kd": kd, **(terms if len(terms) > 1 else {})}
         with torch.no_grad():
             stats |= self._diagnose(logits, labels, pairs, rows) | self.diagnose(pairs)

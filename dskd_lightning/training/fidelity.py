@@ -12,7 +12,7 @@ from dskd_lightning.functional.chunking import chunk_tokens, chunked_sum, head_p
 from dskd_lightning.functional.precision import summable
 from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
 
-__all__ = ["fidelity", "shared_tokens"]
+__all__ = ["fidelity", "likelihood", "shared_tokens"]
 
 
 def shared_tokens(student: ModelSpace, teacher: ModelSpace) -> tuple[Tensor, Tensor] | None:
@@ -49,10 +49,11 @@ def fidelity(
 
     Returns:
         ``nll_per_token``, ``nll_per_byte`` (nats), ``accuracy`` of the gold token, and with a teacher
-        ``kl`` (nats, teacher to student) and ``agreement`` of the two argmaxes.
+        ``kl`` (nats, teacher to student), ``reverse_kl`` (student to teacher) and ``agreement`` of the two
+        argmaxes.
     """
     with torch.no_grad():
-        sums = _likelihood(student)
+        sums = likelihood(student)
         count = student.labels.new_full((), len(student))
         ratios = {
             "nll_per_token": Ratio(sums["nll"], count),
@@ -81,7 +82,9 @@ def _logits(head: Head, parameters: tuple[Any, ...], hidden: Tensor) -> Tensor:
     return replace(head, weight=parameters[0], bias=parameters[1]).logits(hidden).float()
 
 
-def _likelihood(student: Side) -> dict[str, Tensor]:
+def likelihood(student: Side) -> dict[str, Tensor]:
+    """Sums over a model's response positions: ``nll`` of the labels in nats, and argmaxes ``correct``."""
+
     def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, labels = chunk
         logits = _logits(student.head, parameters, hidden)
@@ -103,7 +106,8 @@ def _closeness(
         q = _logits(student_head, parameters[:2], chunk[0])[:, :vocabulary].log_softmax(-1)
         p = _logits(teacher_head, parameters[2:], chunk[1])[:, :vocabulary].log_softmax(-1)
         kl = summable((p.exp() * (p - q)).sum(-1)).sum()
-        return kl, {"kl": kl, "agree": (p.argmax(-1) == q.argmax(-1)).sum()}
+        back = summable((q.exp() * (q - p)).sum(-1)).sum()
+        return kl, {"kl": kl, "reverse_kl": back, "agree": (p.argmax(-1) == q.argmax(-1)).sum()}
 
     sums = chunked_sum(
         step,
@@ -112,4 +116,8 @@ def _closeness(
         chunk_size=chunk_tokens(vocabulary, device=student_hidden.device),
     )[1]
     count = torch.full((), student_hidden.shape[0], device=student_hidden.device)
-    return {"kl": Ratio(sums["kl"], count), "agreement": Ratio(sums["agree"], count)}
+    return {
+        "kl": Ratio(sums["kl"], count),
+        "reverse_kl": Ratio(sums["reverse_kl"], count),
+        "agreement": Ratio(sums["agree"], count),
+    }
