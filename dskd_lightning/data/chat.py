@@ -203,8 +203,9 @@ class ChatRenderer:
     @functools.cached_property
     def end_id(self) -> int:
         """The token that closes the answer to a question."""
-        texts, _ = self._around((Message("user", "?"), Message("assistant", "?")), "", "a question")
-        return self._split_end(texts[-1])[0]
+        texts, _ = self._around((Message("user", "?"), Message("assistant", "?")), "", "a question", False)
+        closing, _ = self._split_end(texts[-1])
+        return int(self.tokenizer.eos_token_id if closing is None else closing)
 
     def prompt_text(self, messages: Sequence[Message], place: str = "", *, tools: str = "") -> str:
         """The text of `generation_prompt`, for people to read."""
