@@ -13,7 +13,11 @@ __all__ = ["prompt_records"]
 
 
 def prompt_records(
-    datamodule: InstructionDataModule, stage: Stage, limit: int | None = None, teacher: int | None = None
+    datamodule: InstructionDataModule,
+    stage: Stage,
+    limit: int | None = None,
+    teacher: int | None = None,
+    max_length: int | None = None,
 ) -> list[PromptRecord]:
     """Prompt text, token ids and references of the examples of ``stage``.
 
@@ -22,6 +26,7 @@ def prompt_records(
         stage: whose examples.
         limit: only the first so many.
         teacher: render for this teacher instead of the student.
+        max_length: most tokens of prompt and response, where generation allows fewer than training.
     """
     model = 0 if teacher is None else teacher + 1
     view = datamodule.examples(stage)
@@ -31,8 +36,8 @@ def prompt_records(
         records.append(
             PromptRecord(
                 index=index,
-                prompt=example.prompt[-1].content,
-                ids=datamodule.generation_prompt(example, model),
+                prompt=example.prompt[-1].content if example.prompt else "",
+                ids=datamodule.generation_prompt(example, model, max_length),
                 references=example.references,
             )
         )

@@ -123,7 +123,12 @@ class ResponseEvaluation(L.Callback):
         """Generate what is missing and score everything."""
         module_ = cast("DistillationModule", module)
         student: Any = module_.student
-        records = prompt_records(cast("Any", trainer).datamodule, cast("Any", stage), self.limit)
+        records = prompt_records(
+            cast("Any", trainer).datamodule,
+            cast("Any", stage),
+            self.limit,
+            max_length=self.settings.max_length,
+        )
         generator = Generator(student, module_.tokenizer, self.settings)
         folder = self.output / "predictions"
         with Progress("Responses", len(records), "prompts", seconds=10) as progress:

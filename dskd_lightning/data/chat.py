@@ -68,8 +68,7 @@ class ChatRenderer:
         learn: which texts are learnt.
 
     Raises:
-        UserError: no template at all, a template without ``{prompt}``, or no token that could end
-            a response.
+        UserError: a ``prompt_template`` without ``{prompt}``, or no token that could end a response.
     """
 
     def __init__(
@@ -88,11 +87,6 @@ class ChatRenderer:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if prompt_template is not None:
             self._check_prompt_template(prompt_template)
-        elif not tokenizer.chat_template:
-            raise UserError(
-                f"The tokenizer '{name}' has no chat template: set the model's `prompt_template` (for "
-                r'example "### Instruction:\n{prompt}\n\n### Response:\n") or `chat_template`.'
-            )
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer '{name}' has no end-of-sequence token: set `eos_token` in its "
@@ -134,11 +128,14 @@ class ChatRenderer:
     def render(self, example: Example) -> RenderedConversation:
         """Tokens of ``example``, which ends with a response; learnt texts lose their outer whitespace.
 
-        A response that isn't to be learnt belongs to the prompt of the next.
+        A response that isn't to be learnt belongs to the prompt of the next. A document is learnt as it
+        is, behind the token that starts a text, and ended by the tokenizer's end of sequence.
 
         Raises:
-            UserError: the template refuses the conversation.
+            UserError: there is no template, or it refuses the conversation.
         """
+        if example.is_document:
+            return self._document(example.messages[0].content)
         example = self.template.spelled_out(example)
         everything = self.learn == "everything"
         marked = [m for m in example.messages if m.role == "assistant" or (everything and not m.empty)]
@@ -149,9 +146,7 @@ class ChatRenderer:
         for index, (message, after) in enumerate(zip(marked, texts[1:], strict=True)):
             response = message.content.strip()
             closing, before_next = self._split_end(after)
-            if closing is None and message.role == "assistant":
-                closing = self.tokenizer.eos_token_id
-            end = [] if closing is None else [closing]
+            end = [closing] if message.role == "assistant" or before_next != after else []
             prompt_ids += self._prompt_ids(before, written)
             if index == 0:
                 prompt_ids = self._with_start(prompt_ids)
@@ -165,6 +160,12 @@ class ChatRenderer:
                 prompt_ids = [*prompt_ids, *response_ids, *end]
             before = before_next
         return RenderedConversation(tuple(turns))
+
+    def _document(self, text: str) -> RenderedConversation:
+        ids = self._tokenize(text) if self.special_tokens_in_text else self._plain_ids(text)
+        spans = token_byte_spans(self.tokenizer, text, ids, end_ids=()).with_end()
+        start = self._with_start(list(self.bos_ids))
+        return RenderedConversation((RenderedTurn(start, [*ids, self.tokenizer.eos_token_id], spans),))
 
     def generation_prompt(
         self, messages: Sequence[Message], place: str = "", *, tools: str = "", reasoning: bool | None = None
@@ -211,7 +212,7 @@ class ChatRenderer:
         """The text of `generation_prompt`, for people to read."""
         example = Example(self._with_answer(messages, None), source=place, tools=tools)
         messages = self.template.spelled_out(example).messages
-        texts, written = self._around(messages, tools, place, False)
+        texts, written = self._around(messages, tools, place)
         responses = [m.content.strip() for m in messages[:-1] if m.role == "assistant"]
         text = "".join(text for pair in zip(texts, [*responses, ""], strict=False) for text in pair)
         return _restore(text, written)
@@ -223,7 +224,7 @@ class ChatRenderer:
         return (*messages, Message("assistant", answer))
 
     def _around(
-        self, messages: Sequence[Message], tools: str, place: str, everything: bool
+        self, messages: Sequence[Message], tools: str, place: str, everything: bool = False
     ) -> tuple[list[str], dict[str, str]]:
         plain = () if self.special_tokens_in_text else tuple(self._specials)
         return self.template.around_responses(messages, tools, place, plain, everything)
@@ -275,11 +276,12 @@ class ChatRenderer:
             ids = [self.tokenizer.eos_token_id if start is None else start]
         return ids
 
-    def _split_end(self, after: str) -> tuple[int | None, str]:
+    def _split_end(self, after: str) -> tuple[int, str]:
         """The token that closes a turn, and the text behind it that belongs to the next prompt.
 
         An added token (marked as special or not) right behind the response (whitespace aside)
-        closes it, whichever a template uses; None where there is none.
+        closes it, whichever a template uses; where there is none, the tokenizer's end of sequence does,
+        and the text stays as it is.
         """
         text = after.lstrip()
         closing = max(
@@ -289,7 +291,7 @@ class ChatRenderer:
             self.tokenizer.bos_token if self.tokenizer.bos_token != self.tokenizer.eos_token else None
         )
         if not closing or closing == opens_next:
-            return None, after
+            return self.tokenizer.eos_token_id, after
         return self._added[closing], text[len(closing) :]
 
     def _check_prompt_template(self, template: str) -> None:

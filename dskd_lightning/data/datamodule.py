@@ -198,21 +198,30 @@ class InstructionDataModule(pl.LightningDataModule):
         tokenizers = [renderer.tokenizer for renderer in self.renderers]
         return DataPreview.of(models, tokenizers, stages, records)
 
-    def generation_prompt(self, example: Example, model: int = 0) -> list[int]:
+    def generation_prompt(self, example: Example, model: int = 0, max_length: int | None = None) -> list[int]:
         """Token ids that the student (0) or teacher ``model - 1`` must continue with a response.
 
         The tokens that training reads before the response: of a conversation the beginning is cut to
-        ``max_prompt_length``, and what follows the first response that is learnt is read whole, up
-        to ``max_length``; one beyond that, which training ends before, loses more of its beginning.
+        ``max_prompt_length``, and what follows the first response that is learnt is read whole. Where
+        that leaves no room for a response in ``max_length``, the whole is cut to ``max_prompt_length``.
+
+        Args:
+            example: the conversation; of a document, the prompt is what starts a text.
+            model: who answers.
+            max_length: most tokens of prompt and response, where that is less than in training.
         """
         renderer = self.renderers[model]
+        if example.is_document:
+            return list(renderer.render(example).turns[0].prompt_ids)
         reasons = bool(split_reasoning((example.response or "").strip())[0]) or None
         first, *later = renderer.unanswered(
             example.prompt, example.place, tools=example.tools, reasoning=reasons
         ).turns
         ids = cut_left(first.prompt_ids, self.max_prompt_length, renderer.bos_ids) + first.response_ids
         ids += [token for turn in later for token in (*turn.prompt_ids, *turn.response_ids)]
-        return cut_left(ids, self.max_length - 1, renderer.bos_ids)
+        if len(ids) < min(self.max_length, max_length or self.max_length):
+            return ids
+        return cut_left(ids, self.max_prompt_length, renderer.bos_ids)
 
     @property
     def trains(self) -> bool:

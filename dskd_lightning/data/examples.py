@@ -40,7 +40,8 @@ class Example:
 
     Args:
         messages: system (optional, first), user, assistant and tool turns. Every assistant turn
-            is learnt unless it says otherwise; an example to predict has none at the end.
+            is learnt unless it says otherwise; an example to predict has none at the end. A
+            document, or a piece of one, is an assistant turn alone.
         references: acceptable final responses, for evaluation; the first is the last message.
         source: the file or dataset that it was read from.
         line: line in that file, or row from 1 where a format has no lines.
@@ -57,6 +58,11 @@ class Example:
     def place(self) -> str:
         """``file:line``, for messages to the user."""
         return f"{self.source}:{self.line}"
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is a text without a prompt."""
+        return len(self.messages) == 1 and self.messages[0].role == "assistant"
 
     @property
     def system(self) -> str | None:
@@ -88,6 +94,6 @@ class Example:
 
     def with_system(self, system: str | None) -> Example:
         """The same example with ``system`` in front, unless it has a system message already."""
-        if system is None or self.system is not None:
+        if system is None or self.system is not None or self.is_document:
             return self
         return replace(self, messages=(Message("system", system), *self.messages))

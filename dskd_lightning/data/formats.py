@@ -12,12 +12,14 @@ from dskd_lightning.errors import UserError
 
 __all__ = ["DetectedFormat", "Format", "InvalidRecord", "detect_format", "parse_record"]
 
-DetectedFormat = Literal["alpaca", "dolly", "prompt", "messages", "sharegpt"]
-Format = Literal["auto", "alpaca", "dolly", "prompt", "messages", "sharegpt"]
+DetectedFormat = Literal["alpaca", "dolly", "prompt", "messages", "sharegpt", "text"]
+Format = Literal["auto", "alpaca", "dolly", "prompt", "messages", "sharegpt", "text"]
 """``auto`` looks at the first record of each file. ``prompt`` takes a ready-made ``prompt`` field
-and any response field, also where a file (the papers' Dolly) has ``instruction`` beside it."""
+and any response field, also where a file (the papers' Dolly) has ``instruction`` beside it. ``text``
+are whole documents, learnt in windows without a template."""
 
 _RESPONSES = ("response", "responses", "output", "outputs", "completion", "chosen", "answer")
+_DOCUMENTS = ("text", "content")
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
@@ -38,6 +40,8 @@ def detect_format(record: Mapping[str, Any], source: str) -> DetectedFormat:
         return "prompt"
     if _is_conversation(record.get("chosen")):
         return "messages"
+    if keys & set(_DOCUMENTS):
+        return "text"
     raise UserError(
         f"{source} is in no known format (keys: {', '.join(map(str, record)) or 'none'}): "
         f"name its fields as one of {', '.join(get_args(DetectedFormat))} does, or set `format`."
@@ -67,6 +71,15 @@ def parse_record(
         InvalidRecord: a wrong type, an unknown role, or no response where one is needed.
     """
     reader = RecordReader(record, source, line)
+    if format == "text":
+        text = reader.text(reader.first(_DOCUMENTS) or _DOCUMENTS[0])
+        if not text.strip():
+            raise reader.error(f"has no text (its fields: {', '.join(map(str, record))})", "no text")
+        if not needs_response:
+            raise reader.error("is a document and asks nothing: give a prompt under 'prompt'", "no prompt")
+        if unused is not None:
+            unused.update(reader.unused)
+        return Example((Message("assistant", text),), (), source, line)
     messages, references = _PARSERS[format](reader)
     while messages and messages[-1].role == "assistant" and messages[-1].empty:
         messages = messages[:-1]  # an empty response is a missing one

@@ -65,7 +65,8 @@ class DistillationCollator:
         self.report: Counter[str] = Counter()
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | Example]) -> DistillationBatch:
-        """The batch of ``rows``; `DistillationBatch.examples` counts them from 0.
+        """The batch of ``rows``; `DistillationBatch.examples` counts them from 0, and names a document
+        that fills several windows as many times.
 
         Raises:
             UserError: a row isn't a record with a response, or none of them leaves room for one.
@@ -74,12 +75,12 @@ class DistillationCollator:
         kept = []
         for number, row in enumerate(rows):
             self.report["read"] += 1
-            _, found = render_example(self._example(row, number), self.renderers, self.settings, self.report)
-            if found:
+            example = self._example(row, number)
+            for _, found in render_example(example, self.renderers, self.settings, self.report):
                 kept.append(number)
                 for side, tokens in zip(models, found, strict=True):
                     side.append([rendered_example(tokens)])
-        self.report["used"] += len(kept)
+        self.report["used"] += len(set(kept))
         if not kept:
             raise UserError(
                 f"None of the batch's {len(rows)} rows leaves room for its response: raise `max_length`."

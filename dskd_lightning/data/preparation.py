@@ -23,7 +23,7 @@ from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.formats import DetectedFormat, Format, InvalidRecord, detect_format, parse_record
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row
 from dskd_lightning.data.sources import Source
-from dskd_lightning.data.truncation import truncate
+from dskd_lightning.data.truncation import truncate, windows
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.heartbeat import Progress
 
@@ -163,12 +163,10 @@ def _write(
         ]
         for example in read_examples(sources, settings, counts):
             progress.done += 1
-            example, rows = render_example(example, renderers, settings, counts)
-            if not rows:
-                continue
-            lengths.extend(len(row["tokens"]) - 1 for row in rows)
-            for writer, row in zip(writers, [asdict(example), *rows], strict=True):
-                writer.add(row)
+            for piece, rows in render_example(example, renderers, settings, counts):
+                lengths.extend(len(row["tokens"]) - 1 for row in rows)
+                for writer, row in zip(writers, [asdict(piece), *rows], strict=True):
+                    writer.add(row)
     counts["used"] = len(lengths) // len(renderers)
     if not lengths:
         names = ", ".join(source.name for source in sources)
@@ -185,11 +183,15 @@ def render_example(
     renderers: Sequence[ChatRenderer],
     settings: PreparationSettings,
     counts: Counter[str],
-) -> tuple[Example, list[dict[str, Any]]]:
+) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
     """``example`` as the models read it, and its tokens for each of them as `rendered_example` takes them.
 
-    No tokens where not one of the response has room; ``counts`` learns what was cut.
+    Nothing where not one token of the response has room, a pair for each window of a document;
+    ``counts`` learns what was cut.
     """
+    if example.is_document:
+        yield from _windows(example, renderers, settings, counts)
+        return
     example = _as_models_read(example, renderers, counts)
     learnt = example if example.response is not None else _with_placeholder(example)
     rendered = [renderer.render(learnt) for renderer in renderers]
@@ -198,7 +200,25 @@ def render_example(
     counts["truncated prompts"] += cut.prompt
     counts["truncated responses"] += cut.response
     counts["skipped: no room for the response"] += not cut.conversations
-    return example, [conversation_row(conversation) for conversation in cut.conversations]
+    if cut.conversations:
+        yield example, [conversation_row(conversation) for conversation in cut.conversations]
+
+
+def _windows(
+    example: Example,
+    renderers: Sequence[ChatRenderer],
+    settings: PreparationSettings,
+    counts: Counter[str],
+) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
+    text = example.messages[0].content
+    content, documents = text.encode(), [renderer.render(example).turns[0] for renderer in renderers]
+    for window in windows(documents, text, settings.max_length):
+        if not window.conversations:
+            counts["skipped: no window of a document fits"] += 1
+            continue
+        piece = Message("assistant", content[window.start : window.end].decode())
+        rows = [conversation_row(conversation) for conversation in window.conversations]
+        yield replace(example, messages=(piece,)), rows
 
 
 def _as_models_read(example: Example, renderers: Sequence[ChatRenderer], counts: Counter[str]) -> Example:

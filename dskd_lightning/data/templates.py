@@ -108,6 +108,11 @@ class ChatTemplate:
         """The template's text of ``messages``, a system message in front of the user's if it takes none."""
         if self.prompt_template is not None:
             return _apply_prompt_template(self.prompt_template, messages)
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer '{self.name}' has no chat template: set the model's `prompt_template` (for "
+                r'example "### Instruction:\n{prompt}\n\n### Response:\n") or `chat_template`.'
+            )
         system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
         try:
             text = self._rendered(messages, tools)

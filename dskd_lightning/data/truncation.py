@@ -1,8 +1,9 @@
-"""Cut the renderings of one conversation so that every model still reads the same responses."""
+"""Cut the renderings of one text so that every model still reads the same of it: conversations end
+early, documents go on in the next window."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from dskd_lightning.alignment.byte_spans import ByteSpans
 from dskd_lightning.data.chat import RenderedConversation, RenderedTurn
 
-__all__ = ["Truncated", "cut_left", "truncate"]
+__all__ = ["Truncated", "Window", "cut_left", "truncate", "windows"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,77 @@ def truncate(
     if not kept[0]:
         return Truncated((), prompt_cut, response_cut)
     return Truncated(tuple(RenderedConversation(tuple(turns)) for turns in kept), prompt_cut, response_cut)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a document.
+
+    Args:
+        start: its first byte.
+        end: one past its last byte.
+        conversations: one per model; empty where no piece that starts here fits all of them.
+    """
+
+    start: int
+    end: int
+    conversations: tuple[RenderedConversation, ...]
+
+
+def windows(documents: Sequence[RenderedTurn], text: str, max_length: int) -> Iterator[Window]:
+    """Pieces of at most ``max_length`` tokens per model that follow each other without a hole.
+
+    A window ends behind the last character where tokens of every model end, the last one with the end
+    of the document. Tokens are those of the whole document, so that a window may begin within a word.
+
+    Args:
+        documents: the whole document for each model.
+        text: of the document.
+        max_length: most tokens of a window, the tokens in front of it included.
+    """
+    content = np.frombuffer(text.encode(), np.uint8)
+    borders = np.flatnonzero(np.append(content, 0) & 0xC0 != 0x80)  # between characters
+    for document in documents:
+        borders = np.intersect1d(borders, document.spans.ends[~document.spans.end])
+    counts = [  # tokens up to each border, the end token apart
+        np.searchsorted(document.spans.ends[~document.spans.end], borders, "right") for document in documents
+    ]
+    room = [max_length - len(document.prompt_ids) for document in documents]
+    at, start = [0] * len(documents), 0
+    while start < len(content):
+        sizes = [len(document.spans) - done for document, done in zip(documents, at, strict=True)]
+        if all(size <= space for size, space in zip(sizes, room, strict=True)):
+            yield Window(start, len(content), _pieces(documents, at, sizes, start, len(content)))
+            return
+        following = int(np.searchsorted(borders, start, "right"))
+        last = min(
+            int(np.searchsorted(count, done + space, "right")) - 1
+            for count, done, space in zip(counts, at, room, strict=True)
+        )
+        fits = last >= following
+        if not fits and following == len(borders):
+            yield Window(start, len(content), ())
+            return
+        border = last if fits else following
+        cut, until = int(borders[border]), [int(count[border]) for count in counts]
+        taken = [new - done for new, done in zip(until, at, strict=True)]
+        yield Window(start, cut, _pieces(documents, at, taken, start, cut) if fits else ())
+        at, start = until, cut
+
+
+def _pieces(
+    documents: Sequence[RenderedTurn], at: Sequence[int], sizes: Sequence[int], start: int, end: int
+) -> tuple[RenderedConversation, ...]:
+    made = []
+    for document, done, size in zip(documents, at, sizes, strict=True):
+        kept, spans = slice(done, done + size), document.spans
+        piece = ByteSpans(
+            spans.starts[kept] - start, spans.ends[kept] - start, spans.unknown[kept], spans.added[kept],
+            spans.end[kept], end - start, spans.normalized,
+        )  # fmt: skip
+        turn = RenderedTurn(document.prompt_ids, document.response_ids[kept], piece)
+        made.append(RenderedConversation((turn,)))
+    return tuple(made)
 
 
 def cut_left(ids: list[int], limit: int, start: Sequence[int]) -> list[int]:

@@ -95,7 +95,7 @@ def test_system_goes_to_the_user_where_a_template_refuses_it() -> None:
 def test_template_errors() -> None:
     tokenizer = make_tokenizer(chat=False)
     with pytest.raises(UserError, match="prompt_template"):
-        ChatRenderer(tokenizer)
+        ChatRenderer(tokenizer).render(conversation(USER, "x"))
     with pytest.raises(UserError, match=r"no \{prompt\}"):
         ChatRenderer(tokenizer, "hello")
     with pytest.raises(UserError, match="format string"):
