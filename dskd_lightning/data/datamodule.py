@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,6 +21,7 @@ from dskd_lightning.data.collate import Collator, TeacherHidden, token_batch
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format
 from dskd_lightning.data.loader import DistillationLoader
+from dskd_lightning.data.mixing import Mixture, mix
 from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row, rendered_example
 from dskd_lightning.data.preview import DataPreview
@@ -81,6 +83,8 @@ class InstructionDataModule(pl.LightningDataModule):
         cache_dir: where prepared tokens are kept; None for ``data`` in `dskd_lightning.cache_dir`.
         teacher_cache: keep the teachers' hidden states on the disk, computed before the first
             epoch; None runs the teachers in every step.
+        weights: how often an epoch reads the examples of an entry of ``train``, 1 where none is given:
+            with 2 each is read twice, with 0.5 half of them, another half in the next epoch.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class InstructionDataModule(pl.LightningDataModule):
         seed: int = 42,
         cache_dir: str | None = None,
         teacher_cache: TeacherCacheSettings | None = None,
+        weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         _check(max_length, max_prompt_length, max_tokens_per_batch)
@@ -137,7 +142,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
         self.cache_dir = default_folder("data") if cache_dir is None else Path(cache_dir).expanduser()
-        self.teacher_cache = teacher_cache
+        self.teacher_cache, self.weights = teacher_cache, weights or {}
         self.teacher_hidden: dict[Stage, Sequence[TeacherHidden | None]] = {}
         """Per stage, one store of hidden states (or None) per teacher; see `Collator`."""
         self._renderers: list[ChatRenderer] | None = None
@@ -248,6 +253,11 @@ class InstructionDataModule(pl.LightningDataModule):
             raise UserError("None of the training examples leaves room for its response: raise `max_length`.")
         pad = pad_token_id(renderer.tokenizer)
         return [token_batch(rendered[i : i + _TOGETHER], pad) for i in range(0, len(rendered), _TOGETHER)]
+
+    def first_epoch(self) -> npt.NDArray[np.integer]:
+        """Rows of the training data that the first epoch reads, in the order of the data."""
+        view = self.examples("train")
+        return np.sort(self._mixture(view).of_epoch(0)) if self.weights else view.indices
 
     def prepare_data(self) -> None:
         """Fill the cache in one process, so that the others only map it."""
@@ -362,8 +372,29 @@ class InstructionDataModule(pl.LightningDataModule):
             ranks=1 if trainer is None else trainer.world_size,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            mixture=self._mixture(view) if training and self.weights else None,
             processed=None if trainer is None or not training else self._processed_batches,
         )
+
+    def _mixture(self, view: ExampleView) -> Mixture:
+        given = self.sources["train"] or []
+        entries = [given] if isinstance(given, str) else [entry for entry in given if isinstance(entry, str)]
+        names, files = view.dataset.sources()
+        weights = dict.fromkeys(names, 1.0)
+        for entry, weight in self.weights.items():
+            if entry not in entries:
+                raise UserError(
+                    f"`weights` names '{entry}', which isn't in `train` ({', '.join(entries)}): correct it."
+                )
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"`weights: {{{entry}: {weight}}}` must be a number from 0 on.")
+            weights |= {source.name: weight for source in resolve_sources(entry, _HUB_SPLIT["train"])}
+        by_file = [weights[name] for name in names]
+        lengths = view.dataset.longest(view.indices)
+        mixture = mix(view.indices, lengths, files[view.indices], by_file, self.seed)
+        if not len(mixture.lengths):
+            raise UserError("`weights` leave no example to train on: raise one of them.")
+        return mixture
 
     def _processed_batches(self) -> int:
         assert self.trainer is not None

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dskd_lightning.data.batching import PLAN_VERSION, BatchPlan, BatchSettings, plan_batches
 from dskd_lightning.data.collate import Collator
+from dskd_lightning.data.mixing import Mixture
 from dskd_lightning.errors import UserError
 from dskd_lightning.structures import DistillationBatch
 
@@ -40,6 +41,7 @@ class DistillationLoader:
         ranks: number of processes.
         num_workers: processes that build batches ahead; 0 builds them in this one.
         pin_memory: page-locked batches; None where CUDA is.
+        mixture: who of ``indices`` takes which place of an epoch; None for each of them once.
         processed: number of batches of this epoch that training has finished. Without it, a
             batch counts as finished when it was handed out.
     """
@@ -56,6 +58,7 @@ class DistillationLoader:
         ranks: int = 1,
         num_workers: int = 0,
         pin_memory: bool | None = None,
+        mixture: Mixture | None = None,
         processed: Callable[[], int] | None = None,
     ) -> None:
         self.collator, self.indices, self.settings = collator, indices, settings
@@ -63,7 +66,8 @@ class DistillationLoader:
         self.num_workers, self._processed = num_workers, processed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.epoch = 0
-        self._lengths = collator.dataset.longest(indices)
+        self.mixture = mixture
+        self._lengths = collator.dataset.longest(indices) if mixture is None else mixture.lengths
         self._position = 0
         self._resume: tuple[int, int] | None = None
         self._plan: tuple[int, BatchPlan] | None = None
@@ -88,7 +92,10 @@ class DistillationLoader:
             plan = plan_batches(
                 self._lengths, self.settings, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle
             )
-            self._plan = (self.epoch, plan.of_rank(self.rank, self.ranks).renamed(self.indices))
+            rows = self.indices
+            if self.mixture is not None:
+                rows = self.mixture.of_epoch(self.epoch if self.shuffle else 0)
+            self._plan = (self.epoch, plan.of_rank(self.rank, self.ranks).renamed(rows))
         return self._plan[1]
 
     def __len__(self) -> int:
@@ -135,6 +142,9 @@ class DistillationLoader:
     def _key(self) -> str:
         content = hashlib.sha256(np.ascontiguousarray(self._lengths).tobytes())
         content.update(np.ascontiguousarray(self.indices).tobytes())
+        if self.mixture is not None:
+            for array in (self.mixture.rows, self.mixture.starts):
+                content.update(np.ascontiguousarray(array).tobytes())
         what = (PLAN_VERSION, astuple(self.settings), self.shuffle, self.seed, self.ranks)
         content.update(repr(what).encode())
         return content.hexdigest()[:16]

@@ -152,16 +152,16 @@ def _budget(run: DistillationCLI, sizes: Sequence[ModelSize]) -> Iterator[Findin
 def estimate_run(run: DistillationCLI, sizes: Sequence[ModelSize], machine: Machine, mixed: bool) -> Estimate:
     """The estimate of a parsed run whose data are prepared."""
     data, view = run.datamodule, run.datamodule.examples("train")
-    lengths = view.dataset.lengths[view.indices, 0]
+    lengths = view.dataset.lengths[data.first_epoch(), 0]
     steps, epochs = run.trainer.max_steps, run.trainer.max_epochs or 1
-    per_epoch = max(1, len(view) // (data.batch_size * run.trainer.accumulate_grad_batches))
+    per_epoch = max(1, len(lengths) // (data.batch_size * run.trainer.accumulate_grad_batches))
     passes = steps / per_epoch if steps > 0 else float(max(epochs, 1))  # -1 goes on for ever
     budgets = [getattr(o, "memory_budget_mb", 1024.0) for o in run.model.objectives]
     return estimate(
         sizes[0],
         sizes[1:],
         machine,
-        sequences=len(view),
+        sequences=len(lengths),
         tokens=int(lengths.sum()),
         batch=data.batch_size,
         longest=int(lengths.max()),

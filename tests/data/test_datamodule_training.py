@@ -277,9 +277,50 @@ def trainer(tmp_path: Path, *callbacks: pl.Callback, **arguments) -> pl.Trainer:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
+@pytest.mark.parametrize("mode", [{}, {"max_tokens_per_batch": 256}, {"packing": True}])
+@pytest.mark.parametrize("weight", [0, 0.4, 1, 2.5])
+def test_weights_say_how_often_a_file_is_read(make, data_file: Path, mode: dict, weight: float) -> None:
+    other = data_file.with_name("other.jsonl")
+    rows = [json.dumps({"instruction": f"Other {i}", "output": "plums " * (1 + i % 5)}) for i in range(20)]
+    other.write_text("\n".join(rows))
+    dm = make(train=[str(data_file), str(other)], weights={str(other): weight}, **mode)
+    loader, seen, batches = dm.train_dataloader(), [], []
+    for epoch in range(10):
+        loader.set_epoch(epoch)
+        seen.append([i for batch in loader for i in batch.examples.tolist()])
+        batches.append(len(loader))
+    assert len(set(batches)) == 1
+    assert len(dm.first_epoch()) == len(seen[0]) == 23 + 20 * weight
+    names, files = dm.examples("train").dataset.sources()
+    assert names == [str(data_file), str(other)]
+    for epoch in seen:
+        counts = np.bincount(epoch, minlength=43)
+        assert set(counts[files == 0]) == {1}
+        assert counts[files == 1].sum() == 20 * weight
+        assert set(counts[files == 1]) <= {int(weight), int(weight) + 1}
+    total = np.bincount(np.concatenate(seen), minlength=43)[files == 1]
+    assert total.max() - total.min() <= 2  # all of them in turn
+
+
+@pytest.mark.parametrize(
+    ("weights", "needle"),
+    [
+        ({"b": 1}, "names 'b', which isn't in `train`"),
+        ({"FILE": -1}, "number from 0"),
+        ({"FILE": 0}, "no example"),
+    ],
+)
+def test_weights_that_mean_nothing(make, data_file: Path, weights: dict, needle: str) -> None:
+    weights = {str(data_file) if name == "FILE" else name: weight for name, weight in weights.items()}
+    with pytest.raises(UserError, match=needle):
+        make(weights=weights).train_dataloader()
+
+
+@pytest.mark.parametrize("mode", [*MODES[:3], {"weights": {"FILE": 1.6}}])
 def test_resume_from_every_step_continues_with_the_next_batch(make, tmp_path: Path, mode: dict) -> None:
     mode = {**mode, "val_split": 3}
+    if "weights" in mode:
+        mode["weights"] = {make().sources["train"]: 1.6}
     whole = Recorder()
     saver = ModelCheckpoint(
         tmp_path / "ckpt", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
@@ -289,7 +330,8 @@ def test_resume_from_every_step_continues_with_the_next_batch(make, tmp_path: Pa
     per_epoch = steps // 3
     assert per_epoch >= 3
     orders = [whole.seen[i * per_epoch : (i + 1) * per_epoch] for i in range(3)]
-    assert all(sorted(sum(order, ())) == sorted(sum(orders[0], ())) for order in orders)
+    same = [sorted(sum(order, ())) == sorted(sum(orders[0], ())) for order in orders]
+    assert all(same) != ("weights" in mode)  # a weight that isn't whole takes others in turn
     assert orders[0] != orders[1] != orders[2]
     for step in range(1, steps):
         resumed = Recorder()

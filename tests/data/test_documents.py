@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_tokenizer
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dskd_lightning.alignment.exact import align
@@ -27,7 +27,7 @@ RENDERERS = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     text=st.text(st.sampled_from("apples naïve 🙂日本\n<|end|> 12"), min_size=1, max_size=120),
     length=st.integers(8, 60),
