@@ -92,7 +92,7 @@ class DistillationLoader:
             plan = plan_batches(
                 self._lengths, self.settings, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle
             )
-            rows = self.indices
+            rows: npt.NDArray[np.integer] = self.indices
             if self.mixture is not None:
                 rows = self.mixture.of_epoch(self.epoch if self.shuffle else 0)
             self._plan = (self.epoch, plan.of_rank(self.rank, self.ranks).renamed(rows))
