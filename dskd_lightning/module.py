@@ -30,7 +30,7 @@ from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.projection import LinearProjector
-from dskd_lightning.ranks import gathered
+from dskd_lightning.ranks import gathered, rank_and_world
 from dskd_lightning.strategies import shard
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
@@ -384,7 +384,13 @@ class DistillationModule(L.LightningModule):
         if self._buffer is None:
             self._buffer = self._sample_buffer()
         if self._saved_samples is not None:
-            self._buffer.load_state_dict(self._saved_samples[self.global_rank])
+            ranks = rank_and_world()[1]
+            if len(self._saved_samples) != ranks:
+                raise UserError(
+                    f"The checkpoint holds samples of {len(self._saved_samples)} processes, not of {ranks}: "
+                    "resume with as many, or start from its weights alone with `--model.weights_from`."
+                )
+            self._buffer.load_state_dict(self._saved_samples[rank_and_world()[0]])
             self._saved_samples = None
         return self._buffer.replaced(windows, self.global_step if step is None else step, steps)
 

@@ -43,8 +43,11 @@ PAIRS = {
 OWN_DATA = ("demo_to_gpt2", "qwen2.5_coder_to_smollm2")
 """Pairs whose models or data a reader brings himself: read here, trained elsewhere."""
 FRAGMENTS = sorted(
-    path for folder in ("objective", "strategy", "logger") for path in (CONFIGS / folder).glob("*.yaml")
+    path
+    for folder in ("objective", "on_policy", "strategy", "logger")
+    for path in (CONFIGS / folder).glob("*.yaml")
 )
+ON_POLICY = [path for path in FRAGMENTS if path.parent.name == "on_policy"]
 METHODS = sorted(path for pair in PAIRS for path in (CONFIGS / pair).glob("*.yaml") if path.stem != "base")
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if not path.name.endswith(".study.yaml"))
 STUDIES = sorted(CONFIGS.rglob("*.study.yaml"))
@@ -176,7 +179,7 @@ def test_study_reads_and_its_variants_parse(path, tmp_path) -> None:
 
 def test_every_folder_is_covered() -> None:
     assert {path.parent.name for path in SHIPPED} == {
-        "configs", "objective", "strategy", "logger", *OWN_DATA, *PAIRS,
+        "configs", "objective", "on_policy", "strategy", "logger", *OWN_DATA, *PAIRS,
     }  # fmt: skip
     assert len(FRAGMENTS) + len(METHODS) + len(PAIRS) + len(OWN_DATA) + 1 == len(SHIPPED)
 
@@ -239,6 +242,19 @@ def _without_adapter(base: Path, folder: Path) -> Path:
     path = folder / "without_adapter.yaml"
     path.write_text(yaml.safe_dump({"model": {"teacher": {"adapter": None}}}))
     return path
+
+
+@pytest.mark.parametrize("path", ON_POLICY, ids=name_of)
+def test_on_policy_trains_on_samples(path, tiny, data_file, tmp_path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"model": {"student": {"source": ""}, "teacher": {"source": ""}}}))
+    always = tmp_path / "always.yaml"
+    always.write_text(yaml.safe_dump({"model": {"on_policy": {"fraction": 1, "max_new_tokens": 4}}}))
+    teacher = "llama" if path.stem == "cross_tokenizer" else "qwen2"
+    cli = train([base, path, always], tmp_path, data_file, tiny("qwen2"), tiny(teacher))
+    assert cli.trainer.global_step == 1
+    assert math.isfinite(float(cli.trainer.callback_metrics["train/loss"]))
+    assert float(cli.trainer.callback_metrics["train/samples_length"]) > 0
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -7,6 +7,7 @@ from dskd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from dskd_lightning.callbacks.monitor import TrainingMonitor
 from dskd_lightning.callbacks.progress_lines import ProgressLines
 from dskd_lightning.callbacks.responses import ResponseEvaluation
+from dskd_lightning.callbacks.sample_fidelity import SampleFidelity
 from dskd_lightning.callbacks.signals import SignalStop
 from dskd_lightning.callbacks.summary import DistillationSummary
 from dskd_lightning.callbacks.training_cost import TrainingCost
@@ -19,6 +20,7 @@ __all__ = [
     "RepresentationAnalysis",
     "ResponseEvaluation",
     "ResumableCSVLogger",
+    "SampleFidelity",
     "SignalStop",
     "TrainingCost",
     "TrainingMonitor",

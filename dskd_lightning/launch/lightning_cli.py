@@ -23,6 +23,7 @@ from dskd_lightning.callbacks import (
     RepresentationAnalysis,
     ResponseEvaluation,
     ResumableCSVLogger,
+    SampleFidelity,
     SignalStop,
     TrainingCost,
     TrainingMonitor,
@@ -80,7 +81,8 @@ class DistillationCLI(LightningCLI):
 
     Beside Lightning's own keys a config has ``output`` (the run folder), ``overwrite``,
     ``save_every_n_steps``, ``completions`` (`CompletionsTable`), ``responses``
-    (`ResponseEvaluation`), ``analysis`` (`RepresentationAnalysis`) and ``monitor`` (`TrainingMonitor`).
+    (`ResponseEvaluation`), ``samples`` (`SampleFidelity`), ``analysis`` (`RepresentationAnalysis`) and
+    ``monitor`` (`TrainingMonitor`).
     """
 
     def __init__(self, args: Any = None, run: bool = True, **kwargs: Any) -> None:
@@ -120,9 +122,11 @@ class DistillationCLI(LightningCLI):
         parser.add_lightning_class_args(DistillationSummary, "summary")
         parser.add_lightning_class_args(CompletionsTable, "completions")
         parser.add_lightning_class_args(ResponseEvaluation, "responses")
+        parser.add_lightning_class_args(SampleFidelity, "samples")
         parser.add_lightning_class_args(RepresentationAnalysis, "analysis")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.link_arguments("output", "responses.output")
+        parser.link_arguments("output", "samples.output")
         parser.link_arguments("output", "analysis.output")
         parser.link_arguments("model.student_spec", "data.student", apply_on="instantiate")
         parser.link_arguments("model.teacher_specs", "data.teacher", apply_on="instantiate")

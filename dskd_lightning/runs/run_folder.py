@@ -13,6 +13,7 @@
       training.json                   see `callbacks.TrainingCost`
       representation.json             see `callbacks.RepresentationAnalysis`
       alignments/*.json               `AlignmentMap`s
+      samples.json                    see `callbacks.SampleFidelity`
 
 Only ``predictions/`` is needed for a comparison; the rest is shown where it is there.
 """
@@ -29,6 +30,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object
 from dskd_lightning.runs.metrics_file import read_rows
 from dskd_lightning.runs.predictions import Prediction, read_predictions
+from dskd_lightning.runs.samples import SampledResponse, read_samples
 
 __all__ = ["AlignmentMap", "Curves", "RunFolder"]
 
@@ -80,6 +82,7 @@ class RunFolder:
         efficiency: fields of `Efficiency`, or None.
         teacher_efficiency: the same of the teacher, where it was measured.
         alignments: maps to draw.
+        samples: what the student wrote by itself, with its teacher's opinion.
         representation: distances to the teacher and spectra of projectors, or None.
         training: what training has cost, or None.
         scores: what has been computed of the predictions, by the name of the metric.
@@ -94,6 +97,7 @@ class RunFolder:
     environment: dict[str, Any] = field(default_factory=dict)
     efficiency: dict[str, Any] | None = None
     alignments: tuple[AlignmentMap, ...] = ()
+    samples: tuple[SampledResponse, ...] = ()
     representation: dict[str, Any] | None = None
     teacher_efficiency: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
@@ -123,6 +127,7 @@ class RunFolder:
             environment=_read_json(path / "environment.json") or {},
             efficiency=_read_costs(path / "efficiency.json"),
             alignments=tuple(_read_alignment(file) for file in sorted(path.glob("alignments/*.json"))),
+            samples=read_samples(path / "samples.json"),
             teacher_efficiency=_read_costs(path / "teacher_efficiency.json"),
             representation=_read_representation(path / "representation.json"),
             training=_read_costs(path / "training.json"),

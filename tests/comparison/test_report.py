@@ -18,6 +18,7 @@ from dskd_lightning.comparison.report.content import number
 from dskd_lightning.evaluation.scores import prompt_metric
 from dskd_lightning.runs.predictions import Prediction
 from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.samples import SampledResponse, write_samples
 
 HOSTILE = [
     "<script>window.hacked=1</script>",
@@ -62,6 +63,10 @@ def make_run(root: Path, name: str, position: int) -> RunFolder:
     representation = {"after": measured, "before": measured, "projectors": {HOSTILE[0]: spectrum}}
     (run / "representation.json").write_text(json.dumps(representation))
     (run / "alignments" / "a.json").write_text(json.dumps(alignment))
+    sample = SampledResponse(
+        HOSTILE[0], tuple(HOSTILE), (-1.0,) * len(HOSTILE), (-0.1, -1.0, None, *[-9.0] * 5)
+    )
+    write_samples(run / "samples.json", [sample])
     return RunFolder.read(run, name)
 
 
