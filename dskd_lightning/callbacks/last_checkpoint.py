@@ -37,7 +37,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step and self._every and trainer.global_step % self._every == 0:
+        stepped = not trainer.fit_loop._should_accumulate()  # else gradients would be missing in it
+        if stepped and self._every and trainer.global_step % self._every == 0:
             self._due = True
 
     def on_train_batch_start(

@@ -21,6 +21,7 @@ def settle_progress(loop: dict[str, Any], steps: int, accumulate: int, by_steps:
     step twice where a batch had begun, and under ``max_steps`` trains the next epoch's first batch
     as one more of the finished epoch. What it restores exactly is a save at the end of a batch with others
     behind it, so every place becomes one: that many batches of that epoch are done, validation included.
+    Gradients of a part of a step are in no checkpoint, so a step that had begun begins again.
     Only finished epochs stay as they are where epochs are counted, so that epoch hooks run.
 
     Args:
@@ -38,11 +39,13 @@ def settle_progress(loop: dict[str, Any], steps: int, accumulate: int, by_steps:
     inside = epochs["current"]["processed"] < epochs["current"]["ready"]
     if whole and (inside or not by_steps):
         return
-    done = 0 if whole else current["processed"]
+    again = 0 if whole else current["processed"] % accumulate
+    done = 0 if whole else current["processed"] - again
+    total = batches["total"]["processed"] - again
     for progress in (epochs["total"], epochs["current"]):
         ready = progress["ready"] + whole
         progress.update(ready=ready, started=ready, processed=ready - 1, completed=ready - 1)
-    for progress, processed in ((batches["total"], batches["total"]["processed"]), (current, done)):
+    for progress, processed in ((batches["total"], total), (current, done)):
         progress.update(ready=processed, started=processed, processed=processed, completed=processed - 1)
     batches["is_last_batch"] = False
     for loader in loop["state_dict"].get("combined_loader", ()):
@@ -54,5 +57,9 @@ def settle_progress(loop: dict[str, Any], steps: int, accumulate: int, by_steps:
             for key in path:
                 progress = progress[key]
             progress["current"] = dict.fromkeys(progress["current"], 0)
+    if again:
+        optimizer = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for part, zeroed in optimizer["zero_grad"].items():
+            zeroed.update(dict.fromkeys(zeroed, optimizer["step"][part]["completed"]))
     # Lightning adds the step of the batch that it takes to be unfinished.
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - (done % accumulate == 0)
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1

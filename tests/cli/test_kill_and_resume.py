@@ -38,6 +38,7 @@ POINTS: dict[str, list[list[tuple[str, float]]]] = {
     ],
     "LoRA, accumulation, packing, workers": [
         [("step", 12), ("validation", 2), ("in save", 0.8), ("call", 0.2)],
+        [("step", 8), ("step", 2)],
     ],
     "cached teacher, token budget, validations within epochs, schedule of one's own": [
         [("command", 0.6), ("validation", 3), ("after save", 2), ("step", 3), ("before save", 2)],

@@ -33,7 +33,13 @@ class _Notes(L.Callback):
 
 
 def _fit(
-    model_folder: Any, folder: Path, notes: _Notes, epochs: int = 2, path: Any = None, loaders: bool = False
+    model_folder: Any,
+    folder: Path,
+    notes: L.Callback,
+    epochs: int = 2,
+    path: Any = None,
+    loaders: bool = False,
+    **options: Any,
 ) -> L.Trainer:
     student = dl.StudentSpec(model_folder(seed=1))
     module = dl.DistillationModule(
@@ -45,7 +51,7 @@ def _fit(
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        max_epochs=epochs, callbacks=[notes, LastCheckpoint(folder, every=1)],
+        max_epochs=epochs, callbacks=[notes, LastCheckpoint(folder, every=1)], **options,
     )  # fmt: skip
     if loaders:
         trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=path, weights_only=True)
@@ -63,6 +69,41 @@ def test_a_plain_trainer_resumes_in_mid_epoch(model_folder, tmp_path, loaders) -
     _fit(model_folder, tmp_path, resumed, path=tmp_path / "last.ckpt", loaders=loaders)
     assert len(whole.seen) == 10
     assert resumed.seen == whole.seen[3:]
+
+
+class _SavesInSteps(L.Callback):
+    """Saves and stops before a batch of the run, counted from this start of it."""
+
+    def __init__(self, path: Path, stop_at: int = -1, save: bool = True) -> None:
+        self.path, self.stop_at, self.save, self.seen = path, stop_at, save, 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.seen == self.stop_at:
+            if self.save:
+                trainer.save_checkpoint(self.path)
+            raise RuntimeError("killed")
+        self.seen += 1
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["killed", "saved within a step"])
+@pytest.mark.parametrize("chain", [[3, 2], [1], [4, 1, 1]], ids=str)
+def test_no_batch_of_a_step_that_was_cut_is_lost(model_folder, tmp_path, chain, save) -> None:
+    accumulation: Any = {"accumulate_grad_batches": 2, "epochs": 2}
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    for folder in folders:
+        folder.mkdir()
+    whole = _fit(model_folder, folders[0], _SavesInSteps(tmp_path), **accumulation)
+    path = folder / "last.ckpt"
+    for stop_at in chain:
+        start = path if path.exists() else None
+        with pytest.raises(RuntimeError, match="killed"):
+            _fit(model_folder, folder, _SavesInSteps(path, stop_at, save), path=start, **accumulation)
+    start = path if path.exists() else None
+    resumed = _fit(model_folder, folder, _SavesInSteps(path), path=start, **accumulation)
+    assert resumed.global_step == whole.global_step == 6
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    counters = [t.fit_loop.epoch_loop.state_dict() for t in (resumed, whole)]
+    assert counters[0] == counters[1]
 
 
 def test_a_raised_end_takes_the_new_schedules_rate_at_once(model_folder, tmp_path) -> None:
