@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from dskd_lightning.evaluation.predict import PromptRecord
@@ -39,6 +40,7 @@ def prompt_records(
                 prompt=example.prompt[-1].content if example.prompt else "",
                 ids=datamodule.generation_prompt(example, model, max_length),
                 references=example.references,
+                fields=json.loads(example.fields) if example.fields else {},
             )
         )
     return records

@@ -30,7 +30,7 @@ def generate_responses(
     dtype: Any,
     limit: int | None,
 ) -> None:
-    """Answer every prompt and write ``{"messages": [...]}`` lines, atomically."""
+    """Answer every prompt and write ``{"messages": [...]}`` lines with unread fields, atomically."""
     spec = ModelSpec(source=model, dtype=dtype)
     tokenizer = load_tokenizer(spec)
     renderer = ChatRenderer.from_spec(tokenizer, spec)
@@ -54,5 +54,6 @@ def generate_responses(
         ]
         turns.append({"role": "assistant", "content": texts[index]})
         tools = {"tools": json.loads(example.tools)} if example.tools else {}
-        lines.append(json.dumps({"messages": turns, **tools}, ensure_ascii=False))
+        fields = json.loads(example.fields) if example.fields else {}
+        lines.append(json.dumps({**fields, "messages": turns, **tools}, ensure_ascii=False))
     write_atomic(Path(output), "\n".join(lines) + "\n")

@@ -46,6 +46,7 @@ class Example:
         source: the file or dataset that it was read from.
         line: line in that file, or row from 1 where a format has no lines.
         tools: JSON list of the functions that the model may call, or nothing.
+        fields: JSON object of the record's fields that nothing reads, or nothing.
     """
 
     messages: tuple[Message, ...]
@@ -53,6 +54,7 @@ class Example:
     source: str = ""
     line: int = 0
     tools: str = ""
+    fields: str = ""
 
     @property
     def place(self) -> str:

@@ -75,6 +75,13 @@ class RecordReader:
         own = [str(key) for key, value in self.record.items() if key not in self._used and _holds(value)]
         return own + sorted(self._unused_in_messages)
 
+    @property
+    def rest(self) -> str:
+        """JSON object of the record's own fields that hold something and were not read, or nothing."""
+        read = self._used - set(_PROVENANCE)
+        kept = {str(key): value for key, value in self.record.items() if key not in read and _holds(value)}
+        return json.dumps(kept, ensure_ascii=False, default=str) if kept else ""
+
     def get(self, key: str) -> Any:
         """The raw value, marked as used."""
         self._used.add(key)

@@ -79,7 +79,7 @@ def parse_record(
             raise reader.error("is a document and asks nothing: give a prompt under 'prompt'", "no prompt")
         if unused is not None:
             unused.update(reader.unused)
-        return Example((Message("assistant", text),), (), source, line)
+        return Example((Message("assistant", text),), (), source, line, fields=reader.rest)
     messages, references = _PARSERS[format](reader)
     while messages and messages[-1].role == "assistant" and messages[-1].empty:
         messages = messages[:-1]  # an empty response is a missing one
@@ -99,7 +99,7 @@ def parse_record(
     tools = reader.tools()
     if unused is not None:
         unused.update(reader.unused)
-    return Example(tuple(messages), tuple(references), source, line, tools)
+    return Example(tuple(messages), tuple(references), source, line, tools, reader.rest)
 
 
 _Parsed = tuple[list[Message], list[str]]

@@ -30,7 +30,7 @@ from dskd_lightning.runs.heartbeat import Progress
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples", "render_example"]
 
 _log = logging.getLogger(__name__)
-_VERSION = 3  # of the files' layout and of the rendering
+_VERSION = 4  # of the files' layout and of the rendering
 _CHUNK = 512
 
 
@@ -293,6 +293,7 @@ def _example_schema() -> Any:
             ("source", pa.string()),
             ("line", pa.int64()),
             ("tools", pa.string()),
+            ("fields", pa.string()),
         ]
     )
 

@@ -114,7 +114,7 @@ class PreparedDataset:
         chunk, at = self._examples.row(index)
         row = {name: chunk.column(name)[at].as_py() for name in chunk.schema.names}
         messages = tuple(Message(**m) for m in row["messages"])
-        return Example(messages, tuple(row["references"]), row["source"], row["line"], row["tools"])
+        return Example(**{**row, "messages": messages, "references": tuple(row["references"])})
 
     def rendered(self, index: int, model: int = 0) -> RenderedExample:
         """Tokens of row ``index`` for the student (0) or teacher ``model - 1``."""

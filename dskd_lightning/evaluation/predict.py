@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.writer import PredictionWriter
@@ -26,12 +27,14 @@ PAPER_SEEDS = (10, 20, 30, 40, 50)
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """What is generated for: position in the dataset, prompt text, its token ids, references."""
+    """What is generated for: position in the dataset, prompt text, its token ids, references, and what
+    else its record says."""
 
     index: int
     prompt: str
     ids: Sequence[int]
     references: tuple[str, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def predict(
@@ -121,6 +124,7 @@ def _generate(
                     seed=seed,
                     tokens=generation.tokens,
                     finished=generation.finished,
+                    fields=by_index[generation.index].fields,
                 )
                 for generation in batch
             ]

@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Prediction:
         seed: the sampling seed, or None for greedy decoding.
         tokens: generated tokens, the end token not counted.
         finished: whether the model ended the response itself, within the length limit.
+        fields: what else the prompt's record holds.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Prediction:
     seed: int | None = None
     tokens: int = 0
     finished: bool = True
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_json(cls, line: str, where: str) -> Prediction:
@@ -62,10 +64,11 @@ class Prediction:
                 not all(type(count) is int and abs(count) < _LARGEST for count in counts)
                 or not all(isinstance(text, str) for text in texts)
                 or not isinstance(prediction.finished, bool)
+                or not isinstance(prediction.fields, dict)
             ):
                 raise TypeError(
                     "index, tokens and seed must be an integer; prompt, response and references text; "
-                    "finished true or false"
+                    "finished true or false; fields an object"
                 )
         except RecursionError as error:
             raise UserError(f"{where}: not a prediction (nested too deep); delete the file.") from error
@@ -78,7 +81,10 @@ class Prediction:
 
     def to_json(self) -> str:
         """One line of JSON, without the line break."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        values = asdict(self)
+        if not self.fields:
+            del values["fields"]
+        return json.dumps(values, ensure_ascii=False)
 
 
 def prediction_file(seed: int | None) -> str:

@@ -387,8 +387,10 @@ def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):
 
 def test_generate_writes_an_instruction_file(tmp_path, model_folder):
     data = write_data(tmp_path / "data.jsonl", 3)
+    data.write_text(data.read_text().replace('"}\n', '", "id": 7}\n', 1))
     arguments = ["--max_new_tokens", "4"]
     dskd("generate", model_folder(seed=1), str(data), str(tmp_path / "out.jsonl"), *arguments)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["messages"][0]["content"] for line in lines] == [f"Say the number {i}." for i in range(3)]
     assert all(line["messages"][-1]["role"] == "assistant" for line in lines)
+    assert [line.get("id") for line in lines] == [7, None, None]

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dskd_lightning.cache_dir import cache_dir
+from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import StudentSpec, TeacherSpec
@@ -236,9 +237,10 @@ def test_user_errors(make, data_file: Path, text: str | None, arguments: dict, n
 
 def test_predict_needs_no_responses(make, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"instruction": "x"}\n{"instruction": "y"}')
+    path.write_text('{"instruction": "x", "topic": "é", "none": ""}\n{"instruction": "y", "topic": null}')
     dm = make(predict=str(path))
     (batch,) = dm.predict_dataloader()
+    assert [record.fields for record in prompt_records(dm, "predict")] == [{"topic": "é"}, {}]
     assert [dm.examples("predict").row(i).prompt[0].content for i in batch.examples.tolist()] == ["x", "y"]
 
 

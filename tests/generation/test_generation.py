@@ -150,7 +150,11 @@ def test_random_numbers_of_a_prompt() -> None:
 
 
 def records() -> list[PromptRecord]:
-    return [PromptRecord(i, f"prompt {i}", ids, ("a", "b")) for i, ids in enumerate(PROMPTS)]
+    fields = {"category": "qa", "id": [1, None]}
+    return [
+        PromptRecord(i, f"prompt {i}", ids, ("a", "b"), fields if i % 2 else {})
+        for i, ids in enumerate(PROMPTS)
+    ]
 
 
 def test_predict_resumes_after_a_kill_with_the_same_result(model, tokenizer, tmp_path) -> None:
@@ -176,8 +180,10 @@ def test_predict_resumes_after_a_kill_with_the_same_result(model, tokenizer, tmp
     assert not partial.exists()
     names = sorted(path.name for path in (tmp_path / "cut").iterdir())
     assert names == ["greedy.jsonl", "seed_10.jsonl", "settings.json"]
-    line = json.loads((tmp_path / "cut" / "seed_10.jsonl").read_text().splitlines()[0])
-    assert line["references"] == ["a", "b"]
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "seed_10.jsonl").read_text().splitlines()]
+    assert lines[0]["references"] == ["a", "b"]
+    assert "fields" not in lines[0]
+    assert lines[1]["fields"] == dict(whole[10][1].fields) == {"category": "qa", "id": [1, None]}
 
 
 def test_predict_refuses_another_models_predictions(model, tokenizer, tmp_path) -> None:

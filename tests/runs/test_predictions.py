@@ -59,6 +59,7 @@ def test_an_index_is_written_once(tmp_path) -> None:
         (LINE % {"more": '"tokens": 1' + "0" * 5000}, ":1: not a prediction"),
         (LINE % {"more": '"seed": [1]'}, "must be an integer"),
         (LINE % {"more": '"finished": "no"'}, "finished true or false"),
+        (LINE % {"more": '"fields": []'}, "fields an object"),
         ('{"index": 0, "prompt": "", "references": "abc", "response": ""}', "references must be a list"),
         ("[" * 100_000, ":1: not a prediction"),
     ],
