@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-__all__ = ["Example", "Message", "Role"]
+from dskd_lightning.errors import UserError
+
+__all__ = ["Example", "InvalidRecord", "Message", "Role"]
 
 Role = Literal["system", "user", "assistant", "tool"]
+
+
+class InvalidRecord(UserError):
+    """A record that can't be learnt from. ``reason`` is a short phrase to count it under."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)

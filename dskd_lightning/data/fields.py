@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dskd_lightning.data.examples import Message, Role
-from dskd_lightning.errors import UserError
+from dskd_lightning.data.examples import InvalidRecord, Message, Role
 from dskd_lightning.tokenizers import sanitize_text
 
-__all__ = ["InvalidRecord", "RecordReader"]
+__all__ = ["RecordReader"]
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -37,14 +36,6 @@ _CONTENT_KEYS = ("content", "value")
 _PROVENANCE = ("finished",)  # beside generated responses, ours and the demo's: not meant to be learnt from
 
 
-class InvalidRecord(UserError):
-    """A record that can't be learnt from. ``reason`` is a short phrase to count it under."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 class RecordReader:
     """Fields of ``record`` as text, references and messages; errors name the place.
 
@@ -55,7 +46,7 @@ class RecordReader:
     """
 
     def __init__(self, record: Any, source: str, line: int) -> None:
-        self.place = f"{source}:{line}"
+        self.at, self.place = (source, line), f"{source}:{line}"
         if not isinstance(record, Mapping):
             raise self.error(f"holds {type(record).__name__} instead of a JSON object", "not an object")
         self.record: Mapping[str, Any] = record

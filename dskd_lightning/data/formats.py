@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from dskd_lightning.data.examples import Example, Message
-from dskd_lightning.data.fields import InvalidRecord, RecordReader
+from dskd_lightning.data.examples import Example, InvalidRecord, Message
+from dskd_lightning.data.fields import RecordReader
 from dskd_lightning.errors import UserError
 
 __all__ = ["DetectedFormat", "Format", "InvalidRecord", "detect_format", "parse_record"]
@@ -71,6 +71,16 @@ def parse_record(
         InvalidRecord: a wrong type, an unknown role, or no response where one is needed.
     """
     reader = RecordReader(record, source, line)
+    try:
+        return _parsed(reader, format, needs_response, unused)
+    except RecursionError as error:
+        raise reader.error("is nested too deep", "nested too deep") from error
+
+
+def _parsed(
+    reader: RecordReader, format: DetectedFormat, needs_response: bool, unused: Counter[str] | None
+) -> Example:
+    record = reader.record
     if format == "text":
         text = reader.text(reader.first(_DOCUMENTS) or _DOCUMENTS[0])
         if not text.strip():
@@ -79,7 +89,7 @@ def parse_record(
             raise reader.error("is a document and asks nothing: give a prompt under 'prompt'", "no prompt")
         if unused is not None:
             unused.update(reader.unused)
-        return Example((Message("assistant", text),), (), source, line, fields=reader.rest)
+        return Example((Message("assistant", text),), (), *reader.at, fields=reader.rest)
     messages, references = _PARSERS[format](reader)
     while messages and messages[-1].role == "assistant" and messages[-1].empty:
         messages = messages[:-1]  # an empty response is a missing one
@@ -99,7 +109,7 @@ def parse_record(
     tools = reader.tools()
     if unused is not None:
         unused.update(reader.unused)
-    return Example(tuple(messages), tuple(references), source, line, tools, reader.rest)
+    return Example(tuple(messages), tuple(references), *reader.at, tools, reader.rest)
 
 
 _Parsed = tuple[list[Message], list[str]]

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from dskd_lightning.data.compressed import kind_of, open_text
+from dskd_lightning.data.examples import InvalidRecord
 from dskd_lightning.errors import UserError
 
-__all__ = ["iter_json"]
+__all__ = ["Skip", "iter_json"]
 
 _CHUNK = 1 << 20
 
+Skip = Callable[[InvalidRecord], None]
 
-def iter_json(path: Path) -> Iterator[tuple[int, Any]]:
+
+def iter_json(path: Path, skip: Skip | None = None) -> Iterator[tuple[int, Any]]:
     """Line (from 1) and value of each record of a ``.json`` or ``.jsonl`` file.
 
     A file that starts with ``[`` is an array of records, any other has one record a line or is a
     single object that holds the array under ``data``.
+
+    Args:
+        path: the file.
+        skip: called with the error of a malformed line, which is then left out; None raises it.
 
     Raises:
         UserError: malformed JSON, with its line.
@@ -33,7 +40,7 @@ def iter_json(path: Path) -> Iterator[tuple[int, Any]]:
             yield from _object(path, file.read())
         return
     with open_text(path) as file:  # from its beginning; packed ones can't go back
-        yield from (_array if first == "[" else _lines)(path, file)
+        yield from _array(path, file) if first == "[" else _lines(path, file, skip)
 
 
 def _is_one_object(path: Path) -> bool:
@@ -47,23 +54,27 @@ def _is_one_object(path: Path) -> bool:
         return not any(more.strip() for more in file)
 
 
-def _malformed(path: Path, line: int, error: ValueError | RecursionError) -> UserError:
+def _malformed(path: Path, line: int, error: ValueError | RecursionError) -> InvalidRecord:
     if not isinstance(error, json.JSONDecodeError):  # Python's own limits on depth and digits
         what = "is nested too deep" if isinstance(error, RecursionError) else f"can't be read ({error})"
-        return UserError(f"The JSON at {path}:{line} {what}: correct that record.")
-    return UserError(
-        f"Malformed JSON at {path}:{line} ({error.msg}, column {error.colno}): correct that line."
+        return InvalidRecord(f"The JSON at {path}:{line} {what}: correct that record.", "malformed JSON")
+    return InvalidRecord(
+        f"Malformed JSON at {path}:{line} ({error.msg}, column {error.colno}): correct that line.",
+        "malformed JSON",
     )
 
 
-def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _malformed(path, number, error) from error
+            if skip is None:
+                raise _malformed(path, number, error) from error
+            skip(_malformed(path, number, error))
+            continue
         yield number, value
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.checked_files import blocks_of, damaged, write_report
-from dskd_lightning.data.examples import Example, Message
-from dskd_lightning.data.formats import DetectedFormat, Format, InvalidRecord, detect_format, parse_record
+from dskd_lightning.data.examples import Example, InvalidRecord, Message
+from dskd_lightning.data.formats import DetectedFormat, Format, detect_format, parse_record
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row
 from dskd_lightning.data.sources import Source
 from dskd_lightning.data.truncation import truncate, windows
@@ -76,9 +76,14 @@ def read_examples(
         UserError: an unreadable source or, unless ``skip_invalid``, an invalid record.
     """
     used = 0
+
+    def skip(error: InvalidRecord) -> None:
+        counts["read"] += 1
+        counts[f"skipped: {error.reason}"] += 1
+
     for source in sources:
         format: DetectedFormat | None = None if settings.format == "auto" else settings.format
-        for record in source.records():
+        for record in source.records(skip if settings.skip_invalid else None):
             if settings.limit is not None and used >= settings.limit:
                 return
             counts["read"] += 1
@@ -163,7 +168,14 @@ def _write(
         ]
         for example in read_examples(sources, settings, counts):
             progress.done += 1
-            for piece, rows in render_example(example, renderers, settings, counts):
+            try:
+                pieces = list(render_example(example, renderers, settings, counts))
+            except InvalidRecord as error:
+                if not settings.skip_invalid:
+                    raise
+                counts[f"skipped: {error.reason}"] += 1
+                continue
+            for piece, rows in pieces:
                 lengths.extend(len(row["tokens"]) - 1 for row in rows)
                 for writer, row in zip(writers, [asdict(piece), *rows], strict=True):
                     writer.add(row)

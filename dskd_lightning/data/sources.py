@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.data.compressed import PACKED, kind_of, open_text
-from dskd_lightning.data.json_stream import iter_json
+from dskd_lightning.data.examples import InvalidRecord
+from dskd_lightning.data.json_stream import Skip, iter_json
 from dskd_lightning.demo import DATASET
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.text import visible
@@ -53,14 +54,17 @@ class Source:
     config: str | None = None
     split: str = "train"
 
-    def records(self) -> Iterator[Record]:
+    def records(self, skip: Skip | None = None) -> Iterator[Record]:
         """All records in order; never more than a chunk of them in memory.
+
+        Args:
+            skip: called with the error of a malformed line, which is then left out; None raises it.
 
         Raises:
             UserError: the source can't be read or is malformed (with its line).
         """
         try:
-            for line, value in self._values():
+            for line, value in self._values(skip):
                 yield Record(value, self.name, line)
         except OSError as error:
             raise UserError(f"Can't read '{self.name}': {error.strerror or error}.") from error
@@ -75,7 +79,7 @@ class Source:
                 raise UserError(f"Can't read '{self.name}': {error.strerror or error}.") from error
         return str(self._dataset()._fingerprint)
 
-    def _values(self) -> Iterator[tuple[int, Any]]:
+    def _values(self, skip: Skip | None) -> Iterator[tuple[int, Any]]:
         if self.path is None or self.path.is_dir():
             for start in range(0, len(dataset := self._dataset()), _ROWS):
                 chunk = dataset[start : start + _ROWS]
@@ -83,9 +87,9 @@ class Source:
         elif self.path.suffix == ".parquet":
             yield from _parquet(self.path)
         elif kind_of(self.path) == ".csv":
-            yield from _csv(self.path)
+            yield from _csv(self.path, skip)
         else:
-            yield from iter_json(self.path)
+            yield from iter_json(self.path, skip)
 
     def _dataset(self) -> Any:
         import datasets
@@ -171,17 +175,22 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"'{path}' is no readable Parquet file: {error}.") from error
 
 
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _csv(path: Path, skip: Skip | None) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(1 << 30)
     try:
         with open_text(path, newline="") as file:
             reader = csv.DictReader(file)
             for row in reader:
                 if None in row or any(value is None for value in row.values()):
-                    raise UserError(
+                    error = InvalidRecord(
                         f"{path}:{reader.line_num} has another number of columns than the header: quote its "
-                        "commas."
+                        "commas.",
+                        "another number of columns",
                     )
+                    if skip is None:
+                        raise error
+                    skip(error)
+                    continue
                 yield reader.line_num, {key: _cell(key, value) for key, value in row.items()}
     except csv.Error as error:
         raise UserError(f"'{path}' is no readable CSV file: {error}.") from error

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dskd_lightning.data.examples import Example, Message
+from dskd_lightning.data.examples import Example, InvalidRecord, Message
 from dskd_lightning.errors import UserError
 
 __all__ = ["ChatTemplate", "split_reasoning"]
@@ -128,17 +128,19 @@ class ChatTemplate:
                 )
                 return text
             reason = f"{error}" if str(error) else type(error).__name__
-            raise UserError(
+            raise InvalidRecord(
                 f"The chat template refuses the conversation at {place} ({reason}): correct the record, or "
-                "give the model another `chat_template`."
+                "give the model another `chat_template`.",
+                "refused by the chat template",
             ) from error
         for message in messages:
             content = message["content"].strip()
             forms = (content, json.dumps(content, ensure_ascii=False)[1:-1])
             if message["role"] in ("user", "tool") and not any(form in text for form in forms):
-                raise UserError(
+                raise InvalidRecord(
                     f"The chat template leaves out a {message['role']} message of the conversation at "
-                    f"{place}: give the model another `chat_template`."
+                    f"{place}: give the model another `chat_template`.",
+                    "left out by the chat template",
                 )
         return text
 
@@ -225,11 +227,12 @@ def _mark_response(response: str, mark: str) -> tuple[str, list[re.Pattern[str]]
     return f"{parts[1]}{reasoning}{parts[3]}{outer}", found
 
 
-def _left_out(what: str, place: str, everything: bool) -> UserError:
+def _left_out(what: str, place: str, everything: bool) -> InvalidRecord:
     moved, setting = (", or moves one", ", or set `learn: assistant`") if everything else ("", "")
-    return UserError(
+    return InvalidRecord(
         f"The chat template leaves out {what} of the conversation at {place}{moved}: give the model another "
-        f"`chat_template` or a `prompt_template`{setting}."
+        f"`chat_template` or a `prompt_template`{setting}.",
+        "left out by the chat template",
     )
 
 
