@@ -194,28 +194,54 @@ def generate(
     batch_size: int = 16,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     limit: int | None = None,
+    samples_per_prompt: int = 1,
+    finished: bool = False,
+    min_tokens: int = 0,
+    max_tokens: int | None = None,
+    duplicates: bool = False,
+    max_nll: float | None = None,
+    likeliest: int | None = None,
 ) -> None:
     """Let a model answer a file of prompts: data for sequence-level distillation.
+
+    Writes what data.train takes, and where it comes from in a .meta.json beside it. Interrupted, it goes
+    on where it stopped; under torchrun each process takes its share of the prompts.
 
     Args:
         model: a Hub id, a local folder, a GGUF file, or demo.
         prompts: an instruction file of any supported format; responses in it are ignored.
         output: JSONL file of {"messages": [...]} records to write.
-        seed: sample with this seed; without one decoding is greedy.
+        seed: sample with this seed and those that follow; without one decoding is greedy.
         max_new_tokens: most tokens of a response.
         temperature: divides the logits when sampling.
         top_p: probability that the sampled tokens must hold.
         batch_size: prompts at once.
         dtype: type of the weights.
         limit: only so many prompts.
+        samples_per_prompt: responses to each prompt.
+        finished: drop responses that were cut off.
+        min_tokens: drop shorter ones.
+        max_tokens: drop longer ones.
+        duplicates: keep repeated responses to the same prompt.
+        max_nll: drop those that the model finds less likely, in nats per token.
+        likeliest: of those left, keep so many of each prompt that the model finds most likely.
     """
     from dskd_lightning.cli.generate_command import generate_responses
+    from dskd_lightning.generation.filtering import ResponseFilter
     from dskd_lightning.generation.generator import GenerationSettings
 
+    if samples_per_prompt < 1:
+        raise UserError(f"--samples_per_prompt: {samples_per_prompt} must be at least 1.")
+    if samples_per_prompt > 1 and seed is None:
+        raise UserError(
+            "--samples_per_prompt: greedy decoding gives the same response every time; sample with --seed."
+        )
+    seeds: list[int | None] = [None] if seed is None else list(range(seed, seed + samples_per_prompt))
+    keep = ResponseFilter(finished, min_tokens, max_tokens, duplicates, max_nll, likeliest)
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
-    generate_responses(model, prompts, output, settings, seed, dtype, limit)
+    generate_responses(model, prompts, output, settings, seeds, keep, dtype, limit)
 
 
 def harness(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.preparation import PreparationSettings, read_examples
 from dskd_lightning.data.sources import resolve_sources
-from dskd_lightning.files import write_atomic
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.response_data import write_response_data
+from dskd_lightning.generation.filtering import ResponseFilter
 from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.loading import load_model, load_tokenizer
 from dskd_lightning.models.spec import ModelSpec
+from dskd_lightning.ranks import rank_and_world
 from dskd_lightning.runs.heartbeat import Progress
 
 __all__ = ["generate_responses"]
@@ -26,34 +30,59 @@ def generate_responses(
     prompts: str,
     output: str,
     settings: GenerationSettings,
-    seed: int | None,
+    seeds: list[int | None],
+    keep: ResponseFilter,
     dtype: Any,
     limit: int | None,
 ) -> None:
-    """Answer every prompt and write ``{"messages": [...]}`` lines with unread fields, atomically."""
+    """Answer every prompt and write ``{"messages": [...]}`` lines and where they come from.
+
+    Started by ``torchrun``, each process takes its share of the prompts.
+    """
+    device = _join()
     spec = ModelSpec(source=model, dtype=dtype)
     tokenizer = load_tokenizer(spec)
     renderer = ChatRenderer.from_spec(tokenizer, spec)
     reading = PreparationSettings(limit=limit, needs_response=False)
-    examples = list(read_examples(resolve_sources(prompts), reading, Counter()))
+    sources = resolve_sources(prompts)
+    examples = list(read_examples(sources, reading, Counter()))
+    if not examples:
+        raise UserError(f"{prompts}: holds no prompts.")
     generator = Generator(load_model(spec), tokenizer, settings)
-    texts: dict[int, str] = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     cast("Any", generator.model).to(device)
-    prompt_ids = [renderer.generation_prompt(e.prompt, e.place, tools=e.tools) for e in examples]
+    provenance = {
+        "model": model,
+        "data": [{"name": source.name, "fingerprint": source.fingerprint()} for source in sources],
+        "limit": limit,
+    }
     with Progress("Responses", len(examples), "prompts", seconds=10) as progress:
-        for batch in generator(prompt_ids, seed=seed):
-            texts |= {generation.index: generation.text for generation in batch}
-            progress.done = len(texts)
+
+        def report(seed: int | None, done: int, total: int) -> None:
+            progress.what = "Greedy responses" if seed is None else f"Responses of seed {seed}"
+            progress.done, progress.total = done, total
+
+        meta = write_response_data(
+            generator, renderer, examples, Path(output), seeds, keep, provenance, report
+        )
         progress.say()
-    lines = []
-    for index, example in enumerate(examples):
-        turns = [
-            {"role": m.role, "content": m.content, **(json.loads(m.extra) if m.extra else {})}
-            for m in example.prompt
-        ]
-        turns.append({"role": "assistant", "content": texts[index]})
-        tools = {"tools": json.loads(example.tools)} if example.tools else {}
-        fields = json.loads(example.fields) if example.fields else {}
-        lines.append(json.dumps({**fields, "messages": turns, **tools}, ensure_ascii=False))
-    write_atomic(Path(output), "\n".join(lines) + "\n")
+    if rank_and_world()[0] == 0:
+        _tell(output, meta)
+
+
+def _tell(output: str, meta: dict[str, Any]) -> None:
+    print(f"{output}: {meta['kept']} of {meta['responses']} responses to {meta['prompts']} prompts")
+    for reason, count in meta["dropped"].items():
+        print(f"  dropped, {reason}: {count}")
+    if meta["prompts_without_response"]:
+        print(f"  prompts without any response left: {meta['prompts_without_response']}")
+    if meta["unfinished"]:
+        print(f"  kept though cut off by --max_new_tokens: {meta['unfinished']} (--finished true drops them)")
+
+
+def _join() -> torch.device:
+    """Join the processes of ``torchrun``; the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,188 @@
+"""A model's responses as training data: several for each prompt, resumable, filtered, with provenance."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd_lightning.data.chat import ChatRenderer, RenderedConversation, RenderedTurn
+from dskd_lightning.data.collate import token_batch
+from dskd_lightning.data.examples import Example
+from dskd_lightning.data.prepared import conversation_row, rendered_example
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.predict import PromptRecord, predict
+from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.functional import token_log_prob
+from dskd_lightning.generation.filtering import Candidate, ResponseFilter
+from dskd_lightning.generation.generator import Generator
+from dskd_lightning.models.fingerprint import weights_fingerprint
+from dskd_lightning.models.output import decoder_hidden, side
+from dskd_lightning.ranks import barrier, rank_and_world
+from dskd_lightning.runs.predictions import Prediction
+
+__all__ = ["response_likelihoods", "write_response_data"]
+
+_log = logging.getLogger(__name__)
+_TOGETHER = 8
+
+
+def write_response_data(
+    generator: Generator,
+    renderer: ChatRenderer,
+    examples: Sequence[Example],
+    output: Path,
+    seeds: Sequence[int | None],
+    keep: ResponseFilter,
+    provenance: dict[str, Any],
+    progress: Callable[[int | None, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Answer every example once per seed and write the responses that are kept, one record each.
+
+    What was generated lies in ``OUTPUT.samples`` until the file is complete, so that an interrupted call
+    goes on where it stopped. ``OUTPUT.meta.json`` says where the responses come from.
+
+    Args:
+        generator: the model with its settings.
+        renderer: how the model reads a conversation.
+        examples: what to answer; responses in them are ignored.
+        output: the JSONL file.
+        seeds: one sample of each prompt per seed; None decodes greedily.
+        keep: which responses are written.
+        provenance: what else to say of them.
+        progress: called with (seed, prompts done, prompts of this rank).
+
+    Returns:
+        The content of ``OUTPUT.meta.json``.
+
+    Raises:
+        UserError: nothing is left, or what lies in ``OUTPUT.samples`` was made with other settings.
+    """
+    prompts = [renderer.generation_prompt(e.prompt, e.place, tools=e.tools) for e in examples]
+    records = [
+        PromptRecord(index, example.place, ids, ())
+        for index, (example, ids) in enumerate(zip(examples, prompts, strict=True))
+    ]
+    folder = output.with_name(f"{output.name}.samples")
+    identity = weights_fingerprint(generator.model)
+    predictions = predict(generator, records, folder, model_id=identity, seeds=seeds, progress=progress)
+    found: list[Candidate] = []
+    for seed, answered in predictions.items():
+        scores: Sequence[float | None] = [None] * len(answered)
+        if keep.reads_likelihood:
+            scores = _scored(generator, renderer, prompts, answered, folder / f"likelihoods_{seed}.json")
+        found += [
+            Candidate(p.index, p.response, p.tokens, p.finished, score)
+            for p, score in zip(answered, scores, strict=True)
+        ]
+    found.sort(key=lambda candidate: candidate.prompt)  # stable: by prompt, then by seed
+    kept, dropped = keep(found)
+    meta = {
+        **provenance,
+        "weights": identity,
+        "generation": asdict(generator.settings),
+        "seeds": list(seeds),
+        "filter": asdict(keep),
+        "prompts": len(examples),
+        "responses": len(found),
+        "kept": len(kept),
+        "prompts_without_response": len(examples) - len({candidate.prompt for candidate in kept}),
+        "unfinished": sum(not candidate.finished for candidate in kept),
+        "dropped": dropped,
+    }
+    if not kept:
+        raise UserError(
+            f"{output}: none of {len(found)} responses is left ({_counted(dropped)}); ask for less, or for "
+            "longer responses."
+        )
+    if rank_and_world()[0] == 0:
+        lines = [_record(examples[candidate.prompt], candidate.text) for candidate in kept]
+        write_atomic(output, "\n".join(lines) + "\n")
+        write_atomic(output.with_suffix(".meta.json"), json.dumps(meta, indent=2) + "\n")
+        shutil.rmtree(folder)
+    barrier()
+    return meta
+
+
+def _counted(counts: Any) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
+def _record(example: Example, response: str) -> str:
+    turns = [
+        {"role": m.role, "content": m.content, **(json.loads(m.extra) if m.extra else {})}
+        for m in example.prompt
+    ]
+    turns.append({"role": "assistant", "content": response})
+    tools = {"tools": json.loads(example.tools)} if example.tools else {}
+    fields = json.loads(example.fields) if example.fields else {}
+    return json.dumps({**fields, "messages": turns, **tools}, ensure_ascii=False)
+
+
+def _scored(
+    generator: Generator,
+    renderer: ChatRenderer,
+    prompts: Sequence[Sequence[int]],
+    answered: Sequence[Prediction],
+    path: Path,
+) -> list[float | None]:
+    """Likelihoods of the answers, kept in ``path``; every rank computes its share of them."""
+    rank, world = rank_and_world()
+    mine = path.with_suffix(f".{rank}-{world}.json")
+    todo = list(range(rank, len(answered), world))
+    if not mine.is_file():
+        turns = [
+            (
+                prompts[answered[at].index],
+                renderer.response_turn(answered[at].response, ended=answered[at].finished),
+            )
+            for at in todo
+        ]
+        values = response_likelihoods(generator.model, generator.pad_id, turns)
+        write_atomic(mine, json.dumps({"nll": values}) + "\n")
+    barrier()
+    scores: list[float | None] = [None] * len(answered)
+    for other in range(world):
+        file = path.with_suffix(f".{other}-{world}.json")
+        values = read_object(file, "delete it; it is computed again")["nll"]
+        for at, value in zip(range(other, len(answered), world), values, strict=True):
+            scores[at] = value
+    return scores
+
+
+@torch.no_grad()
+def response_likelihoods(
+    model: Any, pad_id: int, turns: Sequence[tuple[Sequence[int], tuple[list[int], Any]]]
+) -> list[float | None]:
+    """Nats per token of each response by the model itself; None for one without tokens.
+
+    Args:
+        model: a causal language model.
+        pad_id: its padding token.
+        turns: prompt ids, and what `ChatRenderer.response_turn` gave.
+    """
+    device = model.get_input_embeddings().weight.device
+    order = sorted((at for at in range(len(turns)) if turns[at][1][0]), key=lambda at: -len(turns[at][0]))
+    found: list[float | None] = [None] * len(turns)
+    for start in range(0, len(order), _TOGETHER):
+        places = order[start : start + _TOGETHER]
+        rendered = [
+            rendered_example(
+                conversation_row(RenderedConversation((RenderedTurn(list(turns[at][0]), *turns[at][1]),)))
+            )
+            for at in places
+        ]
+        tokens = token_batch(rendered, pad_id, device)
+        read = side(model, decoder_hidden(model, tokens), tokens)
+        log_p = token_log_prob(read.hidden, read.head, read.labels)
+        sums = log_p.new_zeros(len(places)).index_add(0, read.sequence, log_p)
+        counts = torch.bincount(read.sequence, minlength=len(places))
+        for at, value in zip(places, (-sums / counts.clamp(min=1)).tolist(), strict=True):
+            found[at] = value
+    return found
