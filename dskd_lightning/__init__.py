@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.functional import SkewedReverseKL as SkewedReverseKL
     from dskd_lightning.functional import TotalVariation as TotalVariation
     from dskd_lightning.generation import Generator as Generator
+    from dskd_lightning.generation.samples import ResponseSampler as ResponseSampler
+    from dskd_lightning.generation.samples import Sample as Sample
     from dskd_lightning.models import export_student as export_student
     from dskd_lightning.models.loaded import Loaded as Loaded
     from dskd_lightning.models.spec import LoraSpec as LoraSpec
@@ -56,6 +58,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.structures import Ratio as Ratio
     from dskd_lightning.structures import Side as Side
     from dskd_lightning.structures import TokenBatch as TokenBatch
+    from dskd_lightning.training.on_policy import OnPolicySettings as OnPolicySettings
 
 _HOMES = {
     "ALMObjective": "objectives",
@@ -83,12 +86,15 @@ _HOMES = {
     "ModelSpace": "structures",
     "Objective": "objectives",
     "ObjectiveOutput": "objectives",
+    "OnPolicySettings": "training.on_policy",
     "PairedObjective": "objectives.paired",
     "PruneSpec": "models.spec",
     "Ratio": "structures",
+    "ResponseSampler": "generation.samples",
     "ReverseKL": "functional",
     "SFTObjective": "objectives",
     "SameVocabularyObjective": "objectives._same_vocabulary",
+    "Sample": "generation.samples",
     "SharedVocabularyObjective": "objectives",
     "Side": "structures",
     "SkewedForwardKL": "functional",

@@ -394,6 +394,11 @@ class DistillationModule(L.LightningModule):
             self._saved_samples = None
         return self._buffer.replaced(windows, self.global_step if step is None else step, steps)
 
+    @property
+    def sampling_seconds(self) -> float:
+        """Time that drawing samples has taken so far."""
+        return 0.0 if self._buffer is None else self._buffer.seconds
+
     def _sample_buffer(self) -> SampleBuffer:
         assert self.on_policy is not None
         sampler, seed = self.on_policy.make_sampler(), int(os.environ.get("PL_GLOBAL_SEED", "0"))

@@ -131,7 +131,8 @@ class SampleBuffer:
         self._prompts, self._substitute, self._draw = prompts, substitute, draw
         self._samples: dict[int, _Samples] = {}
         self._filled_at = 0
-        self._seconds = 0.0
+        self.seconds = 0.0
+        """Spent on drawing so far."""
         self._began: float | None = None
 
     def replaced(
@@ -167,7 +168,7 @@ class SampleBuffer:
     @property
     def time_share(self) -> float:
         """Share of the time since training began here in which samples were drawn."""
-        return 0.0 if self._began is None else self._seconds / max(time.perf_counter() - self._began, 1e-9)
+        return 0.0 if self._began is None else self.seconds / max(time.perf_counter() - self._began, 1e-9)
 
     def age(self, step: int) -> int:
         """Optimiser steps since the samples of ``step`` were drawn."""
@@ -211,7 +212,7 @@ class SampleBuffer:
         for at, window in due.items():
             self._samples[at] = [[[next(found) for _ in several] for _ in prompts] for prompts in window]
         self._filled_at = step
-        self._seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - start
 
     def _complain(self, samples: Sequence[Sample]) -> None:
         if len(samples) >= 8 and not any(sample.ids for sample in samples):

@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import dataset_size
 import fused_loss
 import gold
+import on_policy
 import training_step
 from _measure import Measured
 from _training import tiny_source
 
-from dskd_lightning import TeacherSpec
+from dskd_lightning import DSKDObjective, OnPolicySettings, TeacherSpec
 from dskd_lightning.models.loading import load_tokenizer
 from dskd_lightning.models.tokenizer_swap import train_bpe
 
@@ -77,6 +78,22 @@ def test_gold_trains_across_tokenizers(tmp_path: Path, capsys: pytest.CaptureFix
     found = measure(gold.case, gold.OURS, sizes, capsys)
     assert found.more["steps"] == 2
     assert found.more["first_loss"] > 0
+
+
+def test_sampling_at_once_gives_the_same_responses(tmp_path: Path) -> None:
+    source, data = tiny_source(tmp_path)
+    sizes = argparse.Namespace(
+        source=source, data=data, layers=1, examples=4, batch_size=2, max_length=64, rounds=1
+    )
+    module = on_policy.module_of(sizes, DSKDObjective())
+    module.configure_model()
+    module.float()
+    found = on_policy.batches(sizes)
+    prompts = [prompt for batch in found for prompt in on_policy.prompts_of(batch.student)]
+    result = on_policy.sampling(module, prompts, 5, 1)
+    assert result["same"] == len(prompts) == 4
+    whole, spent = on_policy.training(module, found, OnPolicySettings(max_new_tokens=5))
+    assert 0 < spent < whole
 
 
 def test_dataset_size_reads_every_example(capsys: pytest.CaptureFixture[str]) -> None:
