@@ -169,6 +169,15 @@ def test_report_and_generation_prompt(make) -> None:
         assert tokens.response[0] == len(prompt) - 1
 
 
+def test_whitespace_around_what_is_learnt_is_counted(make, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": " x\n", "response": r}) + "\n" for r in ("a", " b", "c\n")))
+    for learn, count in (("assistant", 2), ("everything", 3)):
+        dm = make(train=str(path), learn=learn)
+        dm.examples("train")
+        assert dm.report["train"]["responses without their outer whitespace"] == count
+
+
 @pytest.mark.parametrize("learn", ["assistant", "last", "everything"])
 def test_the_prompts_of_conversations_are_those_of_training(make, tmp_path: Path, learn: str) -> None:
     path = tmp_path / "turns.jsonl"
