@@ -151,6 +151,21 @@ def test_several_turns_and_teachers_and_none(make, model_folder, tmp_path: Path)
     assert "apples" in re.sub(r"\x1b\[[\d;]*m|│", "", shown(alone))
 
 
+def test_documents_and_everything(make, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "apples and pears " * 40}) + "\n")
+    stage = make(train=str(tmp_path / "d.jsonl")).preview(2).stages["train"]
+    first, second = stage.files[0].records
+    assert stage.files[0].examples == stage.counts["used"] > 2
+    assert stage.lengths[0].response_share > 0.9
+    assert "".join(second.readings[0].turns[0].tokens).startswith(("␣", "a", "p"))
+    assert first.place == second.place == f"{tmp_path / 'd.jsonl'}:1"
+    preview = make(learn="everything").preview(1)
+    (record,) = preview.stages["train"].files[0].records
+    for reading in record.readings:
+        assert len(reading.turns) == 2
+        assert all(turn.tokens[-1] == "<|end|>" for turn in reading.turns)
+
+
 def test_the_command_prints_and_writes(model_folder, tmp_path: Path, capsys) -> None:
     from tiny_runs import write_config
 
