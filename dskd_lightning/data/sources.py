@@ -113,8 +113,8 @@ def resolve_sources(sources: str | list[str], split: str = "train") -> list[Sour
 
     Args:
         sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted,
-            hidden ones excepted), datasets written by ``save_to_disk``, or Hub datasets
-            (``owner/name[@config][:split]``).
+            but hidden ones and what ``dskd generate`` says of its files), datasets written by
+            ``save_to_disk``, or Hub datasets (``owner/name[@config][:split]``).
         split: the split of a dataset that names none.
 
     Raises:
@@ -135,7 +135,7 @@ def _resolve(entry: str, split: str) -> list[Source]:
         files = sorted(
             file
             for file in path.rglob("*")
-            if file.name.endswith(_SUFFIXES) and file.is_file() and not _is_hidden(file.relative_to(path))
+            if file.name.endswith(_SUFFIXES) and file.is_file() and not _is_beside_data(file, path)
         )
         if not files:
             raise UserError(f"The folder '{entry}' holds no {_KINDS} file: name another folder.")
@@ -150,9 +150,14 @@ def _resolve(entry: str, split: str) -> list[Source]:
     return [Source(entry, None, match["config"], match["split"] or split)]
 
 
-def _is_hidden(path: Path) -> bool:
-    """Copies that editors and systems leave behind: ``.ipynb_checkpoints``, ``._train.jsonl``, ..."""
-    return any(part.startswith(".") for part in path.parts)
+def _is_beside_data(file: Path, folder: Path) -> bool:
+    """Copies that editors and systems leave behind: ``.ipynb_checkpoints``, ``._train.jsonl``, ...; and
+    ``train.meta.json``, in which ``dskd generate`` says how it made ``train.jsonl``."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return hidden or (
+        file.name.endswith(".meta.json")
+        and file.with_name(file.name.removesuffix(".meta.json") + ".jsonl").is_file()
+    )
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

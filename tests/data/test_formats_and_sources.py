@@ -265,7 +265,7 @@ def test_a_message_without_role_names_its_keys() -> None:
 
 
 def test_hidden_files_of_a_folder_are_skipped(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+    for name in ("a.jsonl", "a.meta.json", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
         (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "f" / name).write_text("{}\n")
     assert [source.path for source in resolve_sources(str(tmp_path / "f"))] == [tmp_path / "f" / "a.jsonl"]
