@@ -25,7 +25,7 @@ from dskd_lightning.data.mixing import Mixture, mix
 from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row, rendered_example
 from dskd_lightning.data.preview import DataPreview
-from dskd_lightning.data.sources import Source, resolve_sources
+from dskd_lightning.data.sources import Source, Sources, resolve_sources
 from dskd_lightning.data.splits import split_indices
 from dskd_lightning.data.templates import split_reasoning
 from dskd_lightning.data.truncation import cut_left, truncate
@@ -53,7 +53,8 @@ class InstructionDataModule(pl.LightningDataModule):
     """Instruction files as batches that hold the same responses for student and teachers.
 
     Args:
-        train: files, folders or Hub datasets (``owner/name[@config][:split]``), one or a list.
+        train: files, folders or Hub datasets (``owner/name[@config][:split]``), one or a list; in a program
+            also a ``datasets.Dataset`` or a list of records, such as ``{"messages": [...]}``.
         val: likewise, to validate on.
         test: likewise, to test on.
         predict: likewise, to answer; responses may be missing.
@@ -89,10 +90,10 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
-        predict: str | list[str] | None = None,
+        train: Sources | None = None,
+        val: Sources | None = None,
+        test: Sources | None = None,
+        predict: Sources | None = None,
         student: Student | None = None,
         teacher: Teacher | list[Teacher] | None = None,
         format: Format = "auto",
@@ -125,16 +126,16 @@ class InstructionDataModule(pl.LightningDataModule):
         }.items():  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"`{name}: {value}` must be at least 1.")
-        self.sources: dict[Stage, str | list[str] | None] = {
-            "train": train, "val": val, "test": test, "predict": predict,
-        }  # fmt: skip
+        given: dict[Stage, Sources | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources = {stage: None if _nothing(entries) else entries for stage, entries in given.items()}
         self.student = student
         self.teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
         self.format: Format = format
         self.system, self.limit, self.skip_invalid = system, limit, skip_invalid
         self.special_tokens_in_text, self.learn = special_tokens_in_text, learn
         self.splits: dict[str, float | int] = {
-            "val": 0 if val else val_split, "test": 0 if test else test_split,
+            "val": val_split if self.sources["val"] is None else 0,
+            "test": test_split if self.sources["test"] is None else 0,
         }  # fmt: skip
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -311,7 +312,9 @@ class InstructionDataModule(pl.LightningDataModule):
         return self._loader("predict")
 
     def _configured(self, stage: Stage) -> bool:
-        return bool(self.sources[stage] or (self.sources["train"] and self.splits.get(stage)))
+        if self.sources[stage] is not None:
+            return True
+        return self.sources["train"] is not None and bool(self.splits.get(stage))
 
     def stages(self, function: str | None = None) -> list[Stage]:
         """Configured stages of a Trainer function: the given one, the Trainer's, else all."""
@@ -323,10 +326,11 @@ class InstructionDataModule(pl.LightningDataModule):
         return [stage for stage in wanted if self._configured(stage)]
 
     def _sources_of(self, stage: Stage) -> list[Source]:
-        entries = self.sources[stage] or (self.sources["train"] if self.splits.get(stage) else None)
-        if not entries:
+        own = self.sources[stage]
+        entries = self.sources["train"] if own is None and self.splits.get(stage) else own
+        if entries is None:
             raise UserError(f"No data to {stage} on: set `{stage}` to a file, a folder or a Hub dataset.")
-        return resolve_sources(entries, _HUB_SPLIT[stage if self.sources[stage] else "train"])
+        return resolve_sources(entries, _HUB_SPLIT["train" if own is None else stage])
 
     def _prepared(self, stage: Stage) -> PreparedDataset:
         settings = PreparationSettings(
@@ -344,7 +348,7 @@ class InstructionDataModule(pl.LightningDataModule):
         if stage in self._views:
             return
         dataset = self._prepared(stage)
-        if stage == "train" or not self.sources[stage]:
+        if stage == "train" or self.sources[stage] is None:
             indices = split_indices(len(dataset), self.splits, self.seed)[stage]
         else:
             indices = np.arange(len(dataset))
@@ -377,7 +381,8 @@ class InstructionDataModule(pl.LightningDataModule):
         )
 
     def _mixture(self, view: ExampleView) -> Mixture:
-        given = self.sources["train"] or []
+        given = self.sources["train"]
+        assert given is not None
         entries = [given] if isinstance(given, str) else [entry for entry in given if isinstance(entry, str)]
         names, files = view.dataset.sources()
         weights = dict.fromkeys(names, 1.0)
@@ -401,6 +406,10 @@ class InstructionDataModule(pl.LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         assert isinstance(progress, _ProcessedTracker)
         return progress.processed
+
+
+def _nothing(entries: Sources | None) -> bool:
+    return entries is None or (isinstance(entries, str | list) and not entries)
 
 
 def _check(max_length: int, max_prompt_length: int, max_tokens: int | None) -> None:

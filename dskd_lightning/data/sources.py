@@ -6,10 +6,10 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dskd_lightning.data.compressed import PACKED, kind_of, open_text
 from dskd_lightning.data.examples import InvalidRecord
@@ -18,7 +18,16 @@ from dskd_lightning.demo import DATASET
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.text import visible
 
-__all__ = ["Record", "Source", "resolve_sources"]
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from datasets import Dataset
+
+    Sources: TypeAlias = str | list[str] | Sequence[Mapping[str, Any]] | Dataset
+else:  # what a command line can say
+    Sources = str | list[str]
+
+__all__ = ["Record", "Source", "Sources", "resolve_sources"]
 
 _TEXTS = (".json", ".jsonl", ".ndjson", ".csv")
 _SUFFIXES = (*_TEXTS, ".parquet", *(text + packed for packed in PACKED for text in _TEXTS))
@@ -47,12 +56,14 @@ class Source:
         path: the file or saved dataset; None for the Hub.
         config: configuration of a Hub dataset.
         split: split of a Hub or saved dataset.
+        memory: the records themselves, a list of them or a ``datasets.Dataset``; None reads them.
     """
 
     name: str
     path: Path | None = None
     config: str | None = None
     split: str = "train"
+    memory: Any = field(default=None, repr=False, compare=False)
 
     def records(self, skip: Skip | None = None) -> Iterator[Record]:
         """All records in order; never more than a chunk of them in memory.
@@ -71,6 +82,11 @@ class Source:
 
     def fingerprint(self) -> str:
         """Hash of the content."""
+        if isinstance(self.memory, Sequence):
+            digest = hashlib.sha256()
+            for value in self.memory:
+                digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
+            return digest.hexdigest()
         if self.path is not None and self.path.is_file():
             try:
                 with self.path.open("rb") as file:
@@ -80,7 +96,9 @@ class Source:
         return str(self._dataset()._fingerprint)
 
     def _values(self, skip: Skip | None) -> Iterator[tuple[int, Any]]:
-        if self.path is None or self.path.is_dir():
+        if isinstance(self.memory, Sequence):
+            yield from enumerate(self.memory, 1)
+        elif self.path is None or self.path.is_dir():
             for start in range(0, len(dataset := self._dataset()), _ROWS):
                 chunk = dataset[start : start + _ROWS]
                 yield from enumerate(_rows(chunk), start + 1)
@@ -94,6 +112,8 @@ class Source:
     def _dataset(self) -> Any:
         import datasets
 
+        if self.memory is not None:
+            return self.memory
         try:
             if self.path is None:
                 return datasets.load_dataset(
@@ -108,23 +128,42 @@ class Source:
             ) from error
 
 
-def resolve_sources(sources: str | list[str], split: str = "train") -> list[Source]:
+def resolve_sources(sources: Sources, split: str = "train") -> list[Source]:
     """Find out what each entry means, without reading it.
 
     Args:
         sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted,
             but hidden ones and what ``dskd generate`` says of its files), datasets written by
-            ``save_to_disk``, or Hub datasets (``owner/name[@config][:split]``).
+            ``save_to_disk``, Hub datasets (``owner/name[@config][:split]``), or what is in memory: a
+            ``datasets.Dataset`` or a list of records.
         split: the split of a dataset that names none.
 
     Raises:
         UserError: a missing path, a folder without data files, an unknown kind of file.
     """
-    return [
-        found
-        for entry in ([sources] if isinstance(sources, str) else sources)
-        for found in _resolve(entry, split)
-    ]
+    if isinstance(sources, str):
+        return _resolve(sources, split)
+    if not isinstance(sources, Sequence) or not all(isinstance(entry, str) for entry in sources):
+        return [_in_memory(sources, split)]
+    return [found for entry in sources for found in _resolve(str(entry), split)]
+
+
+def _in_memory(records: Any, split: str) -> Source:
+    name = f"{split} data in memory"
+    if isinstance(records, Sequence):
+        odd = next((at for at, record in enumerate(records, 1) if not isinstance(record, Mapping)), None)
+        if odd is None:
+            return Source(name, memory=records)
+        raise UserError(
+            f"Record {odd} of the {name} is no mapping but {type(records[odd - 1]).__name__}: give records "
+            "such as {'messages': [...]}, or the names of files alone."
+        )
+    if hasattr(records, "_fingerprint") and hasattr(records, "column_names"):
+        return Source(name, memory=records)
+    raise UserError(
+        f"The {split} data are a {type(records).__name__}: give files, a list of records, or one split of a "
+        "datasets.Dataset."
+    )
 
 
 def _resolve(entry: str, split: str) -> list[Source]:
