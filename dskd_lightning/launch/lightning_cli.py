@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -67,7 +68,9 @@ class _SaveConfig(SaveConfigCallback):
             written.layers = prune.layers
             if trainer.is_global_zero:
                 path = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
-                write_atomic(path, self.parser.dump(self.config, skip_none=False))
+                parameters = inspect.signature(self.parser.dump).parameters
+                whole = "skip_unset" if "skip_unset" in parameters else "skip_none"  # before 4.49
+                write_atomic(path, self.parser.dump(self.config, **{whole: False}))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         values = yaml.safe_load(self.parser.dump(self.config))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def make_run(
 
 
 def quiet() -> Console:
-    return Console(file=open("/dev/null", "w"), width=200)
+    return Console(file=io.StringIO(), width=200)
 
 
 @pytest.fixture
