@@ -135,6 +135,8 @@ class DistillationModule(L.LightningModule):
         self.weights_from = weights_from
         self._origin: dict[str, Any] = {}
         self._resumed: tuple[dict[str, Any], object] | None = None
+        self.trained_steps = 0
+        """Optimiser steps of the checkpoint that was read last."""
         self.student: Any = None
         self.teachers = nn.ModuleList()
         self.checkpoint_names: frozenset[str] = frozenset()
@@ -593,6 +595,7 @@ class DistillationModule(L.LightningModule):
         checkpoint["trained_with"] = {**self._origin, "set of trained parts": trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_steps = int(checkpoint.get("global_step", 0))
         path = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path or "the checkpoint"
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)

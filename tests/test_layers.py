@@ -15,7 +15,7 @@ PACKAGE = Path(dskd_lightning.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "structures", "cache_dir", "memory", "ranks"},
     {"files", "tokenizers", "functional", "demo"},
-    {"projection"},
+    {"projection", "checkpoints"},
     {"alignment"},
     {"generation", "runs"},
     {"models"},

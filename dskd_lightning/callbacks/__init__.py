@@ -1,6 +1,7 @@
 """What runs beside training: tables, monitoring, generated responses."""
 
 from dskd_lightning.callbacks.analysis import RepresentationAnalysis
+from dskd_lightning.callbacks.best_checkpoint import BestCheckpoint
 from dskd_lightning.callbacks.completions import CompletionsTable
 from dskd_lightning.callbacks.csv_logger import ResumableCSVLogger
 from dskd_lightning.callbacks.last_checkpoint import LastCheckpoint
@@ -13,6 +14,7 @@ from dskd_lightning.callbacks.summary import DistillationSummary
 from dskd_lightning.callbacks.training_cost import TrainingCost
 
 __all__ = [
+    "BestCheckpoint",
     "CompletionsTable",
     "DistillationSummary",
     "LastCheckpoint",

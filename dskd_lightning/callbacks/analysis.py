@@ -15,6 +15,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
 from dskd_lightning.files import write_atomic
 from dskd_lightning.models.spec import StudentSpec
+from dskd_lightning.runs.identity import MODEL_KEY, model_identity
 from dskd_lightning.structures import DistillationBatch
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class RepresentationAnalysis(L.Callback):
             self._write_maps(trainer, module)
         for name, value in values["after"].items():
             pl_module.log(f"test/{name}", value, batch_size=1)
-        result = {**values, "projectors": projector_spectra(module)}
+        step = module.trained_steps if trainer.ckpt_path else trainer.global_step
+        model = model_identity(self.output, trainer.ckpt_path, step)
+        result = {**values, "projectors": projector_spectra(module), MODEL_KEY: model}
         write_atomic(self.output / "representation.json", json.dumps(result, indent=2) + "\n")
 
     def _read(self, trainer: L.Trainer, module: DistillationModule) -> Iterator[DistillationBatch]:

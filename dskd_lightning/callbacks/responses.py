@@ -25,6 +25,7 @@ from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.sources import resolve_source
 from dskd_lightning.runs.environment import collect_environment
 from dskd_lightning.runs.heartbeat import Progress
+from dskd_lightning.runs.identity import MODEL_KEY, model_identity
 from dskd_lightning.runs.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class ResponseEvaluation(L.Callback):
         self.limit = limit
         self.efficiency = efficiency
         self.teacher_efficiency = teacher_efficiency
+        self._weights: str | None = None
         self.settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
             max_length=max_length,
@@ -89,18 +91,19 @@ class ResponseEvaluation(L.Callback):
             )
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(self.evaluate(trainer, pl_module, "predict"))
+        scores = self.evaluate(trainer, pl_module, "predict")
+        self._write("predict", scores, self._identity(trainer, pl_module))  # the test's own metrics stay
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}
-        self._write(metrics)
+        self._write("metrics", metrics, self._identity(trainer, pl_module))
         module = cast("DistillationModule", pl_module)
         if trainer.world_size > 1:
             return
         if self.efficiency:
             student: Any = module.student
             student = merged(student) if isinstance(student, PeftModel) else student  # as it is shipped
-            self._measure(student, "efficiency")
+            self._measure(student, "efficiency", model=self._identity(trainer, pl_module))
             del student
         if self.teacher_efficiency and module.teacher_specs:
             spec: Any = module.teacher_specs[0]
@@ -115,9 +118,16 @@ class ResponseEvaluation(L.Callback):
                 files = source.gguf or (source.location if source.local else None)
             self._measure(teacher, "teacher_efficiency", files)
 
-    def _measure(self, model: Any, name: str, files: str | Path | None = None) -> None:
-        costs = measure_efficiency(model, folder=files, prompt_tokens=64, new_tokens=32).to_dict()
-        write_atomic(self.output / f"{name}.json", json.dumps(costs, indent=2) + "\n")
+    def _identity(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        step = cast("DistillationModule", module).trained_steps if trainer.ckpt_path else trainer.global_step
+        return {**model_identity(self.output, trainer.ckpt_path, step), "weights": self._weights}
+
+    def _measure(
+        self, network: Any, name: str, files: str | Path | None = None, model: dict[str, Any] | None = None
+    ) -> None:
+        costs = measure_efficiency(network, folder=files, prompt_tokens=64, new_tokens=32).to_dict()
+        named = {} if model is None else {MODEL_KEY: model}
+        write_atomic(self.output / f"{name}.json", json.dumps({**costs, **named}, indent=2) + "\n")
 
     def evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> dict[str, float]:
         """Generate what is missing and score everything."""
@@ -131,6 +141,7 @@ class ResponseEvaluation(L.Callback):
         )
         generator = Generator(student, module_.tokenizer, self.settings)
         folder = self.output / "predictions"
+        self._weights = weights_fingerprint(student)
         with Progress("Responses", len(records), "prompts", seconds=10) as progress:
 
             def report(seed: int | None, done: int, total: int) -> None:
@@ -144,16 +155,17 @@ class ResponseEvaluation(L.Callback):
                 generator,
                 records,
                 folder,
-                model_id=weights_fingerprint(student),
+                model_id=self._weights,
                 seeds=self.seeds,
                 progress=report,
             )
         return response_scores(predictions)
 
     @rank_zero_only
-    def _write(self, metrics: dict[str, float]) -> None:
-        for name, values in (("metrics", metrics), ("environment", collect_environment())):
-            write_atomic(self.output / f"{name}.json", json.dumps(values, indent=2) + "\n")
+    def _write(self, name: str, metrics: dict[str, float], model: dict[str, Any]) -> None:
+        results = {"environment": collect_environment(), name: {**metrics, MODEL_KEY: model}}
+        for file, values in results.items():
+            write_atomic(self.output / f"{file}.json", json.dumps(values, indent=2) + "\n")
 
 
 def response_scores(predictions: Mapping[int | None, Sequence[Prediction]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import lightning as L
 
 from dskd_lightning.files import write_atomic
 from dskd_lightning.memory import peak_memory_bytes
+from dskd_lightning.runs.identity import MODEL_KEY, model_identity
 
 __all__ = ["TrainingCost"]
 
@@ -41,6 +42,7 @@ class TrainingCost(L.Callback):
             "steps": trainer.global_step,
             "devices": trainer.world_size,
             "peak_bytes": peak_memory_bytes(),
+            MODEL_KEY: model_identity(self.output, None, trainer.global_step),
         }
         if trainer.is_global_zero:
             write_atomic(self.output / "training.json", json.dumps(cost, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from dskd_lightning.runs.tables import number_tables
 from dskd_lightning.runs.text import visible
 
 __all__ = ["check_gates", "compare_runs"]
+
+logger = logging.getLogger(__name__)
 
 
 def compare_runs(
@@ -64,6 +67,8 @@ def compare_runs(
     conditions = [parse_condition(text) for text in fail_if]
     chosen = prompt_metric(metric)
     folders = [_open(run) for run in runs]
+    for mixture in (text for folder in folders for text in folder.mixtures()):
+        logger.warning("%s", mixture)
     options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
     comparisons = compare_all(folders, chosen, **options)
     gates = check_gates(conditions, folders, comparisons, options)

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 
 from dskd_lightning.callbacks import (
+    BestCheckpoint,
     CompletionsTable,
     DistillationSummary,
     LastCheckpoint,
@@ -29,13 +30,15 @@ from dskd_lightning.callbacks import (
     TrainingCost,
     TrainingMonitor,
 )
+from dskd_lightning.checkpoints import WholeCheckpointIO, restored
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
+from dskd_lightning.launch.run_files import clear_run, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
-from dskd_lightning.training.checkpoint_io import CPUCheckpointIO
+from dskd_lightning.runs.lock import lock_run
 
 __all__ = ["DistillationCLI"]
 
@@ -53,7 +56,17 @@ class _ProgressBar(RichProgressBar):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Keeps ``config.yaml`` of the run folder, which a resumed run writes again, and tells the loggers."""
+    """Keeps ``config.yaml`` of the run folder, which a resumed run writes again, and tells the loggers.
+
+    How that command began is left out: later ones that read the file choose for themselves.
+    """
+
+    def __init__(self, parser: Any, config: Any, **options: Any) -> None:
+        config = config.clone()
+        config["overwrite"] = False
+        if "ckpt_path" in config:
+            config["ckpt_path"] = None
+        super().__init__(parser, config, **options)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -117,6 +130,12 @@ class DistillationCLI(LightningCLI):
         )
         parser.add_argument("--overwrite", type=bool, default=False, help="Start over in a used run folder.")
         parser.add_argument(
+            "--untrained",
+            type=bool,
+            default=False,
+            help="Evaluate the student as it is before training, whatever checkpoints there are.",
+        )
+        parser.add_argument(
             "--save_every_n_steps",
             type=int,
             default=100,
@@ -144,11 +163,8 @@ class DistillationCLI(LightningCLI):
         self._resolve_checkpoint(config, checkpoints)
         if self.subcommand == "fit":
             resuming = config.get("ckpt_path") is not None
-            if (
-                checkpoints.is_dir()
-                and any(checkpoints.glob("*.ckpt"))
-                and not (resuming or config.overwrite)
-            ):
+            used = any(checkpoints.glob("*.ckpt")) or any(checkpoints.glob(".*.ckpt.old"))
+            if used and not (resuming or config.overwrite):
                 raise UserError(
                     f"--output: {output} already holds a run; resume it with `--ckpt_path last`, "
                     "start over with `--overwrite true`, or name another folder."
@@ -162,28 +178,51 @@ class DistillationCLI(LightningCLI):
             config.trainer.default_root_dir = str(output)
 
     def before_fit(self) -> None:
+        self._lock()
         if self.config[self.subcommand].get("ckpt_path") is not None:
             self.model.weights_from = None  # the checkpoint holds what came of them
+        elif self.config[self.subcommand].overwrite and self.trainer.is_global_zero:
+            clear_run(self.config[self.subcommand].output)
+
+    def before_validate(self) -> None:
+        self._lock()
+
+    def before_test(self) -> None:
+        self._lock()
+
+    def before_predict(self) -> None:
+        self._lock()
+
+    def _lock(self) -> None:
+        if self.trainer.is_global_zero:
+            lock_run(self.config[self.subcommand].output)
 
     def _resolve_checkpoint(self, config: Any, folder: Path) -> None:
         name = config.get("ckpt_path")
-        if name in ("best", "last"):
-            path = folder / f"{name}.ckpt"
-            if not path.is_file():
+        evaluates = self.subcommand in ("validate", "test", "predict")
+        if evaluates and config.untrained:
+            if name is not None:
+                raise UserError(f"--untrained true: --ckpt_path {name} is trained; give one of them.")
+            logger.info("evaluating the student as it is before training")
+        elif name in ("best", "last"):
+            path = restored(folder / f"{name}.ckpt")
+            if not path.exists():
                 raise UserError(
-                    f"--ckpt_path {name}: {path} does not exist; train first, or give a file's path."
+                    f"--ckpt_path {name}: {path} does not exist; train first, or give a checkpoint's path."
                 )
             config.ckpt_path = str(path)
         elif name is not None and not Path(name).exists():
             raise UserError(f"--ckpt_path: {name} does not exist; give best, last or a checkpoint's path.")
-        elif name is None and self.subcommand in ("validate", "test", "predict"):
-            if (folder / "best.ckpt").is_file():
-                config.ckpt_path = str(folder / "best.ckpt")
-                logger.info("evaluating %s", config.ckpt_path)
-            else:
-                logger.warning(
-                    "no checkpoint in %s: the student is evaluated as it is before training", folder
+        elif name is None and evaluates:
+            found = trained_checkpoint(folder)
+            if found is None:
+                raise UserError(
+                    f"There is no checkpoint in {folder}: train first, give --ckpt_path, or evaluate the "
+                    "student as it is before training with `--untrained true`."
                 )
+            config.ckpt_path = str(found)
+            why = "" if found.stem == "best" else ", since no validation has chosen a best one"
+            logger.info("evaluating %s%s", found, why)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         outer = self.config[self.subcommand] if self.subcommand else self.config
@@ -203,7 +242,7 @@ class DistillationCLI(LightningCLI):
             callbacks = [*callbacks, LearningRateMonitor("step")]
         trainer = super()._instantiate_trainer(config, callbacks)
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not config.get("plugins"):
-            trainer.strategy.checkpoint_io = CPUCheckpointIO()
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
     def _loggers(self, given: Any, output: Path) -> list[Logger]:
@@ -217,14 +256,7 @@ class DistillationCLI(LightningCLI):
 
     @staticmethod
     def _checkpoints(folder: Path, every: int) -> list[L.Callback]:
-        best = ModelCheckpoint(
-            folder,
-            filename="best",
-            monitor="val/nll_per_token",
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
-        return [best, LastCheckpoint(folder, every)]
+        return [BestCheckpoint(folder), LastCheckpoint(folder, every)]
 
 
 def _is_requeued(checkpoints: Path) -> bool:

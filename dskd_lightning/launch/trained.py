@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
+from dskd_lightning.checkpoints import read_checkpoint, restored
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import option, read_yaml
 from dskd_lightning.models.spec import LoraSpec, PruneSpec, StudentSpec
@@ -40,7 +40,7 @@ def find_checkpoint(run: str | Path, ckpt_path: str) -> Path:
         path = Path(ckpt_path)
     else:
         path = Path(run) / "checkpoints" / f"{ckpt_path}.ckpt"
-    if not path.exists():
+    if not restored(path).exists():
         raise UserError(f"No checkpoint at {path}: give the run folder, or --ckpt_path FILE.")
     return path
 
@@ -68,7 +68,7 @@ def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> Distil
     settings = {"output": str(run), **options}
     arguments = [option(key.replace("__", "."), value) for key, value in settings.items()]
     cli = DistillationCLI(args=[f"--config={yaml.safe_dump(config)}", *arguments], run=False)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = read_checkpoint(checkpoint)
     cli.model.student_spec = student_spec_from_dict(state["student_spec"])  # its layers are counted out
     cli.model.configure_model()
     cli.model.load_state_dict(state["state_dict"], strict=False)
@@ -87,7 +87,7 @@ def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
         UserError: there is no such checkpoint or it was not written by `DistillationModule`.
     """
     path = find_checkpoint(run, ckpt_path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     if "student_spec" not in checkpoint:
         raise UserError(
             f"{path} names no student: it isn't DistillationModule's, or the student was in memory "

@@ -4,7 +4,8 @@
 
     RUN/
       predictions/seed_10.jsonl ...   one `Prediction` a line; greedy.jsonl for greedy decoding
-      metrics.json                    final numbers, flat: {"perplexity_per_byte": 1.9, ...}
+      metrics.json                    final numbers of the test: {"perplexity_per_byte": 1.9, ...}
+      predict.json                    likewise of the responses that ``dskd predict`` made
       metrics.csv                     curves, as Lightning's CSVLogger writes them
       config.yaml                     the whole configuration
       environment.json                versions and hardware, see `environment.collect_environment`
@@ -15,11 +16,13 @@
       alignments/*.json               `AlignmentMap`s
       samples.json                    see `callbacks.SampleFidelity`
 
+Under ``model`` results name the checkpoint, step and configuration they are of, see `identity`.
 Only ``predictions/`` is needed for a comparison; the rest is shown where it is there.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -28,6 +31,7 @@ from typing import Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object
+from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.metrics_file import read_rows
 from dskd_lightning.runs.predictions import Prediction, read_predictions
 from dskd_lightning.runs.samples import SampledResponse, read_samples
@@ -36,6 +40,7 @@ __all__ = ["AlignmentMap", "Curves", "RunFolder"]
 
 _REMEDY = "delete it or write it again"
 _LARGEST = 1e308
+_TEXTS = ("device", "energy_sources", MODEL_KEY)
 
 Curves = dict[str, list[tuple[float, float]]]
 """Metric name -> (step, value) points in order."""
@@ -103,6 +108,23 @@ class RunFolder:
     training: dict[str, Any] | None = None
     scores: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def mixtures(self) -> list[str]:
+        """What of the results is of different models, one sentence each."""
+        files = ("metrics.json", "efficiency.json", "representation.json")
+        models = {name: (_read_json(self.path / name) or {}).get(MODEL_KEY) for name in files}
+        known = {name: model for name, model in models.items() if isinstance(model, dict)}
+        shown = {name: _shown(model) for name, model in known.items()}
+        found = [
+            f"{self.path}: {other} is of {shown[other]}, {first} of {shown[first]}: test again"
+            for first, other in itertools.pairwise(known)
+            if any(known[first].get(key) != known[other].get(key) for key in ("digest", "step"))
+        ]
+        weights = known.get("metrics.json", {}).get("weights")
+        made_by = (_read_json(self.path / "predictions" / "settings.json") or {}).get("model", weights)
+        if weights is not None and made_by != weights:
+            found.append(f"{self.path}: predictions are of another model than metrics.json: test again")
+        return found
+
     @classmethod
     def read(cls, path: str | os.PathLike[str], name: str | None = None) -> RunFolder:
         """Read a run folder; parts that are missing stay empty.
@@ -150,6 +172,10 @@ def _read_all_predictions(folder: Path) -> dict[int | None, list[Prediction]]:
     return predictions
 
 
+def _shown(model: dict[str, Any]) -> str:
+    return f"{model.get('checkpoint') or 'no checkpoint'} at step {model.get('step')} ({model.get('digest')})"
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     return read_object(path, _REMEDY) if path.is_file() else None
 
@@ -158,9 +184,7 @@ def _read_costs(path: Path) -> dict[str, Any] | None:
     """Costs by name: numbers, but for a few texts and what couldn't be measured."""
     values = _read_json(path)
     if values is not None:
-        measured = {
-            k: v for k, v in values.items() if v is not None and k not in ("device", "energy_sources")
-        }
+        measured = {k: v for k, v in values.items() if v is not None and k not in _TEXTS}
         if len(_numbers(measured, path)) < len(measured):
             raise _damaged(path, "a cost is no number")
     return values

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from dskd_lightning.strategies.checkpoints import WithTrainedNames
+from dskd_lightning.checkpoints import WholeCheckpointIO
+from dskd_lightning.strategies.checkpoints import WholeCheckpoints
 from dskd_lightning.strategies.layers import decoder_layers
 
 __all__ = ["DSKDModelParallelStrategy", "shard"]
@@ -19,7 +20,7 @@ __all__ = ["DSKDModelParallelStrategy", "shard"]
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class DSKDModelParallelStrategy(WithTrainedNames, ModelParallelStrategy):
+class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
     """FSDP2 over all devices: every rank keeps its slice of student, teachers and optimiser state.
 
     `DistillationModule.configure_model` calls `shard` under it. Each rank reads the whole models
@@ -45,6 +46,7 @@ class DSKDModelParallelStrategy(WithTrainedNames, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.checkpoint_io = WholeCheckpointIO()
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes

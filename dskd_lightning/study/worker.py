@@ -71,6 +71,7 @@ def run_variant(arguments: list[str], folder: str, settings: str, train: bool, t
 
 def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: bool) -> None:
     from dskd_lightning.launch.lightning_cli import DistillationCLI
+    from dskd_lightning.launch.run_files import trained_checkpoint
 
     result = read_result(folder) or {}
     # A new student ends what the folder held, unless it was trained here.
@@ -87,14 +88,15 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
             }
             result["training"] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     if test:
-        best = folder / "checkpoints" / "best.ckpt"
+        best = trained_checkpoint(folder / "checkpoints") if result["trained"] else None
         cli.trainer.test(
             cli.model,
             datamodule=cli.datamodule,
-            ckpt_path=str(best) if best.is_file() else None,
+            ckpt_path=None if best is None else str(best),
             verbose=False,
         )
-        result["test"] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        result["test"] = {name: value for name, value in metrics.items() if _is_number(value)}
         _stop_if_told(cli.trainer)
     write_atomic(folder / DONE, json.dumps(result, indent=2) + "\n")
 

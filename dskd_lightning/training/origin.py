@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dskd_lightning.checkpoints import read_checkpoint
 from dskd_lightning.errors import UserError
 
 __all__ = [
@@ -141,15 +141,14 @@ class StartingWeights:
     def __init__(self, place: str | Path) -> None:
         found = [Path(place) / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
         candidates = found if Path(place).is_dir() else [Path(place)]
-        path = next((path for path in candidates if path.is_file()), None)
+        path = next((path for path in candidates if path.exists()), None)
         if path is None:
             raise UserError(f"model.weights_from: {place} is neither a checkpoint nor a run folder with one.")
         self.path = path
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self._state: dict[str, Tensor] = dict(checkpoint["state_dict"])
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"model.weights_from: {path} is no checkpoint, or damaged.") from error
+            self._state: dict[str, Tensor] = dict(read_checkpoint(path, mmap=True)["state_dict"])
+        except UserError as error:
+            raise UserError(f"model.weights_from: {error}") from error
 
     def load(self, module: nn.Module, part: str) -> None:
         """Copy the tensors under ``student.`` or ``objectives.`` into that part of the module.

@@ -10,8 +10,11 @@ from typing import Any
 
 import pandas  # noqa: F401  (imported once, before forks)
 import torch
-from forked_runs import Kill, arm, count_calls, dskd_forked
+from forked_runs import Kill, arm, as_two_ranks, count_calls, dskd_forked
 from tiny_runs import write_config
+
+from dskd_lightning.checkpoints import read_checkpoint
+from dskd_lightning.checkpoints.folders import tensors_of
 
 SFT = {"class_path": "dskd_lightning.objectives.SFTObjective"}
 CLOCKS = {"monitor/tokens_per_second", "monitor/memory_gib"}
@@ -29,6 +32,7 @@ class ComparedRun:
             "completions": {"prompts": 0},
             "data.batch_size": 5,
         }
+        self.sharded = isinstance(changes.get("trainer.strategy"), dict)
         self.config = write_config(folder, model_folder(seed=1), teacher, **{**defaults, **changes})
         self.whole, self.calls = folder / "whole", {}
         paths = {point: folder / f"calls {point}" for point in ("call", "in save", "command")}
@@ -47,6 +51,13 @@ class ComparedRun:
         log = self.folder / f"{run.name}.log"
         start_over = not (run / "checkpoints" / "last.ckpt").exists()
         place = ("--overwrite", "true") if start_over else ("--ckpt_path", "last")
+        if self.sharded:
+            armed = prepare
+
+            def prepare() -> None:
+                armed()
+                as_two_ranks()
+
         arguments = ("fit", "--config", str(self.config), "--output", str(run), *place)
         status = dskd_forked(*arguments, log=log, prepare=prepare)
         assert status in expected, (status, log.read_text(errors="replace")[-3000:])
@@ -79,7 +90,9 @@ def _rows(run: Path) -> list[dict[str, str]]:
 
 def _contents(path: Path) -> dict[str, Any]:
     """A checkpoint without what differs between runs: paths, clocks, counters of validation batches."""
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    checkpoint: dict[str, Any] = read_checkpoint(path)
+    if path.is_dir():
+        checkpoint["optimizer"] = tensors_of(path, "optimizer_0.")
     scores = {"best_model_score", "kth_value", "latest_update_step"}
     callbacks = {
         name: {key: value for key, value in state.items() if key in scores}

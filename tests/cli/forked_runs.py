@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -113,6 +114,15 @@ def count_calls(point: str, path: Path) -> None:
         return result
 
     setattr(owner, name, wrapped)
+
+
+def as_two_ranks() -> None:
+    """Go on as two processes of one run, as a launcher outside of Lightning starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0")
+    os.environ["LOCAL_RANK"] = "0" if os.fork() else "1"
 
 
 def dskd_forked(

@@ -9,6 +9,7 @@ import pytest
 from compared_runs import ComparedRun
 
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+SHARDED = {"class_path": "dskd_lightning.strategies.DSKDModelParallelStrategy"}
 EXPONENTIAL = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9}}
 RUNS: dict[str, dict[str, Any]] = {
     "default schedule": {},
@@ -30,6 +31,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "max_steps": {"trainer.max_epochs": -1, "trainer.max_steps": 11, "save_every_n_steps": 2},
     "weight averaging": {"trainer.callbacks": [EMA]},
     "two ranks": {"trainer.devices": 2, "trainer.strategy": "ddp_fork", "data.batch_size": 3},
+    "sharded": {"trainer.devices": 2, "trainer.strategy": SHARDED, "data.batch_size": 3},
+    "sharded, in folders": {
+        "trainer.devices": 2,
+        "trainer.strategy": {**SHARDED, "init_args": {"save_distributed_checkpoint": True}},
+        "data.batch_size": 3,
+    },
 }
 POINTS: dict[str, list[list[tuple[str, float]]]] = {
     "default schedule": [
@@ -46,12 +53,14 @@ POINTS: dict[str, list[list[tuple[str, float]]]] = {
     "max_steps": [[("epoch end", 1), ("step", 3), ("before save", 4)]],
     "weight averaging": [[("after save", 3), ("call", 0.3)]],
     "two ranks": [[("step", 3), ("validation", 2)]],
+    "sharded": [],
+    "sharded, in folders": [[("step", 3), ("in save", 0.7)]],
 }
 """Chains of kills, each of the run that resumes after the one before; see `Kill`. A share counts calls."""
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if POINTS[name]])
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path, model_folder, name) -> None:
     run = ComparedRun(tmp_path, model_folder, **RUNS[name])
     for number, chain in enumerate(POINTS[name]):

@@ -1,0 +1,39 @@
+"""How a Trainer writes and reads checkpoint files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+from dskd_lightning.checkpoints.checks import read_checkpoint
+from dskd_lightning.checkpoints.files import write_file
+
+__all__ = ["WholeCheckpointIO"]
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Files that are whole or absent, with a digest that is compared when they are read.
+
+    They are read to the CPU, as Lightning does, but by name: PyTorch can't rebuild tensor subclasses, such
+    as the states of torchao's 8-bit optimizers, where a function maps devices. Only data is read, whatever
+    ``weights_only`` says. Paths on other than local file systems are Lightning's.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_file(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if not _is_local_file_protocol(path):
+            return super().load_checkpoint(path, "cpu", weights_only)  # type: ignore[arg-type]
+        if not Path(path).exists():
+            raise FileNotFoundError(f"Checkpoint file not found: {path}")
+        return read_checkpoint(path)
