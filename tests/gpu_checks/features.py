@@ -121,5 +121,5 @@ def responses(setup: Setup) -> str:
             costs = json.loads((folder / stage / "efficiency.json").read_text())
         else:
             trainer.predict(module, datamodule=data, return_predictions=False)
-    values = json.loads((folder / "predict" / "metrics.json").read_text())
+    values = json.loads((folder / "predict" / "predict.json").read_text())
     return f"ROUGE-L {values['rougeL']:.2f}; efficiency: {', '.join(sorted(costs))}"
