@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.objectives import ObjectiveOutput as ObjectiveOutput
     from dskd_lightning.objectives import SFTObjective as SFTObjective
     from dskd_lightning.objectives import SharedVocabularyObjective as SharedVocabularyObjective
+    from dskd_lightning.objectives import TopKObjective as TopKObjective
     from dskd_lightning.objectives import ULDObjective as ULDObjective
     from dskd_lightning.objectives import XTokenHybridObjective as XTokenHybridObjective
     from dskd_lightning.objectives import XTokenProjectionObjective as XTokenProjectionObjective
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.structures import Alignment as Alignment
     from dskd_lightning.structures import DistillationBatch as DistillationBatch
     from dskd_lightning.structures import Head as Head
+    from dskd_lightning.structures import LogProbabilities as LogProbabilities
     from dskd_lightning.structures import ModelSpace as ModelSpace
     from dskd_lightning.structures import Ratio as Ratio
     from dskd_lightning.structures import Side as Side
@@ -81,6 +83,7 @@ _HOMES = {
     "JensenShannon": "functional",
     "Loaded": "models.loaded",
     "LogitKDObjective": "objectives",
+    "LogProbabilities": "structures",
     "LoraSpec": "models.spec",
     "MinEditObjective": "objectives",
     "ModelSpace": "structures",
@@ -103,6 +106,7 @@ _HOMES = {
     "TeacherCacheSettings": "models.teacher_cache_settings",
     "TeacherSpec": "models.spec",
     "TokenBatch": "structures",
+    "TopKObjective": "objectives",
     "TotalVariation": "functional",
     "ULDObjective": "objectives",
     "UserError": "errors",

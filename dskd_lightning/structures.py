@@ -20,6 +20,7 @@ __all__ = [
     "Alignment",
     "DistillationBatch",
     "Head",
+    "LogProbabilities",
     "ModelSpace",
     "PaddedStatistics",
     "Ratio",
@@ -126,6 +127,31 @@ class PaddedStatistics(_Movable):
 
 
 @dataclass(frozen=True)
+class LogProbabilities(_Movable):
+    """All that is known of a teacher behind an endpoint or in a file, at its ``m`` response positions.
+
+    Args:
+        ids: ``[m, 1 + k]``: the observed token (the label), then the most likely others, none twice; -1 where
+            there are fewer, and first where nothing is known of a position.
+        values: ``[m, 1 + k]``, their log-probabilities, -inf where the id is -1.
+    """
+
+    ids: Tensor
+    values: Tensor
+
+    @property
+    def known(self) -> Tensor:
+        """``[m]``, whether anything is known of a position."""
+        return self.ids[:, 0] >= 0
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> LogProbabilities:
+        return LogProbabilities(self.ids[rows], self.values[rows])
+
+
+@dataclass(frozen=True)
 class Side(_Movable):
     """One model's view of the response tokens of a batch, flattened over its examples.
 
@@ -138,6 +164,8 @@ class Side(_Movable):
         sequence: ``[n]``, index of the example that the position belongs to, non-decreasing.
         padded: statistics of the padded layout, where an objective asked for them.
         sampled: the student sampled the responses itself, so that ``labels`` are nothing to learn.
+        log_probs: all that is known of a teacher whose hidden states aren't; ``hidden``, weight of the head
+            and ``embeddings`` are then empty, ``[n, 0]`` and ``[vocab, 0]``.
     """
 
     hidden: Tensor
@@ -148,6 +176,7 @@ class Side(_Movable):
     sequence: Tensor
     padded: PaddedStatistics | None = None
     sampled: bool = False
+    log_probs: LogProbabilities | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]

@@ -26,6 +26,7 @@ from dskd_lightning.functional.fused_linear import (
     token_argmax,
     token_log_prob,
 )
+from dskd_lightning.functional.top_k import student_buckets, teacher_buckets, top_log_probs
 
 __all__ = [
     "AdaptiveKL",
@@ -47,7 +48,10 @@ __all__ = [
     "reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "student_buckets",
+    "teacher_buckets",
     "token_argmax",
     "token_log_prob",
+    "top_log_probs",
     "total_variation",
 ]

@@ -13,6 +13,7 @@ from dskd_lightning.objectives.min_edit import MinEditObjective
 from dskd_lightning.objectives.paired import PairedObjective
 from dskd_lightning.objectives.sft import SFTObjective
 from dskd_lightning.objectives.shared_vocabulary import SharedVocabularyObjective
+from dskd_lightning.objectives.top_k import TopKObjective
 from dskd_lightning.objectives.uld import ULDObjective
 from dskd_lightning.objectives.xtoken import XTokenHybridObjective, XTokenProjectionObjective
 
@@ -31,6 +32,7 @@ __all__ = [
     "PairedObjective",
     "SFTObjective",
     "SharedVocabularyObjective",
+    "TopKObjective",
     "ULDObjective",
     "XTokenHybridObjective",
     "XTokenProjectionObjective",

@@ -15,7 +15,7 @@ from dskd_lightning.functional.precision import summable, wide
 from dskd_lightning.objectives._vocabulary import extension_ranges
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
-from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
+from dskd_lightning.structures import Alignment, LogProbabilities, ModelSpace, Ratio, Side
 
 __all__ = ["ALMObjective", "bernoulli_kl"]
 
@@ -42,6 +42,10 @@ class ALMObjective(CrossTokenizerObjective):
     whose bias exceeds ``bias_threshold`` on either side are left out, and counted. (Longer tokens
     that would begin before ``u`` are not counted.)
 
+    Of a teacher behind an endpoint or in a file the log-probabilities of the observed tokens are all that
+    is needed, whatever the two tokenizers. Its own bias isn't known then: the student's alone is held
+    against the threshold. Chunks with a token of which nothing is known are left out.
+
     Args:
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         temperature: ``tau``, on chunk log-likelihoods; logits keep temperature 1.
@@ -52,6 +56,7 @@ class ALMObjective(CrossTokenizerObjective):
     """
 
     needs_vocabulary_map = False
+    learns_from_log_probabilities = True
 
     def __init__(
         self,
@@ -99,7 +104,11 @@ class ALMObjective(CrossTokenizerObjective):
         aligned = self._alignment(student, teacher, alignment)
         read_s = self._read("student", student, self._chunk(student, teacher))
         with torch.no_grad():
-            read_t = self._read("teacher", teacher, self._chunk(student, teacher))
+            told = teacher.log_probs
+            if told is None:
+                read_t = self._read("teacher", teacher, self._chunk(student, teacher))
+            else:
+                read_t = _observed(told)
         logs, kept = [], torch.ones(aligned.groups, dtype=torch.bool, device=student.labels.device)
         for read, group in ((read_s, aligned.student_group), (read_t, aligned.teacher_group)):
             slots = group.where(group >= 0, aligned.groups)  # the last takes those without a group
@@ -109,7 +118,11 @@ class ALMObjective(CrossTokenizerObjective):
                 places = torch.arange(len(group), device=group.device)
                 last = group.new_zeros(aligned.groups + 1).scatter_reduce(0, slots, places, "amax")[:-1]
                 kept &= read[last, 1].detach() <= self.bias_threshold
-        log_q, log_p = (log[kept] for log in logs)
+        if told is not None:
+            slots = aligned.teacher_group.where(aligned.teacher_group >= 0, aligned.groups)
+            unknown = slots.new_zeros(aligned.groups + 1).index_add(0, slots, (~told.known).to(slots))
+            kept &= unknown[:-1] == 0
+        log_q, log_p = (log[kept].to(logs[0]) for log in logs)
         each = bernoulli_kl(log_p, log_q) if self.divergence == "bernoulli_kl" else (log_p - log_q).abs()
         kd = self.weight * each.sum()
         ce = -read_s[:, 0].sum()
@@ -123,6 +136,8 @@ class ALMObjective(CrossTokenizerObjective):
             count = tokens.new_full((), len(read))
             metrics[f"{name}_accuracy"] = Ratio(read[:, 2].sum(), count)
             metrics[f"{name}_entropy"] = Ratio(read[:, 3].sum(), count)
+        if told is not None:  # the rest of its distribution isn't known
+            del metrics["teacher_entropy"]
         pairs = aligned.pairs
         agree = read_s[pairs[:, 0], 2].detach() * read_t[pairs[:, 1], 2]
         metrics["agreement"] = Ratio(agree.sum(), tokens.new_full((), len(pairs)))
@@ -148,6 +163,14 @@ class ALMObjective(CrossTokenizerObjective):
         return chunked_map(
             read, (side.hidden, side.labels), head_parameters(side.head), chunk_size=chunk_size
         )
+
+
+def _observed(told: LogProbabilities) -> Tensor:
+    """As `ALMObjective._read`, of log-probabilities: no bias, and no entropy."""
+    values = wide(told.values)
+    first = values[:, 0]
+    hit = (told.known & (first >= values.amax(-1))).to(values)
+    return torch.stack([first, torch.zeros_like(first), hit, torch.zeros_like(first)], dim=1)
 
 
 def _bias(p: Tensor, labels: Tensor, order: Tensor, first: Tensor, last: Tensor) -> Tensor:

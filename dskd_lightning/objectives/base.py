@@ -44,6 +44,8 @@ class Objective(nn.Module, ABC):
     """False for an objective that reads the gold responses only."""
     needs_padded_statistics: bool = False
     """True where `Side.padded` is read."""
+    learns_from_log_probabilities: bool = False
+    """True where `Side.log_probs` is enough of a teacher."""
     learns_from_samples: bool = False
     """True where `Side.sampled` is heeded: the labels are then the student's own samples, and nothing to
     learn; only what the teacher says about them is."""
