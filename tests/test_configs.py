@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ OWN_DATA = ("demo_to_gpt2", "qwen2.5_coder_to_smollm2")
 """Pairs whose models or data a reader brings himself: read here, trained elsewhere."""
 FRAGMENTS = sorted(
     path
-    for folder in ("objective", "on_policy", "strategy", "logger")
+    for folder in ("objective", "on_policy", "strategy", "logger", "teacher")
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 ON_POLICY = [path for path in FRAGMENTS if path.parent.name == "on_policy"]
@@ -179,7 +180,7 @@ def test_study_reads_and_its_variants_parse(path, tmp_path) -> None:
 
 def test_every_folder_is_covered() -> None:
     assert {path.parent.name for path in SHIPPED} == {
-        "configs", "objective", "on_policy", "strategy", "logger", *OWN_DATA, *PAIRS,
+        "configs", "objective", "on_policy", "strategy", "logger", "teacher", *OWN_DATA, *PAIRS,
     }  # fmt: skip
     assert len(FRAGMENTS) + len(METHODS) + len(PAIRS) + len(OWN_DATA) + 1 == len(SHIPPED)
 
@@ -255,6 +256,28 @@ def test_on_policy_trains_on_samples(path, tiny, data_file, tmp_path) -> None:
     assert cli.trainer.global_step == 1
     assert math.isfinite(float(cli.trainer.callback_metrics["train/loss"]))
     assert float(cli.trainer.callback_metrics["train/samples_length"]) > 0
+
+
+def test_teachers_with_a_prompt_of_their_own_train(tiny, tmp_path) -> None:
+    lines = [
+        {
+            "prompt": f"Say {i}.",
+            "response": f"number {i}",
+            "teacher_messages": [{"role": "user", "content": f"Say {i}, which is the number {i}."}],
+        }
+        for i in range(8)
+    ]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"model": {"student": {"source": ""}, "teacher": {"source": ""}}}))
+    objective = CONFIGS / "objective" / "logit_kd.yaml"
+    files = [base, objective, CONFIGS / "teacher" / "context_distillation.yaml"]
+    cli = train(files, tmp_path, str(data), tiny("qwen2"), tiny("qwen2"))
+    assert cli.trainer.global_step == 1
+    assert math.isfinite(float(cli.trainer.callback_metrics["train/loss"]))
+    batch = next(iter(cli.datamodule._loader("train")))
+    assert batch.teachers[0].input_ids.shape[1] > batch.student.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -66,9 +66,11 @@ class ChatRenderer:
         special_tokens_in_text: read special tokens' strings inside messages as those tokens; else
             they are plain text.
         learn: which texts are learnt.
+        system: a teacher's own system message, see `Example.for_teacher`.
 
     Raises:
-        UserError: a ``prompt_template`` without ``{prompt}``, or no token that could end a response.
+        UserError: a ``prompt_template`` without ``{prompt}``, no token that could end a response, or a
+            ``system`` of one's own where the student learns the record's.
     """
 
     def __init__(
@@ -78,8 +80,13 @@ class ChatRenderer:
         template_options: Mapping[str, Any] | None = None,
         special_tokens_in_text: bool = False,
         learn: Learn = "assistant",
+        system: str | None = None,
     ) -> None:
-        self.tokenizer, self.learn = tokenizer, learn
+        self.tokenizer, self.learn, self.system = tokenizer, learn, system
+        if system is not None and learn == "everything":
+            raise UserError(
+                "A teacher's own `system` can't be learnt by the student: drop it, or `learn: everything`."
+            )
         self.prompt_template = prompt_template
         self.special_tokens_in_text = special_tokens_in_text
         self.template = ChatTemplate(tokenizer, prompt_template, template_options)
@@ -108,11 +115,15 @@ class ChatRenderer:
         """The renderer of the model that ``spec`` describes."""
         if spec is None:
             return cls(tokenizer, special_tokens_in_text=special_tokens_in_text, learn=learn)
-        return cls(tokenizer, spec.prompt_template, spec.template_options, special_tokens_in_text, learn)
+        return cls(
+            tokenizer, spec.prompt_template, spec.template_options, special_tokens_in_text, learn,
+            getattr(spec, "system", None),
+        )  # fmt: skip
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for renderers that give every conversation the same tokens."""
+        """Equal for renderers that give every conversation the same tokens, and so the same tokens of a
+        response, whatever ``system`` is in front of it."""
         template = self.prompt_template if self.prompt_template is not None else self.tokenizer.chat_template
         parts = [
             tokenizer_fingerprint(self.tokenizer),

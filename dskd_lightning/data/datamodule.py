@@ -84,6 +84,9 @@ class InstructionDataModule(pl.LightningDataModule):
         cache_dir: where prepared tokens are kept; None for ``data`` in `dskd_lightning.cache_dir`.
         teacher_cache: keep the teachers' hidden states on the disk, computed before the first
             epoch; None runs the teachers in every step.
+        max_teacher_prompt_length: most tokens of a teacher's prompt, whose sequences may be longer by as
+            much; None for ``max_prompt_length``. For records with ``teacher_messages`` or a teacher's
+            ``system``.
         weights: how often an epoch reads the examples of an entry of ``train``, 1 where none is given:
             with 2 each is read twice, with 0.5 half of them, another half in the next epoch.
     """
@@ -117,9 +120,13 @@ class InstructionDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
         teacher_cache: TeacherCacheSettings | None = None,
         weights: dict[str, float] | None = None,
+        max_teacher_prompt_length: int | None = None,
     ) -> None:
         super().__init__()
-        _check(max_length, max_prompt_length, max_tokens_per_batch)
+        self.teacher_room = 0
+        if max_teacher_prompt_length is not None:
+            self.teacher_room = max_teacher_prompt_length - max_prompt_length
+        _check(max_length, max_prompt_length, max_tokens_per_batch, self.teacher_room)
         for name, value in {
             "batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit,
             "pad_to_multiple_of": pad_to_multiple_of,
@@ -219,15 +226,19 @@ class InstructionDataModule(pl.LightningDataModule):
         renderer = self.renderers[model]
         if example.is_document:
             return list(renderer.render(example).turns[0].prompt_ids)
+        more = 0
+        if model:
+            example, more = example.for_teacher(renderer.system), self.teacher_room
+        longest, longest_prompt = self.max_length + more, self.max_prompt_length + more
         reasons = bool(split_reasoning((example.response or "").strip())[0]) or None
         first, *later = renderer.unanswered(
             example.prompt, example.place, tools=example.tools, reasoning=reasons
         ).turns
-        ids = cut_left(first.prompt_ids, self.max_prompt_length, renderer.bos_ids) + first.response_ids
+        ids = cut_left(first.prompt_ids, longest_prompt, renderer.bos_ids) + first.response_ids
         ids += [token for turn in later for token in (*turn.prompt_ids, *turn.response_ids)]
-        if len(ids) < min(self.max_length, max_length or self.max_length):
+        if len(ids) < min(longest, (max_length or self.max_length) + more):
             return ids
-        return cut_left(ids, self.max_prompt_length, renderer.bos_ids)
+        return cut_left(ids, longest_prompt, renderer.bos_ids)
 
     @property
     def trains(self) -> bool:
@@ -341,6 +352,7 @@ class InstructionDataModule(pl.LightningDataModule):
             limit=self.limit,
             skip_invalid=self.skip_invalid,
             needs_response=stage != "predict",
+            max_teacher_prompt_length=self.max_prompt_length + self.teacher_room,
         )
         return prepare(self._sources_of(stage), self.renderers, settings, self.cache_dir)
 
@@ -369,7 +381,12 @@ class InstructionDataModule(pl.LightningDataModule):
         return DistillationLoader(
             collator,
             view.indices,
-            BatchSettings(size, self.max_tokens_per_batch, self.packing and training, self.max_length),
+            BatchSettings(
+                size,
+                self.max_tokens_per_batch,
+                self.packing and training,
+                self.max_length + (self.teacher_room if self.teachers else 0),
+            ),
             shuffle=training and not getattr(trainer, "overfit_batches", 0),
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
@@ -412,7 +429,11 @@ def _nothing(entries: Sources | None) -> bool:
     return entries is None or (isinstance(entries, str | list) and not entries)
 
 
-def _check(max_length: int, max_prompt_length: int, max_tokens: int | None) -> None:
+def _check(max_length: int, max_prompt_length: int, max_tokens: int | None, teacher_room: int) -> None:
+    if teacher_room < 0:
+        raise UserError(
+            f"`max_teacher_prompt_length` is below `max_prompt_length: {max_prompt_length}`: raise it."
+        )
     if max_prompt_length < 1:
         raise UserError(f"`max_prompt_length: {max_prompt_length}` must be at least 1.")
     if max_prompt_length >= max_length:
@@ -420,8 +441,9 @@ def _check(max_length: int, max_prompt_length: int, max_tokens: int | None) -> N
             f"`max_prompt_length: {max_prompt_length}` leaves no room for a response in `max_length: "
             f"{max_length}`: make it smaller, or `max_length` larger."
         )
-    if max_tokens is not None and max_tokens < max_length:
+    longest = max_length + teacher_room
+    if max_tokens is not None and max_tokens < longest:
         raise UserError(
-            f"`max_tokens_per_batch: {max_tokens}` is less than one example of `max_length: {max_length}`: "
-            "make it at least that."
+            f"`max_tokens_per_batch: {max_tokens}` is less than one example of `max_length: {longest}`"
+            f"{', what teachers read more included' if teacher_room else ''}: make it at least that."
         )

@@ -57,6 +57,8 @@ class Example:
         line: line in that file, or row from 1 where a format has no lines.
         tools: JSON list of the functions that the model may call, or nothing.
         fields: JSON object of the record's fields that nothing reads, or nothing.
+        teacher_messages: all that teachers read in front of the response, where that isn't what the
+            student reads; the last message is then the one that is learnt.
     """
 
     messages: tuple[Message, ...]
@@ -65,6 +67,7 @@ class Example:
     line: int = 0
     tools: str = ""
     fields: str = ""
+    teacher_messages: tuple[Message, ...] = ()
 
     @property
     def place(self) -> str:
@@ -103,6 +106,22 @@ class Example:
             if message.role == "assistant" and tag and thought.lstrip().startswith("<think>"):
                 messages[index] = replace(message, content=answer.strip(), learnt=False)
         return self if messages == list(self.messages) else replace(self, messages=tuple(messages))
+
+    def for_teacher(self, system: str | None = None) -> Example:
+        """What a teacher reads: the same response behind its own messages, or its own system message.
+
+        Args:
+            system: the teacher's own, in the place of the record's; of ``teacher_messages`` only in front
+                of those that have none. An empty one takes the record's away.
+        """
+        if self.teacher_messages:
+            answer = self.messages[-1:] if self.response is not None else ()
+            own = replace(self, messages=(*self.teacher_messages, *answer))
+            return own.with_system(system or None)
+        if system is None or self.is_document:
+            return self
+        rest = self.messages if self.system is None else self.messages[1:]
+        return replace(self, messages=(Message("system", system), *rest) if system else rest)
 
     def with_system(self, system: str | None) -> Example:
         """The same example with ``system`` in front, unless it has a system message already."""

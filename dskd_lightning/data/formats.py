@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from dskd_lightning.data.examples import Example, InvalidRecord, Message
@@ -107,9 +108,33 @@ def _parsed(
     if needs_response and not any(m.role == "assistant" and m.learnt for m in messages):
         raise reader.error("has no response to learn: every weight is 0", "nothing to learn")
     tools = reader.tools()
+    own = _teacher_messages(reader)
+    if own:  # they stand in front of one response
+        messages = [*(replace(m, learnt=False) for m in messages[:-1]), messages[-1]]
+        if needs_response and not messages[-1].learnt:
+            raise reader.error("has 'teacher_messages' and no last response to learn", "nothing to learn")
     if unused is not None:
         unused.update(reader.unused)
-    return Example(tuple(messages), tuple(references), *reader.at, tools, reader.rest)
+    return Example(tuple(messages), tuple(references), *reader.at, tools, reader.rest, own)
+
+
+def _teacher_messages(reader: RecordReader) -> tuple[Message, ...]:
+    """What teachers read in front of the response instead."""
+    if not reader.get("teacher_messages"):
+        return ()
+    messages = [replace(message, learnt=False) for message in reader.messages("teacher_messages")]
+    fault = None
+    if messages[-1].role == "assistant":
+        fault = "end with an assistant turn, though the record's own response follows them"
+    elif not any(message.role == "user" for message in messages):
+        fault = "hold no user message"
+    elif any(message.role == "system" for message in messages[1:]):
+        fault = "hold a system message that isn't the first"
+    elif any(message.role == "assistant" and message.empty for message in messages):
+        fault = "hold an empty assistant turn"
+    if fault is not None:
+        raise reader.error(f"has 'teacher_messages' that {fault}", "bad 'teacher_messages'")
+    return tuple(messages)
 
 
 _Parsed = tuple[list[Message], list[str]]

@@ -32,6 +32,8 @@ class DistillationCollator:
         system: system message for examples without one.
         max_length: most tokens of prompt and response; a longer response is cut.
         max_prompt_length: most tokens of the prompt; a longer one loses its beginning.
+        max_teacher_prompt_length: likewise for teachers, whose sequences may be longer by as much; None
+            for ``max_prompt_length``.
         special_tokens_in_text: read special tokens' strings inside messages as those tokens.
         learn: which texts of a conversation are learnt, as `InstructionDataModule` takes it.
         pad_to_multiple_of: round row lengths up to a multiple of this.
@@ -52,6 +54,7 @@ class DistillationCollator:
         special_tokens_in_text: bool = False,
         learn: Learn = "assistant",
         pad_to_multiple_of: int = 1,
+        max_teacher_prompt_length: int | None = None,
     ) -> None:
         teachers = (
             [] if teacher is None else [teacher] if isinstance(teacher, Loaded | ModelSpec) else teacher
@@ -60,7 +63,9 @@ class DistillationCollator:
             ChatRenderer.from_spec(load_tokenizer(model), model, special_tokens_in_text, learn)
             for model in (student, *teachers)
         ]
-        self.settings = PreparationSettings(format, max_length, max_prompt_length, system)
+        self.settings = PreparationSettings(
+            format, max_length, max_prompt_length, system, max_teacher_prompt_length=max_teacher_prompt_length
+        )
         self.pad_to_multiple_of = pad_to_multiple_of
         self.report: Counter[str] = Counter()
 

@@ -30,7 +30,7 @@ from dskd_lightning.runs.heartbeat import Progress
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples", "render_example"]
 
 _log = logging.getLogger(__name__)
-_VERSION = 4  # of the files' layout and of the rendering
+_VERSION = 5  # of the files' layout and of the rendering
 _CHUNK = 512
 
 
@@ -46,6 +46,7 @@ class PreparationSettings:
         limit: most examples; None for all.
         skip_invalid: leave out and count invalid records instead of stopping at the first.
         needs_response: False to predict.
+        max_teacher_prompt_length: likewise for teachers, whose sequences may be longer by as much.
     """
 
     format: Format = "auto"
@@ -55,6 +56,12 @@ class PreparationSettings:
     limit: int | None = None
     skip_invalid: bool = False
     needs_response: bool = True
+    max_teacher_prompt_length: int | None = None
+
+    @property
+    def teacher_room(self) -> int:
+        """How many more tokens teachers' prompts and sequences may have than the student's."""
+        return (self.max_teacher_prompt_length or self.max_prompt_length) - self.max_prompt_length
 
 
 def cache_key(
@@ -62,7 +69,7 @@ def cache_key(
 ) -> str:
     """Hash of the sources' content, the tokenizers, the templates and the settings."""
     content = [[source.name, source.fingerprint()] for source in sources]
-    models = [renderer.fingerprint for renderer in renderers]
+    models = [r.fingerprint if r.system is None else [r.fingerprint, r.system] for r in renderers]
     parts = json.dumps([_VERSION, content, models, asdict(settings)], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
@@ -206,9 +213,18 @@ def render_example(
         return
     example = _as_models_read(example, renderers, counts)
     learnt = example if example.response is not None else _with_placeholder(example)
-    rendered = [renderer.render(learnt) for renderer in renderers]
+    if example.teacher_messages and renderers[0].learn == "everything":
+        raise InvalidRecord(
+            f"The record at {example.place} has 'teacher_messages', which the student can't learn: drop "
+            "them, or `learn: everything`.",
+            "'teacher_messages' under learn: everything",
+        )
+    teachers = [learnt.for_teacher(renderer.system) for renderer in renderers[1:]]
+    if any(renderer.template.drops_reasoning for renderer in renderers):
+        teachers = [teacher.without_earlier_reasoning() for teacher in teachers]
+    rendered = [renderer.render(read) for renderer, read in zip(renderers, [learnt, *teachers], strict=True)]
     starts = [renderer.bos_ids for renderer in renderers]
-    cut = truncate(rendered, settings.max_length, settings.max_prompt_length, starts)
+    cut = truncate(rendered, settings.max_length, settings.max_prompt_length, starts, settings.teacher_room)
     counts["truncated prompts"] += cut.prompt
     counts["truncated responses"] += cut.response
     counts["skipped: no room for the response"] += not cut.conversations
@@ -306,6 +322,7 @@ def _example_schema() -> Any:
             ("line", pa.int64()),
             ("tools", pa.string()),
             ("fields", pa.string()),
+            ("teacher_messages", pa.list_(message)),
         ]
     )
 

@@ -113,8 +113,9 @@ class PreparedDataset:
         """The raw example in row ``index``."""
         chunk, at = self._examples.row(index)
         row = {name: chunk.column(name)[at].as_py() for name in chunk.schema.names}
-        messages = tuple(Message(**m) for m in row["messages"])
-        return Example(**{**row, "messages": messages, "references": tuple(row["references"])})
+        for name in ("messages", "teacher_messages"):
+            row[name] = tuple(Message(**message) for message in row[name])
+        return Example(**{**row, "references": tuple(row["references"])})
 
     def rendered(self, index: int, model: int = 0) -> RenderedExample:
         """Tokens of row ``index`` for the student (0) or teacher ``model - 1``."""

@@ -35,6 +35,7 @@ def truncate(
     max_length: int,
     max_prompt_length: int,
     start_ids: Sequence[Sequence[int]],
+    teacher_room: int = 0,
 ) -> Truncated:
     """Cut to ``max_length`` tokens per model.
 
@@ -47,15 +48,20 @@ def truncate(
         max_length: most tokens of a sequence, the last end-of-turn token included.
         max_prompt_length: most tokens of the prompt.
         start_ids: per model, ids (BOS) that stay in front of a cut prompt.
+        teacher_room: that many more tokens, of the prompt and in all, for models behind the first.
     """
     count = len(conversations)
     kept: list[list[RenderedTurn]] = [[] for _ in range(count)]
-    room = [max_length] * count
+    more = [0] + [teacher_room] * (count - 1)
+    room = [max_length + extra for extra in more]
     prompt_cut = response_cut = False
     for index, turns in enumerate(zip(*(c.turns for c in conversations), strict=True)):
         prompts = [turn.prompt_ids for turn in turns]
         if index == 0:
-            prompts = [cut_left(ids, max_prompt_length, s) for ids, s in zip(prompts, start_ids, strict=True)]
+            prompts = [
+                cut_left(ids, max_prompt_length + extra, start)
+                for ids, start, extra in zip(prompts, start_ids, more, strict=True)
+            ]
             prompt_cut = any(
                 len(new) < len(turn.prompt_ids) for new, turn in zip(prompts, turns, strict=True)
             )

@@ -30,6 +30,7 @@ class Loaded:
             for models without a chat template; wins over the tokenizer's.
         template_options: further arguments of the chat template.
         weight: weight of this teacher's objective where there are several.
+        system: of a teacher, its own system message in the place of the record's, see `TeacherSpec`.
 
     Raises:
         UserError: the tokenizer isn't fast or ends no sequence, or weights are on no device or several.
@@ -40,6 +41,7 @@ class Loaded:
     prompt_template: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokenizer, PreTrainedTokenizerFast):

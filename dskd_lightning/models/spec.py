@@ -55,11 +55,14 @@ class TeacherSpec(ModelSpec):
         adapter: a LoRA adapter (folder or Hub id), merged into the weights at load.
         quantization: load the weights in 8 or 4 bits through bitsandbytes.
         weight: weight of this teacher's objective where there are several.
+        system: its own system message in the place of the record's; the student reads what the record
+            says. Empty for none. A record's ``teacher_messages`` may have another.
     """
 
     adapter: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     weight: float = 1.0
+    system: str | None = None
 
     def build(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The frozen teacher in eval mode, and its tokenizer; see `load_teacher`."""

@@ -149,7 +149,9 @@ def cache_parts(
         memory: keeps hashes for the next time.
     """
     template = [renderer.prompt_template or renderer.tokenizer.chat_template, renderer.template.options]
+    own = {} if renderer.system is None else {"system": renderer.system}
     return {
+        **own,
         "teacher weights": source_fingerprint(spec, memory),
         "teacher dtype": spec.dtype,
         "tokenizer": tokenizer_fingerprint(renderer.tokenizer),
