@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,11 +21,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.samples import BatchOfSamples, prompts_of
+from dskd_lightning.described import described, restored
 from dskd_lightning.errors import UserError
 from dskd_lightning.generation.samples import Sample
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.output import decoder_hidden, model_space, side
-from dskd_lightning.models.spec import Student, StudentSpec, Teacher, TeacherSpec
+from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
@@ -144,6 +145,10 @@ class DistillationModule(L.LightningModule):
         self._shared_tokens: tuple[Tensor, Tensor] | None = None
         self._meter = RatioMeter()
         self._evaluation_meter = RatioMeter()
+        self._rates = {
+            "projector_lr": projector_lr, "warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio,
+            "joint_clipping": joint_clipping,
+        }  # fmt: skip
         self._validate_arguments()
         self.register_state_dict_post_hook(_drop_untrained)
         self.register_load_state_dict_post_hook(_miss_trained_alone)
@@ -586,9 +591,60 @@ class DistillationModule(L.LightningModule):
             if parameters:
                 clip_grad_norm_(parameters, gradient_clip_val)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", **changes: Any
+    ) -> DistillationModule:
+        """The module that wrote a checkpoint, with its trained weights, in eval mode.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: the device of the weights.
+            changes: arguments of the class instead of those it was made with; what no checkpoint holds, an
+                optimiser or a model that was in memory, must be among them.
+
+        Raises:
+            UserError: no module wrote it, or it doesn't say all that is needed.
+        """
+        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
+        if "module" not in checkpoint:
+            raise UserError(f"{checkpoint_path} names no module: it isn't DistillationModule's.")
+        arguments: dict[str, Any] = {**checkpoint["module"], **changes}
+        for name in ("student", "teacher", "objective", "on_policy"):
+            if name not in arguments:
+                raise UserError(
+                    f"{checkpoint_path} doesn't hold the {name} of the module, which was made in a program: "
+                    f"give it as load_from_checkpoint(path, {name}=...)."
+                )
+        if "student_spec" in checkpoint and "student" not in changes:
+            arguments["student"]["init_args"]["prune"] = described(
+                None if (cut := checkpoint["student_spec"]["prune"]) is None else PruneSpec(**cut)
+            )
+        module = cls(**{k: v if k in changes else restored(v) for k, v in arguments.items()})
+        module.configure_model()
+        check_tensors(checkpoint["state_dict"], module, module.checkpoint_names, checkpoint_path)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return module.to(map_location).eval()
+
+    def _described(self) -> dict[str, Any]:
+        """The arguments from which `load_from_checkpoint` makes the module again, where they are plain."""
+        several = len(self.objectives) > 1
+        given: dict[str, Any] = {
+            "student": self.student_spec,
+            "objective": list(self.objectives) if several else self.objectives[0],
+            "teacher": self.teacher_specs if several else next(iter(self.teacher_specs), None),
+            "on_policy": self.on_policy,
+        }
+        plain: dict[str, Any] = dict(self._rates)
+        for name, value in given.items():
+            with suppress(UserError):
+                plain[name] = described(value)
+        return plain
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self.student_spec, StudentSpec):
             checkpoint["student_spec"] = asdict(self.student_spec)
+        checkpoint["module"] = self._described()
         trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
         if self._buffer is not None:
             checkpoint["on_policy"] = gathered(self._buffer.state_dict())

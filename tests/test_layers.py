@@ -14,6 +14,7 @@ import dskd_lightning
 PACKAGE = Path(dskd_lightning.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "structures", "cache_dir", "memory", "ranks"},
+    {"described"},
     {"files", "tokenizers", "functional", "demo"},
     {"projection", "checkpoints"},
     {"alignment"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd_lightning.alignment._padding import Rows
+from dskd_lightning.described import Described
 from dskd_lightning.errors import UserError
 from dskd_lightning.projection import LinearProjector
 from dskd_lightning.structures import Alignment, ModelSpace, Side
@@ -66,7 +67,7 @@ class AttentionMap:
         return self.t2s.detach()[self.student.sequence[i], self.student.place[i], self.teacher.place[j]]
 
 
-class CrossModelAttention(nn.Module):
+class CrossModelAttention(Described, nn.Module):
     r"""Student tokens as queries, teacher tokens as keys.
 
     .. math:: Q = P_{query}([E_s(x); E_s(y)]), \quad K = [E_t(x); E_t(y)] / std, \quad

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dskd_lightning.alignment.cross_model_attention import AttentionMap
+from dskd_lightning.described import Described
 
 __all__ = ["AdversarialMatching", "ConditionalTransport", "KeyQueryMatching", "reverse_gradient"]
 
@@ -51,7 +52,7 @@ class _Highway(nn.Module):
         return cast("Tensor", self.layers(self.dropout(share * gate.relu() + (1 - share) * values)))
 
 
-class KeyQueryMatching(nn.Module):
+class KeyQueryMatching(Described, nn.Module):
     """A loss between the queries and the keys of an `AttentionMap`."""
 
     def configure(self, size: int) -> None:

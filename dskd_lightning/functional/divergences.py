@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dskd_lightning.described import Described
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional.precision import wide
 
@@ -176,7 +177,7 @@ def _head_weight(p: Tensor, q: Tensor, alpha: float) -> Tensor:
     return head_gap.squeeze(-1) / gap.sum(-1).clamp(min=tiny)
 
 
-class Divergence(nn.Module):
+class Divergence(Described, nn.Module):
     """A divergence between teacher and student logits over one vocabulary.
 
     Write your own by overriding :meth:`forward` alone; override :meth:`_pointwise` too and the

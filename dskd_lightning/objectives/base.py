@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from dskd_lightning.described import Described
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
@@ -32,7 +33,7 @@ class ObjectiveOutput:
     metrics: dict[str, Ratio] = field(default_factory=dict)
 
 
-class Objective(nn.Module, ABC):
+class Objective(Described, nn.Module, ABC):
     """What is minimised. Knows nothing of Lightning, of datasets or of model classes.
 
     A subclass is built from its own hyperparameters alone (so that a config can name it),
