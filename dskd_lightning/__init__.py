@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.generation import Generator as Generator
     from dskd_lightning.generation.samples import ResponseSampler as ResponseSampler
     from dskd_lightning.generation.samples import Sample as Sample
+    from dskd_lightning.launch.trained import load_student as load_student
     from dskd_lightning.models import export_student as export_student
     from dskd_lightning.models.loaded import Loaded as Loaded
     from dskd_lightning.models.spec import LoraSpec as LoraSpec
@@ -113,6 +114,7 @@ _HOMES = {
     "XTokenHybridObjective": "objectives",
     "XTokenProjectionObjective": "objectives",
     "export_student": "models",
+    "load_student": "launch.trained",
 }
 
 __all__ = sorted(_HOMES)

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dskd_lightning.checkpoints.checks import read_checkpoint
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.samples import BatchOfSamples, prompts_of
 from dskd_lightning.described import described, restored
@@ -606,7 +607,7 @@ class DistillationModule(L.LightningModule):
         Raises:
             UserError: no module wrote it, or it doesn't say all that is needed.
         """
-        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
+        checkpoint = read_checkpoint(checkpoint_path)
         if "module" not in checkpoint:
             raise UserError(f"{checkpoint_path} names no module: it isn't DistillationModule's.")
         arguments: dict[str, Any] = {**checkpoint["module"], **changes}

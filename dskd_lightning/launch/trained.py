@@ -16,7 +16,7 @@ from dskd_lightning.models.student import build_student
 if TYPE_CHECKING:
     from dskd_lightning.launch.lightning_cli import DistillationCLI
 
-__all__ = ["find_checkpoint", "load_trained", "open_run", "student_spec_from_dict"]
+__all__ = ["find_checkpoint", "load_student", "load_trained", "open_run", "student_spec_from_dict"]
 
 
 def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
@@ -74,6 +74,19 @@ def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> Distil
     cli.model.load_state_dict(state["state_dict"], strict=False)
     cli.model.eval()
     return cli
+
+
+def load_student(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
+    """The trained student of a run folder, a model of transformers or peft in eval mode, and its tokenizer.
+
+    Args:
+        run: the run folder.
+        ckpt_path: ``best``, ``last`` or a file.
+
+    Raises:
+        UserError: there is no such checkpoint or it was not written by `DistillationModule`.
+    """
+    return load_trained(run, ckpt_path)
 
 
 def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
