@@ -187,6 +187,11 @@ class DistillationModule(L.LightningModule):
         if self.student is not None:
             self._load_teachers(self.device)  # another stage may need whole teachers, or find a cache
             return
+        if self.device_mesh is not None and self.on_policy is not None:
+            raise UserError(
+                "model.on_policy: ranks that share a sharded student can't sample for prompts of their own; "
+                "take trainer.strategy ddp, or leave on_policy out."
+            )
         model, tokenizer = self._build_student()
         student_space = model_space(model, tokenizer)
         student = self.student_spec

@@ -58,6 +58,16 @@ def test_sharded_processes_train_as_one(model_folder, tmp_path, lora):
     assert losses(resumed) == pytest.approx(losses(two), rel=1e-5)
 
 
+def test_samples_of_a_sharded_student_are_refused(model_folder, tmp_path):
+    config = write_config(
+        tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **{"model.on_policy": {}}
+    )
+    result = dskd("fit", "--config", str(config), *TWO, check=False)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "take trainer.strategy ddp, or leave on_policy out" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_decoder_layers_of_student_and_teacher(model_folder):
     from transformers import AutoModelForCausalLM
 
