@@ -53,7 +53,12 @@ from dskd_lightning.training.windows import look_ahead
 if TYPE_CHECKING:
     from dskd_lightning.models.layer_choice import Calibration
 
-__all__ = ["DistillationModule"]
+__all__ = ["SHARDED_SAMPLES", "DistillationModule"]
+
+SHARDED_SAMPLES = (
+    "model.on_policy: ranks that share a sharded student can't sample for prompts of their own; take "
+    "trainer.strategy ddp, or leave on_policy out."
+)
 
 
 def _drop_untrained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -188,10 +193,7 @@ class DistillationModule(L.LightningModule):
             self._load_teachers(self.device)  # another stage may need whole teachers, or find a cache
             return
         if self.device_mesh is not None and self.on_policy is not None:
-            raise UserError(
-                "model.on_policy: ranks that share a sharded student can't sample for prompts of their own; "
-                "take trainer.strategy ddp, or leave on_policy out."
-            )
+            raise UserError(SHARDED_SAMPLES)
         model, tokenizer = self._build_student()
         student_space = model_space(model, tokenizer)
         student = self.student_spec

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from rich.console import Console
 
 from dskd_lightning.callbacks import (
@@ -36,7 +36,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.run_files import clear_run, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
-from dskd_lightning.module import DistillationModule
+from dskd_lightning.module import SHARDED_SAMPLES, DistillationModule
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.runs.lock import lock_run
 
@@ -241,6 +241,8 @@ class DistillationCLI(LightningCLI):
             config = {**config, "logger": self._loggers(config.get("logger"), Path(outer.output))}
             callbacks = [*callbacks, LearningRateMonitor("step")]
         trainer = super()._instantiate_trainer(config, callbacks)
+        if isinstance(trainer.strategy, ModelParallelStrategy) and self.model.on_policy is not None:
+            raise UserError(SHARDED_SAMPLES)  # before other processes are started
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not config.get("plugins"):
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
