@@ -24,10 +24,10 @@ def lock_run(folder: str | os.PathLike[str]) -> None:
         import fcntl
     except ImportError:  # not on Windows
         return
+    Path(folder).mkdir(parents=True, exist_ok=True)  # not through a link that leads nowhere
     path = Path(folder).resolve() / ".lock"
     if path in _held:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
