@@ -32,7 +32,7 @@ from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.projection import LinearProjector
-from dskd_lightning.ranks import gathered, rank_and_world
+from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks
 from dskd_lightning.strategies import shard
 from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
@@ -438,12 +438,7 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
         """This batch's part of the step's mean loss; what subclasses add is a mean over them."""
         output = self.distil(batch)
-        if not torch.isfinite(output.loss):
-            raise UserError(
-                f"The loss is {output.loss.item()} at epoch {self.current_epoch}, batch {batch_idx} "
-                f"(examples {batch.examples.tolist()}); lower the learning rate, clip gradients with "
-                "trainer.gradient_clip_val, or train in bf16 instead of fp16."
-            )
+        self._check_finite(output.loss.detach(), batch, batch_idx)
         loss = Ratio(output.loss.detach(), output.tokens)
         padding = Ratio(loss.total.new_full((), batch.padding_share), loss.count.new_ones(()))
         parts = {**output.terms, **output.metrics}
@@ -452,6 +447,18 @@ class DistillationModule(L.LightningModule):
             parts = {f"samples_{name}": ratio for name, ratio in parts.items()}
         self._meter.update({"loss": loss, **parts, "padding_share": padding})
         return self.mean_over_step(output.loss, batch)
+
+    def _check_finite(self, loss: Tensor, batch: DistillationBatch, batch_idx: int) -> None:
+        """All ranks end with the sentence of the first whose loss isn't a number."""
+        finite = torch.isfinite(loss)
+        if not sum_over_ranks((~finite).long()):
+            return
+        sentence = (
+            f"The loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx} "
+            f"(examples {batch.examples.tolist()}); lower the learning rate, clip gradients with "
+            "trainer.gradient_clip_val, or train in bf16 instead of fp16."
+        )
+        raise UserError(next(s for s in gathered(None if finite else sentence) if s is not None))
 
     def mean_over_step(self, total: Tensor, batch: DistillationBatch) -> Tensor:
         """Make a sum over this batch's response tokens its part of the mean over the optimiser step.
@@ -516,9 +523,7 @@ class DistillationModule(L.LightningModule):
         return norms
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return sums
-        return cast("Tensor", self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum"))
+        return sums if self.trainer.world_size == 1 else sum_over_ranks(sums.to(self.device))
 
     def _evaluation_step(self, batch: DistillationBatch) -> None:
         student = self.student_side(batch.student)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["barrier", "gathered", "rank_and_world"]
+__all__ = ["barrier", "gathered", "rank_and_world", "sum_over_ranks"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -22,9 +23,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors, in place; they lie on the device that the processes talk through.
+
+    Lightning's own reductions wait for a barrier first, which stops the host until its GPU has caught up.
+    """
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def gathered(value: Any) -> list[Any]:
-    """What each process passed, in the order of their numbers; all must call."""
-    values = [value] * rank_and_world()[1]
-    if len(values) > 1:
+    """Every process's value (anything that can be pickled), in the order of their numbers."""
+    world = rank_and_world()[1]
+    values = [value] * world
+    if world > 1:
         dist.all_gather_object(values, value)
     return values

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 
 from dskd_lightning.alignment.exact import group_overlap
+from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
 from dskd_lightning.files import write_atomic
@@ -29,7 +30,7 @@ class RepresentationAnalysis(L.Callback):
 
     Structure distances of student and teacher (Figure 4 of arXiv 2406.17328), CKA and singular
     values of the projectors; across tokenizers a few examples' alignment, with cross-model
-    attention where the objective has it. On one device only.
+    attention where the objective has it. Of several ranks each reads the same batches, those of one rank.
 
     Args:
         output: the run folder.
@@ -46,22 +47,32 @@ class RepresentationAnalysis(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = cast("DistillationModule", pl_module)
-        if not self.batches or trainer.world_size > 1 or not len(module.teachers):
+        if not self.batches or not len(module.teachers):
             return
         with trainer.precision_plugin.forward_context():
             values = {"after": representation_distances(module, self._read(trainer, module))}
             if self.before:
                 values["before"] = self._untrained(trainer, module)
-            self._write_maps(trainer, module)
+            maps = self._maps(trainer, module)
         for name, value in values["after"].items():
             pl_module.log(f"test/{name}", value, batch_size=1)
         step = module.trained_steps if trainer.ckpt_path else trainer.global_step
         model = model_identity(self.output, trainer.ckpt_path, step)
         result = {**values, "projectors": projector_spectra(module), MODEL_KEY: model}
+        if trainer.is_global_zero:
+            self._write(result, maps)
+
+    def _write(self, result: dict[str, Any], maps: list[dict[str, Any]]) -> None:
         write_atomic(self.output / "representation.json", json.dumps(result, indent=2) + "\n")
+        for stale in (self.output / "alignments").glob("*.json"):  # an earlier test may have drawn more
+            stale.unlink()
+        for number, value in enumerate(maps, 1):
+            write_atomic(self.output / "alignments" / f"{number}.json", json.dumps(value) + "\n")
 
     def _read(self, trainer: L.Trainer, module: DistillationModule) -> Iterator[DistillationBatch]:
         loader = cast("Any", trainer).datamodule.test_dataloader()
+        if isinstance(loader, DistillationLoader):
+            loader.rank, loader.ranks = 0, 1
         for batch in itertools.islice(loader, self.batches):
             yield batch.to(module.device)
 
@@ -79,19 +90,20 @@ class RepresentationAnalysis(L.Callback):
         finally:
             module.student = trained
 
-    def _write_maps(self, trainer: L.Trainer, module: DistillationModule) -> None:
+    def _maps(self, trainer: L.Trainer, module: DistillationModule) -> list[dict[str, Any]]:
         tokenizer = cast("Any", trainer).datamodule.teacher_tokenizers[0]
-        for stale in (self.output / "alignments").glob("*.json"):  # an earlier test may have drawn more
-            stale.unlink()
+        values = []
         batches = self._read(trainer, module)
         found = itertools.chain.from_iterable(token_maps(module, batch, tokenizer) for batch in batches)
         for number, example in enumerate(itertools.islice(found, self.maps), 1):
             kind = "byte-exact groups" if example.attention is None else "cross-model attention"
             weights = group_overlap(example.groups) if example.attention is None else example.attention
-            value = {
-                "title": f"{kind}, test response {number}",
-                "student": example.student,
-                "teacher": example.teacher,
-                "weights": [[round(float(w), 4) for w in row] for row in weights],
-            }
-            write_atomic(self.output / "alignments" / f"{number}.json", json.dumps(value) + "\n")
+            values.append(
+                {
+                    "title": f"{kind}, test response {number}",
+                    "student": example.student,
+                    "teacher": example.teacher,
+                    "weights": [[round(float(w), 4) for w in row] for row in weights],
+                }
+            )
+        return values

@@ -183,7 +183,9 @@ def response_scores(predictions: Mapping[int | None, Sequence[Prediction]]) -> d
 def _scores(predictions: Sequence[Prediction]) -> dict[str, float]:
     texts = [p.response for p in predictions]
     references = [p.references for p in predictions]
-    rouge, exact, distinct, length = RougeL(), ExactMatch(), DistinctN(2), ResponseLength()
+    own: dict[str, Any] = {"sync_on_compute": False}  # every rank has read all predictions
+    rouge, exact = RougeL(**own), ExactMatch(**own)
+    distinct, length = DistinctN(2, **own), ResponseLength(**own)
     rouge.update(texts, references)
     exact.update(texts, references)
     distinct.update(texts)

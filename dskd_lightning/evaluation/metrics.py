@@ -54,8 +54,8 @@ class _MeanScore(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("total", torch.zeros((), dtype=_SUM), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -79,10 +79,11 @@ class RougeL(_MeanScore):
 
     Args:
         tokenizer: see `rouge_l`.
+        kwargs: of `torchmetrics.Metric`.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__()
+    def __init__(self, tokenizer: Tokenizer | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.tokenizer = tokenizer
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
@@ -103,6 +104,7 @@ class DistinctN(Metric):
 
     Args:
         n: length of the n-grams.
+        kwargs: of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -110,8 +112,8 @@ class DistinctN(Metric):
     hashes: list[Tensor]
     count: Tensor
 
-    def __init__(self, n: int = 2) -> None:
-        super().__init__()
+    def __init__(self, n: int = 2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if n < 1:
             raise UserError(f"DistinctN: n must be at least 1, not {n}.")
         self.n = n
@@ -146,8 +148,8 @@ class ResponseLength(Metric):
     full_state_update = False
     sums: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, tokens: Sequence[int], finished: Sequence[bool]) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dskd_lightning.projection.pseudo_inverse import map_between_heads
-from dskd_lightning.ranks import rank_and_world
+from dskd_lightning.ranks import sum_over_ranks
 from dskd_lightning.structures import Head
 
 __all__ = ["LinearProjector"]
@@ -94,9 +94,7 @@ class LinearProjector(nn.Linear):
             return
         sums = self.input_rms.new_zeros(self.in_features + 1) if self._squares is None else self._squares
         self._squares = None
-        if rank_and_world()[1] > 1:
-            torch.distributed.all_reduce(sums)
-        if not sums[-1] > 0:
+        if not sum_over_ranks(sums)[-1] > 0:
             return
         rms = (sums[:-1] / sums[-1]).sqrt()
         rms = rms.clamp(min=_FLOOR * rms.mean())

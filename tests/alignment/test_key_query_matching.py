@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -124,3 +125,13 @@ def test_transport_is_symmetric_and_skips_empty_examples():
     torch.testing.assert_close(matching(given)[0], matching(swapped)[0])
     empty, _ = matching(attention(((0, 2), (3, 0))))
     assert empty == 0
+
+
+@pytest.mark.parametrize("kind", [AdversarialMatching, ConditionalTransport])
+@pytest.mark.parametrize("sizes", [((0, 2), (3, 0)), ((0, 0), (0, 0))], ids=["none with both", "no tokens"])
+def test_every_parameter_has_a_gradient_whatever_the_batch_holds(kind, sizes):
+    matching = kind()
+    matching.configure(6)
+    matching.double()
+    matching(attention(sizes))[0].backward()
+    assert all(parameter.grad is not None for parameter in matching.parameters())
