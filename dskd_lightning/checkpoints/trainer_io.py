@@ -32,8 +32,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        if not _is_local_file_protocol(path):
-            return super().load_checkpoint(path, "cpu", weights_only)  # type: ignore[arg-type]
+        handed_over = Path(path).name == ".temp.ckpt"  # weights alone, by which a forked rank gives them back
+        if handed_over or not _is_local_file_protocol(path):
+            return super().load_checkpoint(path, "cpu", True if handed_over else weights_only)  # type: ignore[arg-type]
         if not Path(path).exists():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
         return read_checkpoint(path)

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dskd_lightning.checkpoints import digest_of
-
 __all__ = ["MODEL_KEY", "model_identity"]
 
 MODEL_KEY = "model"
@@ -25,6 +23,8 @@ def model_identity(
         checkpoint: what was read; None for a model that was just trained, or never.
         step: the optimiser steps it was trained.
     """
+    from dskd_lightning.checkpoints import digest_of  # with torch, which lists and help do without
+
     config = Path(output) / "config.yaml"
     digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.is_file() else None
     name = None if checkpoint is None else Path(checkpoint).name

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.text import visible
 
 if TYPE_CHECKING:
@@ -33,9 +34,14 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
     result = read_object(path, f"delete the folder '{folder}' to run it again")
     parts = [result.get(key) or {} for key in ("validation", "test", "training")]
-    if not all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in parts):
+    if not all(isinstance(part, dict) and all(map(_is_number, _numbers(part))) for part in parts):
         raise UserError(f"{path}: holds no numbers; delete the folder '{folder}' to run it again.")
     return result
+
+
+def _numbers(part: dict[str, Any]) -> list[object]:
+    """All values but what says which model they are of."""
+    return [value for key, value in part.items() if key != MODEL_KEY]
 
 
 def _is_number(value: object) -> bool:

@@ -120,7 +120,10 @@ def test_another_learning_rate_is_said(full: _Trained) -> None:
 
 def test_no_weights_to_start_from_is_one_sentence(full: _Trained) -> None:
     (full.folder / "junk.ckpt").write_bytes(b"junk")
-    for place, sentence in (("nowhere", "neither a checkpoint"), (full.folder / "junk.ckpt", "damaged")):
+    for place, sentence in (
+        ("nowhere", "neither a checkpoint"),
+        (full.folder / "junk.ckpt", "can't be used"),
+    ):
         status, log, _ = full.go_on("--model.weights_from", str(place), again=True)
         assert status == 2
         assert sentence in log

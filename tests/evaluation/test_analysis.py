@@ -100,7 +100,7 @@ def test_the_run_folder_holds_it_for_the_report(run) -> None:
     assert folder.efficiency is not None
     assert folder.teacher_efficiency is not None
     assert folder.teacher_efficiency["parameters"] != folder.efficiency["parameters"]
-    assert {"before", "after", "projectors"} == folder.representation.keys()
+    assert {"before", "after", "projectors", "model"} == folder.representation.keys()
 
 
 def test_vocab_draws_a_runs_attention_on_given_examples(run, tmp_path) -> None:
