@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.launch.trained import load_student as load_student
     from dskd_lightning.models import export_student as export_student
     from dskd_lightning.models.loaded import Loaded as Loaded
+    from dskd_lightning.models.spec import EndpointSpec as EndpointSpec
+    from dskd_lightning.models.spec import FollowSpec as FollowSpec
     from dskd_lightning.models.spec import LoraSpec as LoraSpec
     from dskd_lightning.models.spec import PruneSpec as PruneSpec
     from dskd_lightning.models.spec import StudentSpec as StudentSpec
@@ -76,6 +78,8 @@ _HOMES = {
     "DistillationCollator": "data",
     "DistillationModule": "module",
     "Divergence": "functional",
+    "EndpointSpec": "models.spec",
+    "FollowSpec": "models.spec",
     "ForwardKL": "functional",
     "GOLDObjective": "objectives",
     "Generator": "generation",

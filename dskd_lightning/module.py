@@ -25,6 +25,7 @@ from dskd_lightning.data.samples import BatchOfSamples, prompts_of
 from dskd_lightning.described import described, restored
 from dskd_lightning.errors import UserError
 from dskd_lightning.generation.samples import Sample
+from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.output import decoder_hidden, model_space, side
 from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher, TeacherSpec
@@ -34,10 +35,11 @@ from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.projection import LinearProjector
 from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks
 from dskd_lightning.strategies import shard
-from dskd_lightning.structures import DistillationBatch, ModelSpace, Ratio, Side, TokenBatch
-from dskd_lightning.teacher_cache import TeacherHead, ensure_caches
+from dskd_lightning.structures import DistillationBatch, LogProbabilities, ModelSpace, Ratio, Side, TokenBatch
+from dskd_lightning.teacher_cache import TeacherHead, ensure_caches, ensure_log_probabilities
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, follow_schedule, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
+from dskd_lightning.training.following import Follower
 from dskd_lightning.training.on_policy import OnPolicySettings, SampleBuffer, on_samples, sample_metrics
 from dskd_lightning.training.origin import (
     StartingWeights,
@@ -82,6 +84,13 @@ def _miss_trained_alone(module: nn.Module, incompatible: Any) -> None:
         return key in kept or key not in names
 
     incompatible.missing_keys[:] = filter(is_missing, incompatible.missing_keys)
+
+
+def _built(spec: TeacherSpec | Loaded) -> nn.Module:
+    """A whole teacher, frozen; one that is known by its log-probabilities has no weights."""
+    if isinstance(spec, TeacherSpec) and spec.absent:
+        return AbsentTeacher(len(load_tokenizer(spec)))
+    return cast("nn.Module", cast("Any", spec.build()[0]).requires_grad_(False).eval())
 
 
 class DistillationModule(L.LightningModule):
@@ -139,6 +148,7 @@ class DistillationModule(L.LightningModule):
         self.on_policy = on_policy
         self._buffer: SampleBuffer | None = None
         self._saved_samples: list[dict[str, Any]] | None = None
+        self._followers: list[Follower] = []
         self.weights_from = weights_from
         self._origin: dict[str, Any] = {}
         self._resumed: tuple[dict[str, Any], object] | None = None
@@ -182,6 +192,26 @@ class DistillationModule(L.LightningModule):
                     "samples; take an objective that follows a teacher, or leave on_policy out."
                 )
 
+        for spec, objective in zip(self.teacher_specs, self._objectives(), strict=False):
+            if not isinstance(spec, TeacherSpec) or not spec.absent:
+                continue
+            if spec.follow or spec.quantization or spec.adapter:
+                raise UserError(
+                    "model.teacher: of a teacher known by its log-probabilities no weights are loaded: "
+                    "drop adapter, quantization and follow, or endpoint and log_probabilities."
+                )
+            if objective.needs_teacher and not objective.learns_from_log_probabilities:
+                raise UserError(
+                    f"model.objective: {type(objective).__name__} needs the teacher's hidden states, and "
+                    f"'{spec.source}' is known by log-probabilities alone: take TopKObjective (one "
+                    "vocabulary) or ALMObjective (any)."
+                )
+            if self.on_policy is not None:
+                raise UserError(
+                    f"model.on_policy: of '{spec.source}' only log-probabilities of the data's responses are "
+                    "known, not of samples: leave on_policy out, or give a teacher that is here."
+                )
+
     def _objectives(self) -> Iterable[Objective]:
         return cast("Iterable[Objective]", self.objectives)
 
@@ -208,7 +238,12 @@ class DistillationModule(L.LightningModule):
         self._load_teachers(student_space.head.weight.device)
         spaces: list[ModelSpace] = []
         for spec, teacher in zip(self.teacher_specs, self.teachers, strict=True):
-            spaces.append(model_space(cast("Any", teacher), load_tokenizer(spec)))
+            space = teacher.space if isinstance(teacher, AbsentTeacher) else None
+            tokenizer_of = load_tokenizer(spec)
+            device = student_space.head.weight.device
+            spaces.append(
+                space(tokenizer_of, device) if space else model_space(cast("Any", teacher), tokenizer_of)
+            )
         for index, objective in enumerate(self._objectives()):
             objective.configure(student_space, spaces[index] if needed[index] else None)
         if start is not None:
@@ -218,6 +253,7 @@ class DistillationModule(L.LightningModule):
         self.student, self.tokenizer = model, tokenizer
         self._shared_tokens = shared_tokens(student_space, spaces[0]) if spaces else None
         self.checkpoint_names = self._trained_names()
+        self._followers = self._make_followers()
         if self.device_mesh is not None:
             shard(self, self.device_mesh["data_parallel"])
 
@@ -246,14 +282,62 @@ class DistillationModule(L.LightningModule):
         if self.complete_teachers or not self.teacher_specs:
             return
         heads = self._cached_teachers()
-        if heads is None:
-            self.teachers = nn.ModuleList(
-                cast("Any", s.build()[0]).requires_grad_(False).eval() for s in self.teacher_specs
-            )
-        elif not self.teachers:
-            self.teachers = nn.ModuleList(heads).to(device)
+        if heads is not None:
+            if not self.teachers:
+                pairs = zip(heads, self.teacher_specs, strict=True)
+                self.teachers = nn.ModuleList(head or _built(spec) for head, spec in pairs).to(device)
+        elif not self.teachers or any(isinstance(teacher, TeacherHead) for teacher in self.teachers):
+            self.teachers = nn.ModuleList(_built(spec) for spec in self.teacher_specs)
+        self._ask_absent_teachers()
 
-    def _cached_teachers(self) -> list[TeacherHead] | None:
+    def _ask_absent_teachers(self) -> None:
+        """Log-probabilities of the training data, where that is all to be known of a teacher."""
+        specs = [s for s in self.teacher_specs if isinstance(s, TeacherSpec)]
+        learns = any(objective.needs_teacher for objective in self._objectives())
+        if not any(spec.absent for spec in specs) or not learns or self._trainer is None:
+            return
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        datamodule: Any = cast("Any", self._trainer).datamodule
+        if not hasattr(datamodule, "teacher_hidden") or len(specs) < len(self.teacher_specs):
+            raise UserError(
+                "model.teacher: log-probabilities are collected for an InstructionDataModule whose teachers "
+                "are all specs: train on one, with `datamodule=`."
+            )
+        ensure_log_probabilities(datamodule, specs)
+
+    def _make_followers(self) -> list[Follower]:
+        """Of teachers whose weights follow the student's."""
+        followers = []
+        models = zip(self.teacher_specs, self.teachers, self._objectives(), strict=False)
+        for spec, teacher, objective in models:
+            if not isinstance(spec, TeacherSpec) or spec.follow is None:
+                continue
+            if self.device_mesh is not None or spec.quantization is not None:
+                raise UserError(
+                    "model.teacher.follow: weights that are sharded or quantised can't follow the student's: "
+                    "train with one device or ddp, without quantization."
+                )
+            follower = Follower(spec.follow, self.student, teacher, spec.source)
+            head = id(cast("Any", teacher).get_output_embeddings().weight)
+            named = dict(teacher.named_parameters(remove_duplicate=False))
+            if objective.keeps_teacher_head and any(id(named[name]) == head for name in follower.names):
+                raise UserError(
+                    f"model.teacher.follow: {type(objective).__name__} reads the teacher's head once, which "
+                    "would change: set student.freeze_embeddings or train adapters, or take DSKDObjective."
+                )
+            followers.append(follower)
+        return followers
+
+    def follow_student(self, step: int) -> None:
+        """Let teachers with ``follow`` take up the student's weights in front of an optimiser step.
+
+        A Trainer needs no call.
+        """
+        for follower in self._followers:
+            follower.update(step)
+
+    def _cached_teachers(self) -> list[TeacherHead | None] | None:
         """The heads, with complete caches behind them, or None to run whole teachers.
 
         Training builds what is missing; evaluation takes a cache where there is one.
@@ -266,6 +350,11 @@ class DistillationModule(L.LightningModule):
             raise UserError(
                 "data.teacher_cache: a cache is known by its teacher's files, which one in memory lacks; set "
                 "it to null, or give a TeacherSpec."
+            )
+        if any(spec.follow is not None for spec in specs):
+            raise UserError(
+                "data.teacher_cache: a cache holds the states of one teacher, not of one that follows the "
+                "student (model.teacher.follow); set it to null."
             )
         if self.on_policy is not None and self.trainer.state.fn == TrainerFn.FITTING:
             raise UserError(
@@ -292,7 +381,8 @@ class DistillationModule(L.LightningModule):
     @property
     def complete_teachers(self) -> bool:
         """Whether whole teachers are loaded, as generation needs, not their heads alone."""
-        return len(self.teachers) > 0 and not any(isinstance(t, TeacherHead) for t in self.teachers)
+        partly = (TeacherHead, AbsentTeacher)
+        return len(self.teachers) > 0 and not any(isinstance(t, partly) for t in self.teachers)
 
     def train(self, mode: bool = True) -> DistillationModule:
         """As `nn.Module.train`, but teachers always stay in eval mode."""
@@ -313,7 +403,7 @@ class DistillationModule(L.LightningModule):
         self,
         index: int,
         tokens: TokenBatch,
-        hidden: Tensor | None = None,
+        hidden: Tensor | LogProbabilities | None = None,
         padded_statistics: bool = False,
         sampled: bool = False,
     ) -> Side:
@@ -322,11 +412,14 @@ class DistillationModule(L.LightningModule):
         Args:
             index: which teacher.
             tokens: its own token ids.
-            hidden: ``[m, hidden]`` from a cache; None runs the decoder.
+            hidden: ``[m, hidden]`` from a cache, or log-probabilities; None runs the decoder.
             padded_statistics: also compute `Side.padded` (not from a cache).
             sampled: the student sampled the responses.
         """
         teacher: Any = self.teachers[index]
+        if isinstance(hidden, LogProbabilities):
+            side_of: Side = teacher.side(hidden, tokens)
+            return side_of
         with torch.no_grad():
             values = decoder_hidden(teacher, tokens) if hidden is None else hidden
             return side(teacher, values, tokens, padded_statistics=padded_statistics, sampled=sampled)
@@ -431,6 +524,7 @@ class DistillationModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: DistillationBatch, batch_idx: int) -> None:
         """Seed dropout from the position in training: a resumed run draws what it would have."""
+        self.follow_student(self.global_step)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         position = (self.current_epoch << 32) + (batch_idx << 10) + self.global_rank
         torch.manual_seed(hash((seed, position)) & 0x7FFF_FFFF_FFFF_FFFF)
@@ -528,7 +622,7 @@ class DistillationModule(L.LightningModule):
     def _evaluation_step(self, batch: DistillationBatch) -> None:
         student = self.student_side(batch.student)
         teacher, alignment = None, None
-        if self.teachers and batch.teachers:
+        if self.teachers and batch.teachers and not isinstance(self.teachers[0], AbsentTeacher):
             hidden = batch.teacher_hidden[0] if batch.teacher_hidden else None
             teacher, alignment = self.teacher_side(0, batch.teachers[0], hidden), batch.alignments[0]
         ratios = fidelity(student, teacher, alignment, batch.response_bytes, self._shared_tokens)
@@ -659,6 +753,9 @@ class DistillationModule(L.LightningModule):
             checkpoint["student_spec"] = asdict(self.student_spec)
         checkpoint["module"] = self._described()
         trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
+        if self._followers:
+            step = checkpoint.get("global_step", 0)
+            checkpoint["teachers"] = [follower.state_dict(step) for follower in self._followers]
         if self._buffer is not None:
             checkpoint["on_policy"] = gathered(self._buffer.state_dict())
         checkpoint["trained_with"] = {**self._origin, "set of trained parts": trained}
@@ -677,4 +774,6 @@ class DistillationModule(L.LightningModule):
                 accumulate=self.trainer.accumulate_grad_batches,
                 by_steps=self.trainer.max_steps != -1,
             )
+        for follower, state in zip(self._followers, checkpoint.get("teachers", ()), strict=False):
+            follower.load_state_dict(state)
         check_tensors(checkpoint["state_dict"], self, self.checkpoint_names, path)

@@ -246,7 +246,7 @@ class DistillationBatch(_Movable):
         student: the student's tokens.
         teachers: one `TokenBatch` per teacher; empty without a teacher.
         alignments: one per teacher; None where the teacher shares the student's tokenizer.
-        teacher_hidden: one per teacher: cached hidden states ``[m, hidden]``, or None.
+        teacher_hidden: one per teacher: cached hidden states ``[m, hidden]``, `LogProbabilities`, or None.
         examples: ``[batch]``, indices of the examples in their dataset.
         response_bytes: ``[batch]``, UTF-8 bytes of each example's response.
         padding_share: share of ``rows * length`` of the student that is padding.
@@ -261,7 +261,7 @@ class DistillationBatch(_Movable):
     response_bytes: Tensor
     teachers: tuple[TokenBatch, ...] = ()
     alignments: tuple[Alignment | None, ...] = ()
-    teacher_hidden: tuple[Tensor | None, ...] = ()
+    teacher_hidden: tuple[Tensor | LogProbabilities | None, ...] = ()
     padding_share: float = 0.0
     step_tokens: Tensor | None = None
     samples: Tensor | None = None

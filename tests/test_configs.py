@@ -258,7 +258,8 @@ def test_on_policy_trains_on_samples(path, tiny, data_file, tmp_path) -> None:
     assert float(cli.trainer.callback_metrics["train/samples_length"]) > 0
 
 
-def test_teachers_with_a_prompt_of_their_own_train(tiny, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["context_distillation", "self_distillation"])
+def test_teachers_with_a_prompt_of_their_own_train(name, tiny, tmp_path) -> None:
     lines = [
         {
             "prompt": f"Say {i}.",
@@ -272,7 +273,7 @@ def test_teachers_with_a_prompt_of_their_own_train(tiny, tmp_path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump({"model": {"student": {"source": ""}, "teacher": {"source": ""}}}))
     objective = CONFIGS / "objective" / "logit_kd.yaml"
-    files = [base, objective, CONFIGS / "teacher" / "context_distillation.yaml"]
+    files = [base, objective, CONFIGS / "teacher" / f"{name}.yaml"]
     cli = train(files, tmp_path, str(data), tiny("qwen2"), tiny("qwen2"))
     assert cli.trainer.global_step == 1
     assert math.isfinite(float(cli.trainer.callback_metrics["train/loss"]))

@@ -15,7 +15,7 @@ PACKAGE = Path(dskd_lightning.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "structures", "cache_dir", "memory", "ranks"},
     {"described"},
-    {"files", "tokenizers", "functional", "demo"},
+    {"files", "http_json", "tokenizers", "functional", "demo"},
     {"projection", "checkpoints"},
     {"alignment"},
     {"generation", "runs"},

@@ -15,6 +15,7 @@ from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
 from dskd_lightning.files import write_atomic
+from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.runs.identity import MODEL_KEY, model_identity
 from dskd_lightning.structures import DistillationBatch
@@ -48,6 +49,8 @@ class RepresentationAnalysis(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = cast("DistillationModule", pl_module)
         if not self.batches or not len(module.teachers):
+            return
+        if isinstance(module.teachers[0], AbsentTeacher):  # without hidden states
             return
         with trainer.precision_plugin.forward_context():
             values = {"after": representation_distances(module, self._read(trainer, module))}

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.parameters import ParameterCount, parameter_report
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class DistillationSummary(L.Callback):
 
 
 def _add_rows(table: Table, name: str, model: nn.Module) -> None:
+    if isinstance(model, AbsentTeacher):
+        table.add_row(f"{name} (log-probabilities)", "0", "0", "0.0", style="bold")
+        return
     report = parameter_report(model)  # type: ignore[arg-type]
     table.add_row(name, *_cells(report["total"]), style="bold")
     for part, count in report.items():

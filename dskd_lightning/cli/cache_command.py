@@ -1,4 +1,4 @@
-"""`dskd cache`: the teachers' hidden states of a run, before it starts."""
+"""`dskd cache`: what a run reads of its teachers, before it starts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from dskd_lightning.launch.lightning_cli import DistillationCLI
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.teacher_cache.attach import cache_root, ensure_caches
+from dskd_lightning.teacher_cache.log_probabilities import ensure_log_probabilities
 
 __all__ = ["build_cache"]
 
 _DTYPES = ("bfloat16", "float32", "float16", "float8_e4m3", "int8")
 
 
-def build_cache(config: list[str], output: str | None, dtype: str | None) -> None:
+def build_cache(config: list[str], output: str | None, dtype: str | None, estimate: bool = False) -> None:
     """Build the caches of the training and validation data; no student is loaded.
 
     Args:
         config: YAML files of the run, or names of shipped ones.
         output: folder of the caches, instead of the config's.
         dtype: how states are stored, instead of the config's.
+        estimate: say what would be asked of the teachers' endpoints, and ask nothing.
 
     Raises:
         UserError: the config names no teacher, or the caches can't be built.
@@ -38,5 +40,11 @@ def build_cache(config: list[str], output: str | None, dtype: str | None) -> Non
     changes: dict[str, Any] = {"folder": output, "dtype": dtype}
     settings = replace(settings, build=True, **{k: v for k, v in changes.items() if v is not None})
     teachers = cast("list[TeacherSpec]", run.model.teacher_specs)
+    run.datamodule.teacher_cache = settings
+    if estimate:
+        for found in ensure_log_probabilities(run.datamodule, teachers, estimate_only=True):
+            print(f"the teacher's endpoint would get {found}")
+        return
     ensure_caches(run.datamodule, teachers, run.datamodule.stages("fit"), settings)
+    ensure_log_probabilities(run.datamodule, teachers)
     print(f"teacher cache complete in {cache_root(run.datamodule, settings)}")

@@ -24,19 +24,22 @@ __all__ = [
 ]
 
 
-def cache(config: list[str], output: str | None = None, dtype: str | None = None) -> None:
+def cache(
+    config: list[str], output: str | None = None, dtype: str | None = None, estimate: bool = False
+) -> None:
     """Store the teachers' hidden states at response positions, once for all epochs.
 
-    Interrupted, it goes on where it stopped.
+    Of a teacher behind an endpoint it stores the log-probabilities. Interrupted, it goes on where it stopped.
 
     Args:
         config: the YAML files of the run or dskd:NAME, as for ``dskd fit``.
         output: folder of the cache, instead of the config's ``data.teacher_cache.folder``.
         dtype: how states are stored, instead of the config's ``data.teacher_cache.dtype``.
+        estimate: only say how many requests and tokens the teachers' endpoints would get.
     """
     from dskd_lightning.cli.cache_command import build_cache
 
-    build_cache(config, output, dtype)
+    build_cache(config, output, dtype, estimate)
 
 
 def compare(

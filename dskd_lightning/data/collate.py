@@ -13,7 +13,7 @@ from torch import Tensor
 from dskd_lightning.alignment.exact import ExampleAlignment, align_many, batch_alignments
 from dskd_lightning.data.batching import Batch
 from dskd_lightning.data.prepared import PreparedDataset, RenderedExample
-from dskd_lightning.structures import IGNORE_INDEX, Alignment, DistillationBatch, TokenBatch
+from dskd_lightning.structures import IGNORE_INDEX, Alignment, DistillationBatch, LogProbabilities, TokenBatch
 
 __all__ = ["Collator", "TeacherHidden", "collate", "token_batch"]
 
@@ -21,8 +21,8 @@ __all__ = ["Collator", "TeacherHidden", "collate", "token_batch"]
 class TeacherHidden(Protocol):
     """A store of a teacher's hidden states, as the collator reads it."""
 
-    def get(self, examples: Sequence[int]) -> list[Tensor]:
-        """Hidden states ``[m, hidden]`` of each example's response positions."""
+    def get(self, examples: Sequence[int]) -> Sequence[Tensor | LogProbabilities]:
+        """Hidden states ``[m, hidden]`` of each example's response positions, or what else is known."""
         ...
 
 
@@ -37,7 +37,7 @@ class Collator:
             aligning.
         packing: rows hold several examples, told apart by position ids that restart.
         pad_to_multiple_of: round the rows' length up, for tensor cores.
-        teacher_hidden: per teacher, cached hidden states or None; empty for none at all.
+        teacher_hidden: per teacher, cached hidden states, log-probabilities or None; empty for none at all.
     """
 
     dataset: PreparedDataset
@@ -146,8 +146,15 @@ def _tokens(
     )
 
 
-def _joined(cache: TeacherHidden, indices: Sequence[int], filler: bool) -> Tensor:
-    hidden = torch.cat(cache.get(indices))
+def _joined(cache: TeacherHidden, indices: Sequence[int], filler: bool) -> Tensor | LogProbabilities:
+    found = cache.get(indices)
+    if isinstance(found[0], LogProbabilities):
+        told = [part for part in found if isinstance(part, LogProbabilities)]
+        joined = LogProbabilities(
+            torch.cat([part.ids for part in told]), torch.cat([part.values for part in told])
+        )
+        return joined[:0] if filler else joined
+    hidden = torch.cat([part for part in found if isinstance(part, Tensor)])
     return hidden[:0] if filler else hidden
 
 

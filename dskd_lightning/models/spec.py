@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from dskd_lightning.errors import UserError
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -12,7 +14,17 @@ if TYPE_CHECKING:
     from dskd_lightning.models.layer_choice import Calibration
     from dskd_lightning.models.loaded import Loaded
 
-__all__ = ["LoraSpec", "ModelSpec", "PruneSpec", "Student", "StudentSpec", "Teacher", "TeacherSpec"]
+__all__ = [
+    "EndpointSpec",
+    "FollowSpec",
+    "LoraSpec",
+    "ModelSpec",
+    "PruneSpec",
+    "Student",
+    "StudentSpec",
+    "Teacher",
+    "TeacherSpec",
+]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -48,6 +60,70 @@ class ModelSpec:
 
 
 @dataclass
+class EndpointSpec:
+    """A server with OpenAI's completions that tells how likely it finds the responses.
+
+    Args:
+        base_url: up to and without ``/completions``, e.g. ``http://127.0.0.1:8000/v1``.
+        model: its name there; None for the teacher's ``source``.
+        api_key_variable: name of the environment variable that holds the key; None sends none.
+        top_k: most likely tokens to ask for besides the observed one; ALM needs none of them.
+        api: ``echo`` with ``logprobs``, as OpenAI has it, or vLLM's ``prompt_logprobs``, whose tokens are
+            told by their ids.
+        timeout: most seconds of one attempt.
+        retries: further attempts after a failure that may pass.
+        backoff: seconds before the first retry, doubled each time.
+        requests_per_minute: most requests; None for no limit.
+        parallel: requests at once.
+        most_tokens: refuse before the first request where more would be sent; None for no limit.
+        price_per_million: of a million tokens, for the estimate.
+    """
+
+    base_url: str
+    model: str | None = None
+    api_key_variable: str | None = None
+    top_k: int = 20
+    api: Literal["echo", "prompt_logprobs"] = "echo"
+    timeout: float = 120.0
+    retries: int = 6
+    backoff: float = 1.0
+    requests_per_minute: float | None = None
+    parallel: int = 4
+    most_tokens: int | None = None
+    price_per_million: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or self.parallel < 1 or self.retries < 0 or self.timeout <= 0:
+            raise UserError(
+                "model.teacher.endpoint: `top_k` and `retries` must be at least 0, `parallel` 1 and "
+                "`timeout` more than 0."
+            )
+        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
+            raise UserError("model.teacher.endpoint: `requests_per_minute` must be more than 0.")
+
+
+@dataclass
+class FollowSpec:
+    """How a teacher of the student's own source follows the student's weights (self-distillation).
+
+    Args:
+        every: optimiser steps from one update to the next.
+        decay: share of its own weights that the teacher keeps at an update: 0 copies the student, 0.99
+            averages over its last hundred updates.
+    """
+
+    every: int = 1
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.decay < 1:
+            raise UserError(
+                f"`follow: {{every: {self.every}, decay: {self.decay}}}` needs an `every` of at least 1 and "
+                "a `decay` from 0 to below 1."
+            )
+
+
+@dataclass
 class TeacherSpec(ModelSpec):
     """A frozen teacher.
 
@@ -57,12 +133,23 @@ class TeacherSpec(ModelSpec):
         weight: weight of this teacher's objective where there are several.
         system: its own system message in the place of the record's; the student reads what the record
             says. Empty for none. A record's ``teacher_messages`` may have another.
+        follow: let the weights follow the student's; None keeps them.
+        endpoint: ask a server for log-probabilities; ``source`` then gives tokenizer and template alone.
+        log_probabilities: read them in this field of the records, likewise.
     """
 
     adapter: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     weight: float = 1.0
     system: str | None = None
+    follow: FollowSpec | None = None
+    endpoint: EndpointSpec | None = None
+    log_probabilities: str | None = None
+
+    @property
+    def absent(self) -> bool:
+        """Whether nothing but log-probabilities of the data's responses is known of it."""
+        return self.endpoint is not None or self.log_probabilities is not None
 
     def build(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The frozen teacher in eval mode, and its tokenizer; see `load_teacher`."""

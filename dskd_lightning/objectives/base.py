@@ -45,6 +45,8 @@ class Objective(Described, nn.Module, ABC):
     """False for an objective that reads the gold responses only."""
     needs_padded_statistics: bool = False
     """True where `Side.padded` is read."""
+    keeps_teacher_head: bool = False
+    """True where the teacher's head is read once, before training, and taken for what it is later."""
     learns_from_log_probabilities: bool = False
     """True where `Side.log_probs` is enough of a teacher."""
     learns_from_samples: bool = False

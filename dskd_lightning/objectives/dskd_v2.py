@@ -43,6 +43,7 @@ class DSKDv2Objective(SameVocabularyObjective):
         s2t: map from the student's hidden states to the teacher's space; has no parameters.
     """
 
+    keeps_teacher_head = True
     t2s: LinearProjector
     s2t: HeadMap
 

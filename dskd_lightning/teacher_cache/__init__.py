@@ -8,6 +8,7 @@ from dskd_lightning.models.teacher_cache_settings import CacheDtype, TeacherCach
 from dskd_lightning.teacher_cache.attach import cache_root, ensure_caches
 from dskd_lightning.teacher_cache.build import StateBuilder
 from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
+from dskd_lightning.teacher_cache.log_probabilities import TeacherLogProbabilities, ensure_log_probabilities
 from dskd_lightning.teacher_cache.loss import StorageError
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest
 from dskd_lightning.teacher_cache.store import TeacherStates, is_complete
@@ -20,9 +21,11 @@ __all__ = [
     "StorageError",
     "TeacherCacheSettings",
     "TeacherHead",
+    "TeacherLogProbabilities",
     "TeacherStates",
     "cache_root",
     "ensure_caches",
+    "ensure_log_probabilities",
     "head_fingerprint",
     "is_complete",
     "load_teacher_head",

@@ -35,7 +35,7 @@ from dskd_lightning.teacher_cache.store import TeacherStates, is_complete
 if TYPE_CHECKING:
     from dskd_lightning.data.datamodule import InstructionDataModule, Stage
 
-__all__ = ["cache_root", "ensure_caches"]
+__all__ = ["begin_cache", "cache_root", "ensure_caches"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def ensure_caches(
     settings: TeacherCacheSettings | None = None,
     *,
     required: bool = True,
-) -> list[TeacherHead] | None:
+) -> list[TeacherHead | None] | None:
     """Make the caches of ``stages`` complete and let ``datamodule`` read them.
 
     A teacher is loaded whole only where something is missing, and freed before the next. With
@@ -83,7 +83,7 @@ def ensure_caches(
         required: False gives None instead of building or complaining where something is missing.
 
     Returns:
-        Each teacher's head, or None.
+        Each teacher's head (None for one that is known by log-probabilities alone), or None.
 
     Raises:
         UserError: a cache is missing and may not be built (and in what the nearest one differs), a
@@ -100,7 +100,7 @@ def _ensure(
     stages: Sequence[Stage],
     settings: TeacherCacheSettings | None,
     required: bool,
-) -> list[TeacherHead] | None:
+) -> list[TeacherHead | None] | None:
     settings = settings or datamodule.teacher_cache or TeacherCacheSettings()
     root = cache_root(datamodule, settings)
     memory = Memory(root / "fingerprints.json")
@@ -108,6 +108,7 @@ def _ensure(
         (index, stage): _wanted(datamodule, spec, index, stage, settings, root, memory)
         for index, spec in enumerate(specs)
         for stage in stages
+        if not spec.absent
     }
     for cache in wanted.values():
         _check_manifest(cache, specs[cache.teacher])
@@ -117,17 +118,23 @@ def _ensure(
     if missing and not settings.build:
         raise UserError(_explanation(missing[0], specs[missing[0].teacher]))
     barrier()  # nobody builds before all have looked
-    heads = []
+    heads: list[TeacherHead | None] = []
     for index, spec in enumerate(specs):
+        if spec.absent:  # see `ensure_log_probabilities`
+            heads.append(None)
+            for stage in stages:
+                previous = tuple(datamodule.teacher_hidden.get(stage, ()))[:index]
+                datamodule.teacher_hidden[stage] = (*previous, None)
+            continue
         caches = list({c.folder: c for (i, _), c in wanted.items() if i == index}.values())
         absent = [cache for cache in caches if cache in missing]
         if absent:
             _log.info("%s", _explanation(absent[0], spec))
-            heads.append(_build(datamodule, spec, absent, settings))
+            head = _build(datamodule, spec, absent, settings)
         else:
-            heads.append(load_teacher_head(spec))
+            head = load_teacher_head(spec)
         stores = {cache.folder: TeacherStates(cache.folder) for cache in caches}
-        heads[index] = _checked(heads[index], spec, list(stores.values()))
+        heads.append(_checked(head, spec, list(stores.values())))
         rank, ranks = rank_and_world()
         for store in stores.values():
             store.verify(content=settings.verify, rank=rank, ranks=ranks)
@@ -241,7 +248,7 @@ def _builder(
     )
     tokens = response_tokens(cache.dataset, cache.teacher + 1)
     if rank == 0:
-        _begin(cache.folder, manifest, tokens)
+        begin_cache(cache.folder, manifest, tokens)
     barrier()
     found = Manifest.read(cache.folder)
     assert found is not None
@@ -259,7 +266,8 @@ def _builder(
     )  # fmt: skip
 
 
-def _begin(folder: Path, manifest: Manifest, tokens: np.ndarray) -> None:
+def begin_cache(folder: Path, manifest: Manifest, tokens: np.ndarray) -> None:
+    """Write manifest and index of a cache, unless they are there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if Manifest.read(folder) is None:

@@ -32,7 +32,7 @@ def draw_attention(run: str, data: str, path: str, examples: int = 3) -> list[Pa
         data__eval_batch_size=examples,
         data__teacher_cache=None,
     )
-    if not cli.model.teachers:
+    if not cli.model.complete_teachers:
         raise UserError(f"--run: {run} learned from no teacher; there is no attention to draw.")
     cli.datamodule.setup("test")
     batch = next(iter(cli.datamodule.test_dataloader()))
