@@ -20,7 +20,7 @@ class OwnDivergence(dl.Divergence):
         super().__init__()
         self.scale = scale
 
-    def forward(self, teacher_logits, student_logits, temperature=1.0):
+    def forward(self, student_logits, teacher_logits, temperature=1.0):
         return self.scale * (teacher_logits.softmax(-1) - student_logits.softmax(-1)).square().sum(-1)
 
 

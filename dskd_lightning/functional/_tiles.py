@@ -123,10 +123,12 @@ class TileLosses:
         whole = t.logits.shape[1] == s.logits.shape[1]
         if whole and divergence.has_closed_form and not self.masked:
             (log_p, p), (log_q, q) = t.at(temperature), s.at(temperature)
-            value, gradient = divergence.value_and_grad_of(log_p, log_q, p, q, temperature)
+            value, gradient = divergence.value_and_grad_of(
+                log_p=log_p, log_q=log_q, p=p, q=q, temperature=temperature
+            )
         else:
             value, gradient = divergence.value_and_grad(
-                t.logits[:, :shared], s.logits[:, :shared], temperature, self.masked
+                s.logits[:, :shared], t.logits[:, :shared], temperature, self.masked
             )
         total = (value if mask is None else value * mask).sum()
         if not need:

@@ -49,16 +49,16 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
 
 
-def _distributions(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
+def _distributions(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """``(log p, log q, p, q)``, with zeros in place of all four where either side is masked."""
-    _check(teacher_logits, student_logits, temperature)
+    _check(student_logits, teacher_logits, temperature)
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
     masked = torch.isneginf(teacher_logits) | torch.isneginf(student_logits)
     p, q = log_p.exp().masked_fill(masked, 0.0), log_q.exp().masked_fill(masked, 0.0)
     return log_p.masked_fill(masked, 0.0), log_q.masked_fill(masked, 0.0), p, q
 
 
-def _check(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> None:
+def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
             f"teacher logits {tuple(teacher_logits.shape)} and student logits "
@@ -81,20 +81,20 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
-def forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """``KL(p || q)`` of logits ``[..., vocab]``, per token ``[...]``."""
-    log_p, log_q, p, _ = _distributions(teacher_logits, student_logits, temperature)
+    log_p, log_q, p, _ = _distributions(student_logits, teacher_logits, temperature)
     return (p * (log_p - log_q)).sum(-1)
 
 
-def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """``KL(q || p)`` of logits ``[..., vocab]``, per token ``[...]``."""
-    log_p, log_q, _, q = _distributions(teacher_logits, student_logits, temperature)
+    log_p, log_q, _, q = _distributions(student_logits, teacher_logits, temperature)
     return (q * (log_q - log_p)).sum(-1)
 
 
 def jensen_shannon(
-    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, beta: float = 0.5
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, beta: float = 0.5
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649), per token ``[...]``.
 
@@ -103,47 +103,47 @@ def jensen_shannon(
     at exactly 0 and 1 those KLs are returned, as in GKD.
     """
     if beta == 0.0:
-        return forward_kl(teacher_logits, student_logits, temperature)
+        return forward_kl(student_logits, teacher_logits, temperature)
     if beta == 1.0:
-        return reverse_kl(teacher_logits, student_logits, temperature)
-    log_p, log_q, p, q = _distributions(teacher_logits, student_logits, temperature)
+        return reverse_kl(student_logits, teacher_logits, temperature)
+    log_p, log_q, p, q = _distributions(student_logits, teacher_logits, temperature)
     log_m = _log_mixture(log_p, log_q, beta)
     return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
 
 
 def skewed_forward_kl(
-    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, lam: float = 0.1
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, lam: float = 0.1
 ) -> Tensor:
     """``KL(p || lam p + (1 - lam) q)`` (DistiLLM, arXiv 2402.03898), per token ``[...]``."""
-    log_p, log_q, p, _ = _distributions(teacher_logits, student_logits, temperature)
+    log_p, log_q, p, _ = _distributions(student_logits, teacher_logits, temperature)
     return (p * (log_p - _log_mixture(log_p, log_q, lam))).sum(-1)
 
 
 def skewed_reverse_kl(
-    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, lam: float = 0.1
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, lam: float = 0.1
 ) -> Tensor:
     """``KL(q || (1 - lam) p + lam q)`` (DistiLLM, arXiv 2402.03898), per token ``[...]``."""
-    log_p, log_q, _, q = _distributions(teacher_logits, student_logits, temperature)
+    log_p, log_q, _, q = _distributions(student_logits, teacher_logits, temperature)
     return (q * (log_q - _log_mixture(log_q, log_p, lam))).sum(-1)
 
 
 def adaptive_kl(
-    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, alpha: float = 0.5
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, alpha: float = 0.5
 ) -> Tensor:
     """Forward and reverse KL weighted by where the two disagree (arXiv 2404.02657), per token ``[...]``.
 
     The weight of the forward KL is the share of ``|p - q|`` on the head of ``p``: all but the
     least likely tokens that hold at most ``alpha`` of its mass. It gets no gradient.
     """
-    log_p, log_q, p, q = _distributions(teacher_logits, student_logits, temperature)
+    log_p, log_q, p, q = _distributions(student_logits, teacher_logits, temperature)
     weight = _head_weight(p.detach(), q.detach(), alpha)
     log_ratio = log_p - log_q
     return weight * (p * log_ratio).sum(-1) - (1 - weight) * (q * log_ratio).sum(-1)
 
 
-def total_variation(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """``0.5 sum |p - q|`` of logits ``[..., vocab]``, per token ``[...]``."""
-    _, _, p, q = _distributions(teacher_logits, student_logits, temperature)
+    _, _, p, q = _distributions(student_logits, teacher_logits, temperature)
     return 0.5 * (p - q).abs().sum(-1)
 
 
@@ -178,18 +178,19 @@ def _head_weight(p: Tensor, q: Tensor, alpha: float) -> Tensor:
 
 
 class Divergence(Described, nn.Module):
-    """A divergence between teacher and student logits over one vocabulary.
+    """A divergence between student and teacher logits over one vocabulary.
 
-    Write your own by overriding :meth:`forward` alone; override :meth:`_pointwise` too and the
-    fused losses use your closed-form gradient instead of autograd.
+    Write your own by overriding :meth:`forward` alone, with these names of its arguments, by which it is
+    called; override :meth:`_pointwise` too and the fused losses use your closed-form gradient instead of
+    autograd.
     """
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Divergence per token.
 
         Args:
-            teacher_logits: ``[..., vocab]``; detach them unless they shall have a gradient.
             student_logits: ``[..., vocab]``.
+            teacher_logits: ``[..., vocab]``; detach them unless they shall have a gradient.
             temperature: divides both sides' logits.
 
         Returns:
@@ -199,8 +200,12 @@ class Divergence(Described, nn.Module):
 
     @property
     def has_closed_form(self) -> bool:
-        """Whether the gradient is known without autograd."""
-        return type(self)._pointwise is not Divergence._pointwise
+        """Whether the gradient is known without autograd, of this very `forward`: no subclass or hook has
+        changed what it computes."""
+        if "forward" in vars(self) or self._forward_hooks or self._forward_pre_hooks:
+            return False
+        own = next(kind for kind in type(self).__mro__ if {"forward", "_pointwise"} & vars(kind).keys())
+        return own is not Divergence and "_pointwise" in vars(own)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """``(f, df / d log q)``, where the divergence is the sum of ``f`` over the vocabulary.
@@ -211,27 +216,27 @@ class Divergence(Described, nn.Module):
 
     @torch.no_grad()
     def value_and_grad(
-        self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, masked: bool = True
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, masked: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Divergence per token and its gradient to the student logits.
 
         Args:
-            teacher_logits: ``[tokens, vocab]``.
             student_logits: ``[tokens, vocab]``.
+            teacher_logits: ``[tokens, vocab]``.
             temperature: divides both sides' logits.
             masked: whether there may be ``-inf`` among the logits; False saves the search for them.
 
         Returns:
             Value ``[tokens]`` and gradient ``[tokens, vocab]``, float32 or float64.
         """
-        _check(teacher_logits, student_logits, temperature)
+        _check(student_logits, teacher_logits, temperature)
         if not self.has_closed_form:
-            return self._value_and_autograd(teacher_logits, student_logits, temperature)
+            return self._value_and_autograd(student_logits, teacher_logits, temperature)
         if masked:
             masked = bool(torch.isneginf(teacher_logits).any() or torch.isneginf(student_logits).any())
         if masked:
             # q of tokens that only the teacher masks still moves with the student's logits.
-            log_p, log_q, p, q_visible = _distributions(teacher_logits, student_logits, temperature)
+            log_p, log_q, p, q_visible = _distributions(student_logits, teacher_logits, temperature)
             q = _log_softmax(student_logits, temperature).exp_()
         else:
             log_p = torch.log_softmax(wide(teacher_logits) / temperature, dim=-1)
@@ -243,7 +248,7 @@ class Divergence(Described, nn.Module):
 
     @torch.no_grad()
     def value_and_grad_of(
-        self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, temperature: float = 1.0
+        self, *, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`value_and_grad`, given both distributions, which are overwritten.
 
@@ -258,11 +263,13 @@ class Divergence(Described, nn.Module):
         return value.sum(-1), _through_softmax(gradient, q, temperature)
 
     def _value_and_autograd(
-        self, teacher_logits: Tensor, student_logits: Tensor, temperature: float
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             logits = wide(student_logits).detach().requires_grad_()
-            value = self(teacher_logits.detach(), logits, temperature)
+            value = self(
+                student_logits=logits, teacher_logits=teacher_logits.detach(), temperature=temperature
+            )
             (grad,) = torch.autograd.grad(value.sum(), logits)
         return value.detach(), grad
 
@@ -270,8 +277,8 @@ class Divergence(Described, nn.Module):
 class ForwardKL(Divergence):
     """:func:`forward_kl`: covers all that the teacher finds likely."""
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return forward_kl(teacher_logits, student_logits, temperature)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        return forward_kl(student_logits, teacher_logits, temperature)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         value = log_p.sub_(log_q).mul_(p)
@@ -281,8 +288,8 @@ class ForwardKL(Divergence):
 class ReverseKL(Divergence):
     """:func:`reverse_kl`: avoids all that the teacher finds unlikely."""
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return reverse_kl(teacher_logits, student_logits, temperature)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        return reverse_kl(student_logits, teacher_logits, temperature)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         value = log_q.sub_(log_p).mul_(q)
@@ -303,8 +310,8 @@ class JensenShannon(Divergence):
     def extra_repr(self) -> str:
         return f"beta={self.beta}"
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return jensen_shannon(teacher_logits, student_logits, temperature, self.beta)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        return jensen_shannon(student_logits, teacher_logits, temperature, self.beta)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.beta == 0.0:
@@ -330,8 +337,8 @@ class SkewedForwardKL(Divergence):
     def extra_repr(self) -> str:
         return f"lam={self.lam}"
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return skewed_forward_kl(teacher_logits, student_logits, temperature, self.lam)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        return skewed_forward_kl(student_logits, teacher_logits, temperature, self.lam)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         log_m = _log_mixture(log_p, log_q, self.lam)
@@ -354,8 +361,8 @@ class SkewedReverseKL(Divergence):
     def extra_repr(self) -> str:
         return f"lam={self.lam}"
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return skewed_reverse_kl(teacher_logits, student_logits, temperature, self.lam)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        return skewed_reverse_kl(student_logits, teacher_logits, temperature, self.lam)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         log_ratio = log_q.sub_(_log_mixture(log_q, log_p, self.lam))
@@ -378,8 +385,8 @@ class AdaptiveKL(Divergence):
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return adaptive_kl(teacher_logits, student_logits, temperature, self.alpha)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        return adaptive_kl(student_logits, teacher_logits, temperature, self.alpha)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         weight = _head_weight(p, q, self.alpha).unsqueeze(-1)
@@ -395,8 +402,8 @@ class AdaptiveKL(Divergence):
 class TotalVariation(Divergence):
     """:func:`total_variation`: bounded by 1."""
 
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return total_variation(teacher_logits, student_logits, temperature)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        return total_variation(student_logits, teacher_logits, temperature)
 
     def _pointwise(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         gap = torch.sub(q, p, out=log_p)

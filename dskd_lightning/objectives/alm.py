@@ -20,7 +20,7 @@ from dskd_lightning.structures import Alignment, LogProbabilities, ModelSpace, R
 __all__ = ["ALMObjective", "bernoulli_kl"]
 
 
-def bernoulli_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def bernoulli_kl(*, log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL ``[...]`` of two coins that show heads with ``exp(log_p)`` and ``exp(log_q)``."""
     highest = -torch.finfo(log_p.dtype).eps  # a certain event has no finite log odds
     log_p, log_q = log_p.clamp(max=highest), log_q.clamp(max=highest)
@@ -123,7 +123,10 @@ class ALMObjective(CrossTokenizerObjective):
             unknown = slots.new_zeros(aligned.groups + 1).index_add(0, slots, (~told.known).to(slots))
             kept &= unknown[:-1] == 0
         log_q, log_p = (log[kept].to(logs[0]) for log in logs)
-        each = bernoulli_kl(log_p, log_q) if self.divergence == "bernoulli_kl" else (log_p - log_q).abs()
+        if self.divergence == "bernoulli_kl":
+            each = bernoulli_kl(log_p=log_p, log_q=log_q)
+        else:
+            each = (log_p - log_q).abs()
         kd = self.weight * each.sum()
         ce = -read_s[:, 0].sum()
         ratio = self.kd_share(student)

@@ -35,7 +35,7 @@ def _firsts(group: Tensor, groups: int) -> Tensor:
     return group.new_full((groups + 1,), len(group)).scatter_reduce(0, slots, places, "amin")[:groups]
 
 
-def measure_divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def measure_divergence(*, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """Generalised Jensen-Shannon sum ``[...]`` of two measures in logs ``[..., size]``.
 
     They need not sum to 1: no renormalisation. ``beta`` 0 and 1 are ``sum p log(p / q)`` and
@@ -163,7 +163,8 @@ class GOLDObjective(PairedObjective):
             matched_q = summed.index_add(1, self.get_buffer("slots"), matched_q.exp()).clamp(min=tiny).log()
         else:
             matched_q = matched_q.index_select(-1, self.get_buffer("order"))
-        matched = measure_divergence(log_p.index_select(-1, self.teacher_matched), matched_q, self.beta)
+        matched_p = log_p.index_select(-1, self.teacher_matched)
+        matched = measure_divergence(log_p=matched_p, log_q=matched_q, beta=self.beta)
         unmatched = sorted_l1(
             log_p.index_select(-1, self.teacher_rest).exp(), log_q.index_select(-1, self.student_rest).exp()
         )

@@ -115,7 +115,7 @@ class MinEditObjective(PairedObjective):
             known = nearest >= 0
             moved = torch.zeros_like(pairs.student)
             moved.index_add_(1, nearest.clamp(min=0), p * known)
-        each = self.divergence(moved.log(), pairs.student / self.temperature, 1.0)
+        each = self.divergence(student_logits=pairs.student / self.temperature, teacher_logits=moved.log())
         return {"min_edit": each.sum()}
 
     def unpaired(self, student_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -61,4 +61,5 @@ class SharedVocabularyObjective(PairedObjective):
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         teacher = pairs.teacher.index_select(-1, self.teacher_ids)
         student = pairs.student.index_select(-1, self.student_ids)
-        return {"shared_kd": self.divergence(teacher, student, self.temperature).sum()}
+        each = self.divergence(student_logits=student, teacher_logits=teacher, temperature=self.temperature)
+        return {"shared_kd": each.sum()}

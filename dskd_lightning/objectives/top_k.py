@@ -65,7 +65,7 @@ class TopKObjective(SameVocabularyObjective):
             hidden, labels, places, buckets, known = chunk
             logits = replace(student.head, weight=parameters[0], bias=parameters[1]).logits(hidden)
             log_q = student_buckets(logits, places)
-            kd = (self.divergence(buckets, log_q, 1.0) * known).sum()
+            kd = (self.divergence(student_logits=log_q, teacher_logits=buckets) * known).sum()
             gold = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).to(log_q)
             ce = (logits.to(log_q).logsumexp(-1) - gold).sum()
             stats = {"ce": ce, "kd": kd, "choice": logits.argmax(-1)}

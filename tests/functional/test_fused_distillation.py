@@ -29,7 +29,7 @@ N, D_S, D_T, V = 13, 6, 7, 31
 
 
 class OwnDivergence(Divergence):
-    def forward(self, teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
         p, q = ((x / temperature).softmax(-1) for x in (teacher_logits, student_logits))
         return (p.sqrt() - q.sqrt()).square().sum(-1)
 
@@ -97,7 +97,7 @@ class Case:
         ce = F.cross_entropy(s, self.labels, ignore_index=-100, reduction="sum")
         teacher_ce = F.cross_entropy(t, self.teacher_labels, ignore_index=-1, reduction="sum")
         agree = self.mask * (t.argmax(-1) == self.teacher_labels)
-        kd = (agree * divergence(t.detach()[:, :shared], s[:, :shared], temperature)).sum()
+        kd = (agree * divergence(s[:, :shared], t.detach()[:, :shared], temperature)).sum()
         stats = {"ce": ce, "teacher_ce": teacher_ce, "kd": kd}
         stats["student_choice"], stats["teacher_choice"] = s.argmax(-1), t.argmax(-1)
         stats["student_entropy"] = torch.distributions.Categorical(logits=s).entropy().sum()
@@ -187,7 +187,7 @@ def test_masked_vocabulary() -> None:
         )
         s, t = student.logits(case.hidden), teacher.logits(case.other).detach()
         expected = (
-            F.cross_entropy(s, case.labels, ignore_index=-100, reduction="sum") + divergence(t, s, 2.0).sum()
+            F.cross_entropy(s, case.labels, ignore_index=-100, reduction="sum") + divergence(s, t, 2.0).sum()
         )
         torch.testing.assert_close(fused.loss, expected)
         (actual,), (wanted,) = (torch.autograd.grad(x, case.hidden) for x in (fused.loss, expected))

@@ -231,9 +231,9 @@ def kd_eta(case, o):
     for i, j, label in used:
         z = o.t2s(case.teacher.hidden[j]) @ case.student.head.weight.detach().T
         ce.append(-z.log_softmax(-1)[label])
-        kd.append((int(z.argmax()) == label, forward_kl(z.detach(), s[i], 2.0)))
+        kd.append((int(z.argmax()) == label, forward_kl(s[i], z.detach(), 2.0)))
         moved = case.student.hidden[i] @ S @ torch.linalg.pinv(T) @ case.teacher.head.weight.T
-        back.append(forward_kl(t[j], moved, 2.0))
+        back.append(forward_kl(moved, t[j], 2.0))
     agreeing = [value for hit, value in kd if hit]
     assert 0 < len(agreeing) < len(kd)
     chosen = agreeing if len(agreeing) / len(kd) <= o.agreement_threshold else [v for _, v in kd]
@@ -390,7 +390,7 @@ def test_one_tokenizer_reduces_to_same_vocabulary(name):
     ids = (objective.student_to_teacher >= 0).nonzero()[:, 0]
     assert torch.equal(objective.student_to_teacher[ids], ids)
     if name in ("shared", "projection"):
-        expected = forward_kl(t[:, ids], s[:, ids]).sum()
+        expected = forward_kl(s[:, ids], t[:, ids]).sum()
         torch.testing.assert_close(with_alignment.terms["kd"].total, expected.detach())
 
 
@@ -446,9 +446,9 @@ def test_wrong_options_are_named(make, match):
 def test_bernoulli_kl_gradient_and_certainty():
     log_p = -torch.rand(5, dtype=torch.float64) / 100
     log_q = (-torch.rand(5, dtype=torch.float64) / 100).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: bernoulli_kl(log_p, x), log_q)
+    assert torch.autograd.gradcheck(lambda x: bernoulli_kl(log_p=log_p, log_q=x), log_q)
     certain = torch.zeros(2, requires_grad=True)
-    value = bernoulli_kl(torch.zeros(2), certain)
+    value = bernoulli_kl(log_p=torch.zeros(2), log_q=certain)
     value.sum().backward()
     assert torch.equal(value.detach(), torch.zeros(2))
     assert torch.isfinite(certain.grad).all()

@@ -97,9 +97,9 @@ def test_divergence(reference_dir: Path, name: str, temperature: int) -> None:
     case = load(reference_dir, "dskd_v1", f"divergence/{name}/temperature_{temperature}")
     divergence = DIVERGENCES[name]()
     logits = inputs["student_logits"].requires_grad_()
-    loss = divergence(inputs["teacher_logits"], logits, temperature)
+    loss = divergence(logits, inputs["teacher_logits"], temperature)
     loss.sum().backward()
-    value, gradient = divergence.value_and_grad(inputs["teacher_logits"], logits, temperature)
+    value, gradient = divergence.value_and_grad(logits, inputs["teacher_logits"], temperature)
     assert logits.grad is not None
     for actual in (loss.detach(), value):
         close(actual, case["loss"], name)
