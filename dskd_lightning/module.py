@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
@@ -27,15 +27,23 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.generation.samples import Sample
 from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.loaded import Loaded
-from dskd_lightning.models.output import decoder_hidden, model_space, side
-from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher, TeacherSpec
+from dskd_lightning.models.output import decoder_hidden, language_head, model_space, side
+from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher, TeacherSpec, teacher_names
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.projection import LinearProjector
 from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks
 from dskd_lightning.strategies import shard
-from dskd_lightning.structures import DistillationBatch, LogProbabilities, ModelSpace, Ratio, Side, TokenBatch
+from dskd_lightning.structures import (
+    DistillationBatch,
+    LogProbabilities,
+    ModelSpace,
+    PaddedStatistics,
+    Ratio,
+    Side,
+    TokenBatch,
+)
 from dskd_lightning.teacher_cache import TeacherHead, ensure_caches, ensure_log_probabilities
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, follow_schedule, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
@@ -224,6 +232,15 @@ class DistillationModule(L.LightningModule):
             return
         if self.device_mesh is not None and self.on_policy is not None:
             raise UserError(SHARDED_SAMPLES)
+        if (
+            self.device_mesh is not None
+            and len(self.teacher_specs) > 1
+            and any(teacher_names(self.teacher_specs))
+        ):
+            raise UserError(
+                "model.teacher.name: ranks that share sharded teachers must run the same ones, which records "
+                "of different teachers don't let them: take ddp, or leave the names out."
+            )
         model, tokenizer = self._build_student()
         student_space = model_space(model, tokenizer)
         student = self.student_spec
@@ -433,20 +450,36 @@ class DistillationModule(L.LightningModule):
             return objectives[0](student)
         outputs = []
         for index, objective in enumerate(objectives):
-            hidden = batch.teacher_hidden[index] if batch.teacher_hidden else None
-            tokens = batch.teachers[index]
-            padded = objective.needs_padded_statistics
-            teacher = self.teacher_side(index, tokens, hidden, padded, batch.sampled)
-            output: ObjectiveOutput = objective(student, teacher, batch.alignments[index])
-            outputs.append(on_samples(output, teacher, batch) if batch.sampled else output)
-        return outputs[0] if len(outputs) == 1 else self._average(outputs)
+            teacher = self.answer_of(index, batch, objective.needs_padded_statistics)
+            # All ranks run the same objectives: one whose teacher doesn't answer runs on no token.
+            answers = batch.answers(index)
+            learner = student if answers else student.nothing()
+            output: ObjectiveOutput = objective(learner, teacher, batch.alignments[index])
+            read = batch.response_bytes if answers else batch.response_bytes[:0]
+            outputs.append(on_samples(output, teacher, read) if batch.sampled else output)
+        return outputs[0] if len(outputs) == 1 else self._average(outputs, batch.teacher)
 
-    def _average(self, outputs: list[ObjectiveOutput]) -> ObjectiveOutput:
+    def answer_of(self, index: int, batch: DistillationBatch, padded_statistics: bool = False) -> Side:
+        """A teacher's side of ``batch``; of no token, without running, where it doesn't answer for it."""
+        hidden = batch.teacher_hidden[index] if batch.teacher_hidden else None
+        tokens = batch.teachers[index]
+        if hidden is not None or batch.answers(index):
+            return self.teacher_side(index, tokens, hidden, padded_statistics, batch.sampled)
+        weight = language_head(cast("Any", self.teachers[index])).weight
+        silent = self.teacher_side(index, tokens, weight.new_zeros(0, weight.shape[1]), sampled=batch.sampled)
+        if not padded_statistics:
+            return silent
+        return replace(silent, padded=PaddedStatistics(tokens.input_ids.numel(), weight.new_ones(())))
+
+    def _average(self, outputs: list[ObjectiveOutput], only: int | None) -> ObjectiveOutput:
         weights = [spec.weight for spec in self.teacher_specs]
+        tokens = outputs[only or 0].tokens
+        if only is not None:
+            weights = [float(index == only) for index in range(len(outputs))]
         loss = sum(w * o.loss for w, o in zip(weights, outputs, strict=True)) / sum(weights)
         terms = {f"{k}_{i}": r for i, o in enumerate(outputs) for k, r in o.terms.items()}
         metrics = {f"{k}_{i}": r for i, o in enumerate(outputs) for k, r in o.metrics.items()}
-        return ObjectiveOutput(cast("Tensor", loss), outputs[0].tokens, terms, metrics)
+        return ObjectiveOutput(cast("Tensor", loss), tokens, terms, metrics)
 
     def on_train_start(self) -> None:
         """Take up what Lightning restores too early or too late."""
@@ -623,9 +656,10 @@ class DistillationModule(L.LightningModule):
         student = self.student_side(batch.student)
         teacher, alignment = None, None
         if self.teachers and batch.teachers and not isinstance(self.teachers[0], AbsentTeacher):
-            hidden = batch.teacher_hidden[0] if batch.teacher_hidden else None
-            teacher, alignment = self.teacher_side(0, batch.teachers[0], hidden), batch.alignments[0]
-        ratios = fidelity(student, teacher, alignment, batch.response_bytes, self._shared_tokens)
+            teacher, alignment = self.answer_of(0, batch), batch.alignments[0]
+        ratios = fidelity(
+            student, teacher, alignment, batch.response_bytes, self._shared_tokens, batch.answers(0)
+        )
         self._evaluation_meter.update(ratios)
 
     def _log_evaluation(self, stage: str) -> None:

@@ -181,6 +181,11 @@ class Side(_Movable):
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
+    def nothing(self) -> Side:
+        """The same model's view of no token."""
+        parts = {name: getattr(self, name)[:0] for name in ("hidden", "ids", "labels", "sequence")}
+        return replace(self, **parts, log_probs=None if self.log_probs is None else self.log_probs[:0])
+
 
 @dataclass
 class Alignment(_Movable):
@@ -254,6 +259,8 @@ class DistillationBatch(_Movable):
             where this batch is the whole step. See `dskd_lightning.training.windows`.
         samples: ``[4, 2]``, sums and counts of `SAMPLE_STATISTICS` where the student sampled the responses;
             None where they are the dataset's.
+        teacher: number of the only teacher that answers for these records, since they name it; the others'
+            tokens are then a row without response. None where all teachers answer.
     """
 
     student: TokenBatch
@@ -265,6 +272,11 @@ class DistillationBatch(_Movable):
     padding_share: float = 0.0
     step_tokens: Tensor | None = None
     samples: Tensor | None = None
+    teacher: int | None = None
+
+    def answers(self, teacher: int) -> bool:
+        """Whether that teacher answers for these records."""
+        return self.teacher in (None, teacher)
 
     @property
     def sampled(self) -> bool:

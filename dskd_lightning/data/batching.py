@@ -79,6 +79,14 @@ class BatchPlan(Sequence[Batch]):
         """A plan of arrays, kept as small as their values allow."""
         return cls(*(torch.from_numpy(_small(array)) for array in (examples, rows, batches)))
 
+    @classmethod
+    def joined(cls, plans: Sequence[BatchPlan]) -> BatchPlan:
+        """The batches of one plan after the other's."""
+        rows, batches = [plan.rows.numpy() for plan in plans], [plan.batches.numpy() for plan in plans]
+        return cls.from_arrays(
+            np.concatenate([plan.examples.numpy() for plan in plans]), _end_to_end(rows), _end_to_end(batches)
+        )
+
     def __len__(self) -> int:
         return len(self.batches) - 1
 
@@ -125,7 +133,13 @@ class BatchPlan(Sequence[Batch]):
 
 
 def plan_batches(
-    lengths: _Array, settings: BatchSettings, *, seed: int = 0, epoch: int = 0, shuffle: bool = True
+    lengths: _Array,
+    settings: BatchSettings,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+    groups: _Array | None = None,
 ) -> BatchPlan:
     """All batches of an epoch; their number is the same in every epoch.
 
@@ -135,7 +149,15 @@ def plan_batches(
         seed: of the order; the same seed and epoch give the same batches on every machine.
         epoch: counts from 0.
         shuffle: False keeps the order of the data, or sorts by length under a token budget.
+        groups: ``[examples]``, None for one; examples of two groups never meet in a batch.
     """
+    if groups is not None:
+        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        plans = [plan_batches(lengths[m], settings, seed=seed, epoch=epoch, shuffle=shuffle) for m in members]
+        plan = BatchPlan.joined([p.renamed(m) for p, m in zip(plans, members, strict=True)])
+        if not shuffle:
+            return plan
+        return plan._taken(np.random.default_rng([seed, epoch, 1]).permutation(len(plan)))
     rng = np.random.default_rng([seed, epoch]) if shuffle else None
     count = len(lengths)
     order = _small(np.arange(count))
@@ -158,6 +180,13 @@ def plan_batches(
 def _every(size: int, count: int) -> _Array:
     """Where groups of ``size`` begin, and the end."""
     return np.append(np.arange(0, count, size), count)
+
+
+def _end_to_end(starts: Sequence[_Array]) -> _Array:
+    """Where groups begin that follow each other, and the end."""
+    offsets = np.cumsum([0, *(int(part[-1]) for part in starts)])
+    parts = [part[:-1] + offset for part, offset in zip(starts, offsets[:-1], strict=True)]
+    return np.concatenate([*parts, offsets[-1:]])
 
 
 def _longest_first(lengths: _Array, order: _Array) -> _Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class Collator:
         packing: rows hold several examples, told apart by position ids that restart.
         pad_to_multiple_of: round the rows' length up, for tensor cores.
         teacher_hidden: per teacher, cached hidden states, log-probabilities or None; empty for none at all.
+        teachers: ``[examples]``, the only teacher that answers for each, -1 for all; None where all answer
+            for all. Those of a batch are alike.
     """
 
     dataset: PreparedDataset
@@ -46,16 +49,20 @@ class Collator:
     packing: bool = False
     pad_to_multiple_of: int = 1
     teacher_hidden: Sequence[TeacherHidden | None] = ()
+    teachers: npt.NDArray[np.int16] | None = None
 
     def __call__(self, rows: Batch) -> DistillationBatch:
         """The batch of ``rows``; of no rows, one without examples (a row without response positions)."""
         filler = not rows
         rows = rows or [[int(self.dataset.longest(range(len(self.dataset))).argmin())]]
         indices = [index for row in rows for index in row]
+        only = None if self.teachers is None or filler else int(self.teachers[indices[0]])
+        only = None if only == -1 else only
+        read = [only is None or model in (0, only + 1) for model in range(len(self.pad_ids))]
         batch = collate(
             [
-                [[self.dataset.rendered(index, model) for index in row] for row in rows]
-                for model in range(len(self.pad_ids))
+                [[self.dataset.rendered(index, model) for index in row] for row in rows] if answers else []
+                for model, answers in enumerate(read)
             ],
             self.pad_ids,
             self.same_tokens,
@@ -63,11 +70,13 @@ class Collator:
             packing=self.packing,
             pad_to_multiple_of=self.pad_to_multiple_of,
             filler=filler,
+            teacher=only,
         )
         if not self.teacher_hidden:
             return batch
         hidden = tuple(
-            None if cache is None else _joined(cache, indices, filler) for cache in self.teacher_hidden
+            None if cache is None else _joined(cache, indices, filler or not answers)
+            for cache, answers in zip(self.teacher_hidden, read[1:], strict=True)
         )
         return replace(batch, teacher_hidden=hidden)
 
@@ -81,6 +90,7 @@ def collate(
     packing: bool = False,
     pad_to_multiple_of: int = 1,
     filler: bool = False,
+    teacher: int | None = None,
 ) -> DistillationBatch:
     """The batch of rendered examples, with which every source of data ends.
 
@@ -92,9 +102,10 @@ def collate(
         packing: rows hold several examples, told apart by position ids that restart.
         pad_to_multiple_of: round the rows' length up, for tensor cores.
         filler: nothing of the rows is learnt; the batch counts no examples.
+        teacher: the only teacher that answers; the others have no rows.
     """
     tokens = [
-        _tokens(rows, pad, packing, pad_to_multiple_of, filler)
+        _tokens(rows, pad, packing, pad_to_multiple_of, filler) if rows else _no_tokens(pad)
         for rows, pad in zip(models, pad_ids, strict=True)
     ]
     flat = [[example for row in rows for example in row] for rows in models]
@@ -107,12 +118,19 @@ def collate(
         ),
         teachers=tuple(tokens[1:]),
         alignments=tuple(
-            None if same else _alignment(read[0], side)
+            None if same else _alignment(read[0] if side else [], side)
             for side, same in zip(read[1:], same_tokens, strict=True)
         ),
         teacher_hidden=(None,) * (len(tokens) - 1),
         padding_share=1.0 - sum(map(len, flat[0])) / tokens[0].input_ids.numel(),
+        teacher=teacher,
     )
+
+
+def _no_tokens(pad_id: int) -> TokenBatch:
+    """Of a teacher that doesn't answer: a row without response."""
+    row, none = torch.full((1, 1), pad_id), torch.empty(0, dtype=torch.long)
+    return TokenBatch(row, torch.full_like(row, IGNORE_INDEX), None, torch.zeros_like(row), none, none)
 
 
 def _tokens(

@@ -31,7 +31,7 @@ from dskd_lightning.data.templates import split_reasoning
 from dskd_lightning.data.truncation import cut_left, truncate
 from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
-from dskd_lightning.models.spec import ModelSpec, Student, Teacher
+from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_names
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
 from dskd_lightning.structures import DistillationBatch, TokenBatch
@@ -137,6 +137,8 @@ class InstructionDataModule(pl.LightningDataModule):
         self.sources = {stage: None if _nothing(entries) else entries for stage, entries in given.items()}
         self.student = student
         self.teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
+        self.teacher_names = teacher_names(self.teachers)
+        """By which records choose one of the teachers."""
         self.format: Format = format
         self.system, self.limit, self.skip_invalid = system, limit, skip_invalid
         self.special_tokens_in_text, self.learn = special_tokens_in_text, learn
@@ -352,6 +354,7 @@ class InstructionDataModule(pl.LightningDataModule):
             limit=self.limit,
             skip_invalid=self.skip_invalid,
             needs_response=stage != "predict",
+            teachers=tuple(name for name in self.teacher_names if name),
             max_teacher_prompt_length=self.max_prompt_length + self.teacher_room,
         )
         return prepare(self._sources_of(stage), self.renderers, settings, self.cache_dir)
@@ -376,6 +379,7 @@ class InstructionDataModule(pl.LightningDataModule):
             packing=self.packing and training,
             pad_to_multiple_of=self.pad_to_multiple_of,
             teacher_hidden=self.teacher_hidden.get(stage, ()),
+            teachers=view.dataset.teachers(self.teacher_names),
         )
         size = self.batch_size if training else self.eval_batch_size or self.batch_size
         return DistillationLoader(
@@ -413,7 +417,11 @@ class InstructionDataModule(pl.LightningDataModule):
             weights |= {source.name: weight for source in resolve_sources(entry, _HUB_SPLIT["train"])}
         by_file = [weights[name] for name in names]
         lengths = view.dataset.longest(view.indices)
-        mixture = mix(view.indices, lengths, files[view.indices], by_file, self.seed)
+        kinds = files
+        if (teachers := view.dataset.teachers(self.teacher_names)) is not None:
+            kinds = files * (len(self.teachers) + 1) + teachers + 1  # who take turns have one teacher
+            by_file = [weight for weight in by_file for _ in range(len(self.teachers) + 1)]
+        mixture = mix(view.indices, lengths, kinds[view.indices], by_file, self.seed)
         if not len(mixture.lengths):
             raise UserError("`weights` leave no example to train on: raise one of them.")
         return mixture

@@ -59,6 +59,7 @@ class Example:
         fields: JSON object of the record's fields that nothing reads, or nothing.
         teacher_messages: all that teachers read in front of the response, where that isn't what the
             student reads; the last message is then the one that is learnt.
+        teacher: name of the only teacher that answers for it; empty for all.
     """
 
     messages: tuple[Message, ...]
@@ -68,6 +69,7 @@ class Example:
     tools: str = ""
     fields: str = ""
     teacher_messages: tuple[Message, ...] = ()
+    teacher: str = ""
 
     @property
     def place(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -57,6 +57,7 @@ def parse_record(
     *,
     needs_response: bool = True,
     unused: Counter[str] | None = None,
+    teachers: Sequence[str] = (),
 ) -> Example:
     """The `Example` in ``record``.
 
@@ -67,13 +68,15 @@ def parse_record(
         line: its line in that file.
         needs_response: whether an example without response is an error (to predict, it isn't).
         unused: counts the fields that hold something and say nothing to us.
+        teachers: their names; where there are none, a field ``teacher`` says nothing to us either.
 
     Raises:
-        InvalidRecord: a wrong type, an unknown role, or no response where one is needed.
+        InvalidRecord: a wrong type, an unknown role or teacher, or no response where one is needed.
     """
     reader = RecordReader(record, source, line)
     try:
-        return _parsed(reader, format, needs_response, unused)
+        teacher = _teacher(reader, teachers)
+        return replace(_parsed(reader, format, needs_response, unused), teacher=teacher)
     except RecursionError as error:
         raise reader.error("is nested too deep", "nested too deep") from error
 
@@ -116,6 +119,19 @@ def _parsed(
     if unused is not None:
         unused.update(reader.unused)
     return Example(tuple(messages), tuple(references), *reader.at, tools, reader.rest, own)
+
+
+def _teacher(reader: RecordReader, known: Sequence[str]) -> str:
+    """The only teacher that answers for the record, or nothing."""
+    named = reader.get("teacher") if known else None
+    if named is None or named == "":
+        return ""
+    if not isinstance(named, str) or named not in known:
+        raise reader.error(
+            f"names the teacher {named!r}, which isn't among those that have a `name` ({', '.join(known)})",
+            "unknown teacher",
+        )
+    return named
 
 
 def _teacher_messages(reader: RecordReader) -> tuple[Message, ...]:

@@ -14,7 +14,7 @@ from dskd_lightning.data.preparation import PreparationSettings, render_example
 from dskd_lightning.data.prepared import rendered_example
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loaded import Loaded
-from dskd_lightning.models.spec import ModelSpec
+from dskd_lightning.models.spec import ModelSpec, teacher_names
 from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
 from dskd_lightning.structures import DistillationBatch
 
@@ -63,9 +63,12 @@ class DistillationCollator:
             ChatRenderer.from_spec(load_tokenizer(model), model, special_tokens_in_text, learn)
             for model in (student, *teachers)
         ]
+        self.teacher_names = teacher_names(teachers)
         self.settings = PreparationSettings(
-            format, max_length, max_prompt_length, system, max_teacher_prompt_length=max_teacher_prompt_length
-        )
+            format, max_length, max_prompt_length, system,
+            max_teacher_prompt_length=max_teacher_prompt_length,
+            teachers=tuple(name for name in self.teacher_names if name),
+        )  # fmt: skip
         self.pad_to_multiple_of = pad_to_multiple_of
         self.report: Counter[str] = Counter()
 
@@ -77,10 +80,11 @@ class DistillationCollator:
             UserError: a row isn't a record with a response, or none of them leaves room for one.
         """
         models: list[list[list[Any]]] = [[] for _ in self.renderers]
-        kept = []
+        kept, named = [], set[str]()
         for number, row in enumerate(rows):
             self.report["read"] += 1
             example = self._example(row, number)
+            named.add(example.teacher)
             for _, found in render_example(example, self.renderers, self.settings, self.report):
                 kept.append(number)
                 for side, tokens in zip(models, found, strict=True):
@@ -91,12 +95,20 @@ class DistillationCollator:
                 f"None of the batch's {len(rows)} rows leaves room for its response: raise `max_length`."
             )
         student, *teachers = self.renderers
+        if len(named) > 1:
+            raise UserError(
+                f"The batch's rows name different teachers ({', '.join(sorted(map(repr, named)))}): batch "
+                "rows of one `teacher` together (InstructionDataModule does)."
+            )
+        name = named.pop()
+        only = self.teacher_names.index(name) if name else None
         return collate(
-            models,
+            [side if only is None or index in (0, only + 1) else [] for index, side in enumerate(models)],
             [pad_token_id(renderer.tokenizer) for renderer in self.renderers],
             [renderer.fingerprint == student.fingerprint for renderer in teachers],
             kept,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            teacher=only,
         )
 
     def _example(self, row: Mapping[str, Any] | Example, number: int) -> Example:
@@ -108,7 +120,7 @@ class DistillationCollator:
         if format == "auto":
             format = detect_format(record, place) if isinstance(record, dict) else "messages"
         unused: Counter[str] = Counter()
-        example = parse_record(record, format, place, number, unused=unused)
+        example = parse_record(record, format, place, number, unused=unused, teachers=self.settings.teachers)
         for field, count in unused.items():
             self.report[f"unused field '{field}'"] += count
         return example.with_system(self.settings.system)

@@ -68,6 +68,7 @@ class DistillationLoader:
         self.epoch = 0
         self.mixture = mixture
         self._lengths = collator.dataset.longest(indices) if mixture is None else mixture.lengths
+        self._teachers = self._teachers_of_places()
         self._position = 0
         self._resume: tuple[int, int] | None = None
         self._plan: tuple[int, BatchPlan] | None = None
@@ -90,8 +91,9 @@ class DistillationLoader:
         """This rank's batches of the present epoch, as rows of the prepared dataset's indices."""
         if self._plan is None or self._plan[0] != self.epoch:
             plan = plan_batches(
-                self._lengths, self.settings, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle
-            )
+                self._lengths, self.settings, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle,
+                groups=self._teachers,
+            )  # fmt: skip
             rows: npt.NDArray[np.integer] = self.indices
             if self.mixture is not None:
                 rows = self.mixture.of_epoch(self.epoch if self.shuffle else 0)
@@ -138,6 +140,12 @@ class DistillationLoader:
             )
         self._resume = (int(state["epoch"]), int(state["position"]))
 
+    def _teachers_of_places(self) -> npt.NDArray[np.int16] | None:
+        if self.collator.teachers is None:
+            return None
+        mixture = self.mixture
+        return self.collator.teachers[self.indices if mixture is None else mixture.rows[mixture.starts[:-1]]]
+
     @functools.cached_property
     def _key(self) -> str:
         content = hashlib.sha256(np.ascontiguousarray(self._lengths).tobytes())
@@ -145,6 +153,8 @@ class DistillationLoader:
         if self.mixture is not None:
             for array in (self.mixture.rows, self.mixture.starts):
                 content.update(np.ascontiguousarray(array).tobytes())
+        if self._teachers is not None:
+            content.update(self._teachers.tobytes())
         what = (PLAN_VERSION, astuple(self.settings), self.shuffle, self.seed, self.ranks)
         content.update(repr(what).encode())
         return content.hexdigest()[:16]

@@ -30,7 +30,7 @@ from dskd_lightning.runs.heartbeat import Progress
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples", "render_example"]
 
 _log = logging.getLogger(__name__)
-_VERSION = 5  # of the files' layout and of the rendering
+_VERSION = 6  # of the files' layout and of the rendering
 _CHUNK = 512
 
 
@@ -47,6 +47,7 @@ class PreparationSettings:
         skip_invalid: leave out and count invalid records instead of stopping at the first.
         needs_response: False to predict.
         max_teacher_prompt_length: likewise for teachers, whose sequences may be longer by as much.
+        teachers: names by which records choose one of several teachers.
     """
 
     format: Format = "auto"
@@ -57,6 +58,7 @@ class PreparationSettings:
     skip_invalid: bool = False
     needs_response: bool = True
     max_teacher_prompt_length: int | None = None
+    teachers: tuple[str, ...] = ()
 
     @property
     def teacher_room(self) -> int:
@@ -100,7 +102,7 @@ def read_examples(
                     format = detect_format(record.value, record.source)
                 example = parse_record(
                     record.value, format or "alpaca", record.source, record.line,
-                    needs_response=settings.needs_response, unused=unused,
+                    needs_response=settings.needs_response, unused=unused, teachers=settings.teachers,
                 )  # fmt: skip
             except InvalidRecord as error:
                 if not settings.skip_invalid:
@@ -323,6 +325,7 @@ def _example_schema() -> Any:
             ("tools", pa.string()),
             ("fields", pa.string()),
             ("teacher_messages", pa.list_(message)),
+            ("teacher", pa.string()),
         ]
     )
 

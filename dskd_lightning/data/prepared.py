@@ -145,6 +145,29 @@ class PreparedDataset:
             rows += [numbers[index] for index in found.indices.to_pylist()]
         return list(names), np.array(rows, np.intp)
 
+    def teachers(self, names: Sequence[str | None]) -> npt.NDArray[np.int16] | None:
+        """``[examples]``, number in ``names`` of the only teacher of each, -1 where all answer.
+
+        None where no example names one.
+        """
+        if not any(names):
+            return None
+        numbers = {name: number for number, name in enumerate(names) if name}
+        found = [
+            numbers.get(name, -1)
+            for chunk in self._examples.chunks()
+            for name in chunk.column("teacher").to_pylist()
+        ]
+        routes = np.array(found, np.int16)
+        return routes if (routes >= 0).any() else None
+
+    def answered_by(self, teacher: int, names: Sequence[str | None]) -> npt.NDArray[np.bool_]:
+        """``[examples]``, whether ``teacher`` answers for each."""
+        routes = self.teachers(names)
+        if routes is None:
+            return np.ones(len(self), bool)
+        return (routes == -1) | (routes == teacher)
+
     def longest(self, indices: Sequence[int] | npt.NDArray[np.intp]) -> _Ints:
         """``[examples]``, tokens of each example for the model that needs most."""
         longest: _Ints = self.lengths[np.asarray(indices, np.intp)].max(axis=1)

@@ -62,7 +62,12 @@ class BatchOfSamples:
             turns.append((ids, spans if sample.stop is None else spans.with_end()))
         models = [_rendered(batch.student, times, turns)]
         same = [alignment is None for alignment in batch.alignments]
-        for renderer, tokens, shares_ids in zip(self.teachers, batch.teachers, same, strict=True):
+        for index, (renderer, tokens, shares_ids) in enumerate(
+            zip(self.teachers, batch.teachers, same, strict=True)
+        ):
+            if not batch.answers(index):
+                models.append([])
+                continue
             theirs = turns
             if not shares_ids:
                 theirs = [
@@ -75,6 +80,7 @@ class BatchOfSamples:
             [pad_token_id(self.student), *(pad_token_id(teacher.tokenizer) for teacher in self.teachers)],
             same,
             np.repeat(batch.examples.numpy(), times).tolist(),
+            teacher=batch.teacher,
         )
         return replace(made, samples=_statistics(flat))
 

@@ -66,6 +66,8 @@ def representation_distances(
     """
     students, teachers, cosine, inner = [], [], [], []
     for batch in batches:
+        if not batch.answers(0):
+            continue
         student, teacher, alignment = _sides(module, batch)
         rows_s = torch.arange(len(student), device=student.hidden.device)
         rows_t = rows_s
@@ -119,7 +121,7 @@ def token_maps(
         batch: on the models' device.
         teacher_tokenizer: of the first teacher.
     """
-    if batch.alignments[0] is None:  # before the models run
+    if batch.alignments[0] is None or not batch.answers(0):  # before the models run
         return []
     student, teacher, alignment = _sides(module, batch)
     assert alignment is not None

@@ -46,10 +46,12 @@ def sampled_fidelity(module: DistillationModule, batch: DistillationBatch) -> di
     distillation lowers.
     """
     student, teacher, alignment = _sides(module, batch)
-    ratios = fidelity(student, teacher, alignment, batch.response_bytes, module._shared_tokens)
+    answers = batch.answers(0)
+    ratios = fidelity(student, teacher, alignment, batch.response_bytes, module._shared_tokens, answers)
     del ratios["accuracy"], ratios["nll_per_token"]  # of its own samples it says nothing
     if teacher is not None:
-        ratios["teacher_nll_per_byte"] = Ratio(likelihood(teacher)["nll"], batch.response_bytes.sum())
+        read = batch.response_bytes if answers else batch.response_bytes[:0]
+        ratios["teacher_nll_per_byte"] = Ratio(likelihood(teacher)["nll"], read.sum())
     assert batch.samples is not None
     pairs = zip(SAMPLE_STATISTICS, batch.samples.unbind(), strict=True)
     return ratios | {name: Ratio(total, count) for name, (total, count) in pairs}
@@ -61,7 +63,7 @@ def _sides(
     student = module.student_side(batch.student, sampled=True)
     if not module.complete_teachers or not batch.teachers:
         return student, None, None
-    return student, module.teacher_side(0, batch.teachers[0], sampled=True), batch.alignments[0]
+    return student, module.answer_of(0, batch), batch.alignments[0]
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def sample_responses(
 ) -> list[SampledResponse]:
     """The first ``count`` samples of a batch in pieces, with what both models think of each."""
     student, teacher, alignment = _sides(module, batch)
-    if teacher is None:
+    if teacher is None or not batch.answers(0):
         return []
     groups, other = _groups(student, alignment)
     ours, theirs = _log_probabilities(student), _log_probabilities(teacher)

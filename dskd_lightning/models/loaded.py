@@ -30,6 +30,7 @@ class Loaded:
             for models without a chat template; wins over the tokenizer's.
         template_options: further arguments of the chat template.
         weight: weight of this teacher's objective where there are several.
+        name: of a teacher, by which a record's ``teacher`` chooses it, see `TeacherSpec`.
         system: of a teacher, its own system message in the place of the record's, see `TeacherSpec`.
 
     Raises:
@@ -41,6 +42,7 @@ class Loaded:
     prompt_template: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    name: str | None = None
     system: str | None = None
 
     def __post_init__(self) -> None:

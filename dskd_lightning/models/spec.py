@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ __all__ = [
     "StudentSpec",
     "Teacher",
     "TeacherSpec",
+    "teacher_names",
 ]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -131,6 +133,7 @@ class TeacherSpec(ModelSpec):
         adapter: a LoRA adapter (folder or Hub id), merged into the weights at load.
         quantization: load the weights in 8 or 4 bits through bitsandbytes.
         weight: weight of this teacher's objective where there are several.
+        name: by which a record's ``teacher`` makes it the only one that answers for the record.
         system: its own system message in the place of the record's; the student reads what the record
             says. Empty for none. A record's ``teacher_messages`` may have another.
         follow: let the weights follow the student's; None keeps them.
@@ -141,6 +144,7 @@ class TeacherSpec(ModelSpec):
     adapter: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     weight: float = 1.0
+    name: str | None = None
     system: str | None = None
     follow: FollowSpec | None = None
     endpoint: EndpointSpec | None = None
@@ -239,3 +243,18 @@ if TYPE_CHECKING:
     Teacher = TeacherSpec | Loaded
 else:  # what a command line can say
     Student, Teacher = StudentSpec, TeacherSpec
+
+
+def teacher_names(teachers: Iterable[object]) -> list[str | None]:
+    """The names by which records choose a teacher.
+
+    Raises:
+        UserError: two have the same.
+    """
+    found: list[str | None] = [getattr(teacher, "name", None) for teacher in teachers]
+    names = [name for name in found if name]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"model.teacher: the name '{twice[0]}' belongs to several teachers: give each its own."
+        )
+    return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed
 from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ class _Wanted:
     dataset: PreparedDataset
     parts: dict[str, str]
     root: Path
+    answered: npt.NDArray[np.bool_]
 
     @property
     def folder(self) -> Path:
@@ -155,8 +157,9 @@ def _wanted(
 ) -> _Wanted:
     dataset = datamodule.examples(stage).dataset
     renderer = datamodule.renderers[index + 1]
-    parts = cache_parts(spec, renderer, dataset, index + 1, settings.dtype, memory)
-    return _Wanted(index, dataset, parts, root)
+    answered = dataset.answered_by(index, datamodule.teacher_names)
+    parts = cache_parts(spec, renderer, dataset, index + 1, settings.dtype, memory, answered)
+    return _Wanted(index, dataset, parts, root, answered)
 
 
 def _check_manifest(cache: _Wanted, spec: TeacherSpec) -> None:
@@ -246,7 +249,7 @@ def _builder(
             **{name: version(name) for name in ("torch", "transformers")},
         },
     )
-    tokens = response_tokens(cache.dataset, cache.teacher + 1)
+    tokens = response_tokens(cache.dataset, cache.teacher + 1, cache.answered)
     if rank == 0:
         begin_cache(cache.folder, manifest, tokens)
     barrier()

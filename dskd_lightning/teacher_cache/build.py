@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -145,10 +146,11 @@ class StateBuilder:
 
     def _batches(self, shard: int) -> Iterator[list[int]]:
         examples = self.layout.examples(shard)
-        lengths = self.dataset.lengths[examples.start : examples.stop, self.model_index]
+        answered = np.flatnonzero(self.layout.counts(shard))
+        lengths = self.dataset.lengths[examples.start : examples.stop, self.model_index][answered]
         settings = BatchSettings(max_tokens=self.tokens_per_batch)
         for batch in plan_batches(lengths, settings, shuffle=False):
-            yield [index for row in batch for index in row]
+            yield [int(answered[index]) for row in batch for index in row]
 
     def _remove_leftovers(self) -> None:
         """Unfinished files of a killed build; young ones may be another process's at work."""

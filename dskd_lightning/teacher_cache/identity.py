@@ -85,9 +85,14 @@ def _sample(path: Path, size: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def response_tokens(dataset: PreparedDataset, model: int) -> npt.NDArray[np.int32]:
-    """``[examples]``, response positions of each example for ``model``."""
-    counts = (len(dataset.rendered(index, model).response) for index in range(len(dataset)))
+def response_tokens(
+    dataset: PreparedDataset, model: int, answered: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int32]:
+    """``[examples]``, response positions of each example for ``model``, 0 where it doesn't answer."""
+    counts = (
+        len(dataset.rendered(index, model).response) if answers else 0
+        for index, answers in enumerate(answered.tolist())
+    )
     return np.fromiter(counts, np.int32, len(dataset))
 
 
@@ -134,6 +139,7 @@ def cache_parts(
     model: int,
     dtype: CacheDtype,
     memory: Memory,
+    answered: npt.NDArray[np.bool_],
 ) -> dict[str, str]:
     """All that the cached states depend on, by names that an error message can use.
 
@@ -147,9 +153,12 @@ def cache_parts(
         model: the teacher's number in them; the student is 0.
         dtype: how states are stored.
         memory: keeps hashes for the next time.
+        answered: ``[examples]``, for which of them the teacher answers.
     """
     template = [renderer.prompt_template or renderer.tokenizer.chat_template, renderer.template.options]
     own = {} if renderer.system is None else {"system": renderer.system}
+    if not answered.all():
+        own["records of the teacher"] = hashlib.sha256(answered.tobytes()).hexdigest()
     return {
         **own,
         "teacher weights": source_fingerprint(spec, memory),

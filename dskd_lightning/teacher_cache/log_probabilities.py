@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dskd_lightning.data.prepared import PreparedDataset
@@ -37,7 +39,6 @@ from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from dskd_lightning.data.datamodule import InstructionDataModule, Stage
-    from dskd_lightning.data.views import ExampleView
 
 __all__ = ["Estimate", "TeacherLogProbabilities", "ensure_log_probabilities"]
 
@@ -139,8 +140,11 @@ def _ensure(
         if not spec.absent:
             continue
         view = datamodule.examples(stage)
-        dataset, wanted = view.dataset, frozenset(view.indices.tolist())
-        folder, layout, key = _begun(datamodule, spec, index + 1, view)
+        dataset = view.dataset
+        answered = dataset.answered_by(index, datamodule.teacher_names)
+        rows_asked = view.indices[answered[view.indices]]
+        wanted = frozenset(rows_asked.tolist())
+        folder, layout, key = _begun(datamodule, spec, index + 1, dataset, rows_asked, answered)
         missing = layout.missing(folder)
         rows = [row for shard in missing for row in layout.examples(shard) if row in wanted]
         if spec.endpoint is not None:
@@ -159,7 +163,7 @@ def _ensure(
         failure: str | None = None
         if missing and rank_and_world()[0] == 0:
             try:
-                ask, parallel = _source(datamodule, spec, index + 1, dataset, wanted)
+                ask, parallel = _source(datamodule, spec, index + 1, dataset, wanted, layout)
                 _collect(folder, layout, key, missing, ask, parallel)
             except UserError as error:
                 failure = str(error)
@@ -174,10 +178,14 @@ def _ensure(
 
 
 def _begun(
-    datamodule: InstructionDataModule, spec: TeacherSpec, model: int, view: ExampleView
+    datamodule: InstructionDataModule,
+    spec: TeacherSpec,
+    model: int,
+    dataset: PreparedDataset,
+    rows: npt.NDArray[np.intp],
+    answered: npt.NDArray[np.bool_],
 ) -> tuple[Path, Layout, str]:
     """The cache's folder with its manifest and index, its layout and its key."""
-    dataset = view.dataset
     root = cache_root(datamodule, datamodule.teacher_cache or TeacherCacheSettings())
     memory = Memory(root / "fingerprints.json")
     tokenizer = datamodule.renderers[model].tokenizer
@@ -186,7 +194,7 @@ def _begun(
         "kind": "log-probabilities",
         "data or truncation": memory.data(dataset, model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "split": hashlib.sha256(view.indices.astype("<i8").tobytes()).hexdigest(),
+        "split": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
         "cache version": VERSION,
     }
     if endpoint is not None:
@@ -194,9 +202,9 @@ def _begun(
         parts |= {"api": endpoint.api, "top_k": str(endpoint.top_k)}
     else:
         assert spec.log_probabilities is not None
-        parts |= {"field": spec.log_probabilities, "records": _digest(view, spec.log_probabilities)}
+        parts |= {"field": spec.log_probabilities, "records": _digest(dataset, rows, spec.log_probabilities)}
     k = _FIELD_ENTRIES if endpoint is None else endpoint.top_k
-    tokens = response_tokens(dataset, model)
+    tokens = response_tokens(dataset, model, answered)
     manifest = Manifest(
         parts=parts, hidden_size=1 + k, dtype="float32", teacher_dtype="float32", shard_tokens=_SHARD_TOKENS,
         weights="unknown", head="unknown",
@@ -211,10 +219,10 @@ def _begun(
     return folder, read_layout(folder, found), found.key
 
 
-def _digest(view: ExampleView, field: str) -> str:
+def _digest(dataset: PreparedDataset, rows: npt.NDArray[np.intp], field: str) -> str:
     digest = hashlib.sha256()
-    for row in view.indices.tolist():
-        digest.update(json.dumps(_field(view.dataset, row, field)).encode())
+    for row in rows.tolist():
+        digest.update(json.dumps(_field(dataset, row, field)).encode())
     return digest.hexdigest()
 
 
@@ -235,6 +243,7 @@ def _source(
     model: int,
     dataset: PreparedDataset,
     wanted: frozenset[int],
+    layout: Layout,
 ) -> tuple[Ask, int]:
     """What tells an example's log-probabilities, and how many examples at once.
 
@@ -253,19 +262,18 @@ def _source(
         endpoint = CompletionsEndpoint(settings, settings.model or spec.source, tokenizer)
 
         def ask(row: int) -> LogProbabilities:
-            tokens, positions = tokens_of(row)
             if row in wanted:
-                return endpoint.ask(tokens, positions)
-            return nothing_known(len(positions), settings.top_k)
+                return endpoint.ask(*tokens_of(row))
+            return nothing_known(layout.count(row), settings.top_k)
 
         return ask, settings.parallel
     vocabulary, field = Vocabulary(tokenizer), spec.log_probabilities or ""
 
     def read(row: int) -> LogProbabilities:
+        if row not in wanted:
+            return nothing_known(layout.count(row), _FIELD_ENTRIES)
         tokens, positions = tokens_of(row)
         labels = [tokens[position] for position in positions]
-        if row not in wanted:
-            return nothing_known(len(labels), _FIELD_ENTRIES)
         try:
             values = _positions(_field(dataset, row, field))
             if len(values) < len(labels) - 1:  # the end of the turn may lack

@@ -141,6 +141,15 @@ class Layout:
         """Response tokens of a shard."""
         return self._end(int(self.firsts[shard + 1]) - 1) - self._end(int(self.firsts[shard]) - 1)
 
+    def counts(self, shard: int) -> _Counts:
+        """``[examples]`` of a shard, response tokens of each; 0 where the teacher doesn't answer."""
+        examples = self.examples(shard)
+        return np.diff(self.ends[examples.start : examples.stop], prepend=self._end(examples.start - 1))
+
+    def count(self, example: int) -> int:
+        """Response tokens of an example."""
+        return self._end(example) - self._end(example - 1)
+
     def place(self, example: int) -> tuple[int, slice]:
         """Shard of an example and its rows in it."""
         shard = int(np.searchsorted(self.firsts, example, side="right")) - 1

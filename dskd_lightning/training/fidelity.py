@@ -33,6 +33,7 @@ def fidelity(
     alignment: Alignment | None,
     response_bytes: Tensor,
     shared_tokens: tuple[Tensor, Tensor] | None = None,
+    answers: bool = True,
 ) -> dict[str, Ratio]:
     """Likelihood of the gold responses, and closeness to the teacher at temperature 1.
 
@@ -46,6 +47,8 @@ def fidelity(
         response_bytes: ``[batch]``, UTF-8 bytes of the responses.
         shared_tokens: student ids and teacher ids ``[shared]`` of the same tokens; needed with
             an alignment.
+        answers: False where the teacher doesn't answer for these records (it has no positions): closeness
+            then counts nothing, under the same names.
 
     Returns:
         ``nll_per_token``, ``nll_per_byte`` (nats), ``accuracy`` of the gold token, and with a teacher
@@ -62,6 +65,9 @@ def fidelity(
         }
         if teacher is None:
             return ratios
+        if not answers:
+            student = student.nothing()
+            count = count.new_zeros(())
         if alignment is None:
             return ratios | _closeness(student.hidden, student.head, teacher.hidden, teacher.head)
         if shared_tokens is None:

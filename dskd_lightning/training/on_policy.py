@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.generation.samples import GeneratorSampler, ResponseSampler, Sample, sample_key
@@ -228,10 +229,10 @@ class SampleBuffer:
             )
 
 
-def on_samples(output: ObjectiveOutput, teacher: Side, batch: DistillationBatch) -> ObjectiveOutput:
+def on_samples(output: ObjectiveOutput, teacher: Side, response_bytes: Tensor) -> ObjectiveOutput:
     """The output with ``teacher_nll_per_byte``: how likely the teacher finds what the student wrote."""
     with torch.no_grad():
-        found = Ratio(likelihood(teacher)["nll"], batch.response_bytes.sum())
+        found = Ratio(likelihood(teacher)["nll"], response_bytes.sum())
     return replace(output, metrics={**output.metrics, "teacher_nll_per_byte": found})
 
 
