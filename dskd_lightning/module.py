@@ -241,13 +241,17 @@ class DistillationModule(L.LightningModule):
                 "model.teacher.name: ranks that share sharded teachers must run the same ones, which records "
                 "of different teachers don't let them: take ddp, or leave the names out."
             )
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.on_policy is not None:
+            datamodule: Any = cast("Any", self._trainer).datamodule
+            if hasattr(datamodule, "check_prompts"):  # one of ours
+                datamodule.check_prompts()
         model, tokenizer = self._build_student()
         student_space = model_space(model, tokenizer)
         student = self.student_spec
         whole = isinstance(student, Loaded) or student.random_init  # its checkpoints lack nothing of it
         drawn = whole and not isinstance(model, PeftModel)
         self._origin = {"student": "" if drawn else weight_sample(student_space.head.weight)}
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         start = StartingWeights(self.weights_from) if self.weights_from is not None and fitting else None
         if start is not None:
             start.load(model, "student")

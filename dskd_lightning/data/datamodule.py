@@ -268,6 +268,19 @@ class InstructionDataModule(pl.LightningDataModule):
         pad = pad_token_id(renderer.tokenizer)
         return [token_batch(rendered[i : i + _TOGETHER], pad) for i in range(0, len(rendered), _TOGETHER)]
 
+    def check_prompts(self) -> None:
+        """Check that every training record has a prompt, for which a student can sample.
+
+        Raises:
+            UserError: one is a document.
+        """
+        view = self.examples("train")
+        if (row := view.dataset.first_document(view.indices)) is not None:
+            raise UserError(
+                f"model.on_policy: the record at {view.row(row).place} is a document without a prompt, for "
+                "which the student can sample nothing: leave documents out, or on_policy."
+            )
+
     def first_epoch(self) -> npt.NDArray[np.integer]:
         """Rows of the training data that the first epoch reads, in the order of the data."""
         view = self.examples("train")

@@ -145,6 +145,16 @@ class PreparedDataset:
             rows += [numbers[index] for index in found.indices.to_pylist()]
         return list(names), np.array(rows, np.intp)
 
+    def first_document(self, rows: npt.NDArray[np.intp]) -> int | None:
+        """The first of ``rows``, all with a response, that is a text without a prompt; or None."""
+        turns = [
+            length
+            for chunk in self._examples.chunks()
+            for length in chunk.column("messages").value_lengths().to_pylist()
+        ]
+        found = rows[np.array(turns, np.intp)[rows] == 1]
+        return int(found[0]) if len(found) else None
+
     def teachers(self, names: Sequence[str | None]) -> npt.NDArray[np.int16] | None:
         """``[examples]``, number in ``names`` of the only teacher of each, -1 where all answer.
 

@@ -14,7 +14,7 @@ import torch
 
 from dskd_lightning.data.chat import ChatRenderer, RenderedConversation, RenderedTurn
 from dskd_lightning.data.collate import token_batch
-from dskd_lightning.data.examples import Example
+from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.prepared import conversation_row, rendered_example
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.predict import PromptRecord, predict
@@ -51,7 +51,8 @@ def write_response_data(
     Args:
         generator: the model with its settings.
         renderer: how the model reads a conversation.
-        examples: what to answer; responses in them are ignored.
+        examples: what to answer, behind their ``teacher_messages`` where they have such; responses in them
+            are ignored.
         output: the JSONL file.
         seeds: one sample of each prompt per seed; None decodes greedily.
         keep: which responses are written.
@@ -64,7 +65,10 @@ def write_response_data(
     Raises:
         UserError: nothing is left, or what lies in ``OUTPUT.samples`` was made with other settings.
     """
-    prompts = [renderer.generation_prompt(e.prompt, e.place, tools=e.tools) for e in examples]
+    prompts = [
+        renderer.generation_prompt(e.for_teacher(renderer.system).prompt, e.place, tools=e.tools)
+        for e in examples
+    ]
     records = [
         PromptRecord(index, example.place, ids, ())
         for index, (example, ids) in enumerate(zip(examples, prompts, strict=True))
@@ -115,14 +119,19 @@ def _counted(counts: Any) -> str:
 
 
 def _record(example: Example, response: str) -> str:
-    turns = [
-        {"role": m.role, "content": m.content, **(json.loads(m.extra) if m.extra else {})}
-        for m in example.prompt
-    ]
-    turns.append({"role": "assistant", "content": response})
-    tools = {"tools": json.loads(example.tools)} if example.tools else {}
-    fields = json.loads(example.fields) if example.fields else {}
-    return json.dumps({**fields, "messages": turns, **tools}, ensure_ascii=False)
+    record = json.loads(example.fields) if example.fields else {}
+    record["messages"] = [*map(_turn, example.prompt), {"role": "assistant", "content": response}]
+    if example.tools:
+        record["tools"] = json.loads(example.tools)
+    if example.teacher_messages:
+        record["teacher_messages"] = [_turn(message) for message in example.teacher_messages]
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn = {"role": message.role, "content": message.content}
+    weight = {"weight": 0} if message.role == "assistant" and not message.learnt else {}
+    return {**turn, **(json.loads(message.extra) if message.extra else {}), **weight}
 
 
 def _scored(

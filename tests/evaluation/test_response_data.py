@@ -184,3 +184,28 @@ def test_greedy_decoding_has_one_sample(tmp_path, model_folder):
     )
     assert result.returncode == 2
     assert "sample with --seed" in result.stderr
+
+
+def test_a_record_keeps_all_that_training_reads_of_it(parts, tmp_path):
+    generator, renderer, _ = parts
+    own = (Message("system", "you know it"), Message("user", "say 7 as 3 + 4"))
+    turns = (Message("user", "hi"), Message("assistant", "hello", learnt=False), Message("user", "say 7"))
+    example = Example(turns, source="data", line=1, fields='{"teacher": "maths"}', teacher_messages=own)
+    asked = []
+    spy = ChatRenderer.generation_prompt
+
+    class Spying(ChatRenderer):
+        def generation_prompt(self, messages, *args, **options):
+            asked.append(tuple(messages))
+            return spy(self, messages, *args, **options)
+
+    output = tmp_path / "out.jsonl"
+    write_response_data(
+        generator, Spying(renderer.tokenizer), [example], output, [None], ResponseFilter(), {}
+    )
+    assert asked == [own]
+    record = json.loads(output.read_text())
+    assert record["teacher"] == "maths"
+    assert record["teacher_messages"] == [{"role": m.role, "content": m.content} for m in own]
+    assert record["messages"][1] == {"role": "assistant", "content": "hello", "weight": 0}
+    assert [m["content"] for m in record["messages"][:3]] == ["hi", "hello", "say 7"]

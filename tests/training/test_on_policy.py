@@ -433,3 +433,19 @@ def test_a_student_that_never_ends_is_warned_of(caplog):
     )
     next(buffer.replaced(iter([["batch"]]), 0, math.inf))
     assert "none of 8 samples ended by itself" in caplog.text
+
+
+def test_documents_are_refused_before_training(model_folder, tmp_path):
+    """They have no prompt to sample for."""
+    file = tmp_path / "mixed.jsonl"
+    file.write_text('{"prompt": "hi", "response": "hello"}\n')
+    documents = tmp_path / "texts.jsonl"
+    documents.write_text('{"text": "a whole document"}\n')
+    student, teacher = pair(model_folder)
+    module = dl.DistillationModule(student, dl.LogitKDObjective(), teacher, on_policy=OnPolicySettings())
+    data = dl.InstructionDataModule(
+        [str(file), str(documents)], student=student, teacher=teacher, cache_dir=str(tmp_path / "cache")
+    )
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(dl.UserError, match=r"texts.jsonl:1 is a document without a prompt"):
+        trainer.fit(module, datamodule=data)
