@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning as L
 import torch
@@ -14,7 +14,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,13 +27,13 @@ from dskd_lightning.generation.samples import Sample
 from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.output import decoder_hidden, language_head, model_space, side
-from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher, TeacherSpec, teacher_names
+from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.projection import LinearProjector
-from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks
-from dskd_lightning.strategies import shard
+from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks, whole
+from dskd_lightning.strategies import check_strategy, shard
 from dskd_lightning.structures import (
     DistillationBatch,
     LogProbabilities,
@@ -63,12 +62,9 @@ from dskd_lightning.training.windows import look_ahead
 if TYPE_CHECKING:
     from dskd_lightning.models.layer_choice import Calibration
 
-__all__ = ["SHARDED_SAMPLES", "DistillationModule"]
+__all__ = ["DistillationModule"]
 
-SHARDED_SAMPLES = (
-    "model.on_policy: ranks that share a sharded student can't sample for prompts of their own; take "
-    "trainer.strategy ddp, or leave on_policy out."
-)
+_T = TypeVar("_T")
 
 
 def _drop_untrained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -230,17 +226,9 @@ class DistillationModule(L.LightningModule):
         if self.student is not None:
             self._load_teachers(self.device)  # another stage may need whole teachers, or find a cache
             return
-        if self.device_mesh is not None and self.on_policy is not None:
-            raise UserError(SHARDED_SAMPLES)
-        if (
-            self.device_mesh is not None
-            and len(self.teacher_specs) > 1
-            and any(teacher_names(self.teacher_specs))
-        ):
-            raise UserError(
-                "model.teacher.name: ranks that share sharded teachers must run the same ones, which records "
-                "of different teachers don't let them: take ddp, or leave the names out."
-            )
+        if self._trainer is not None:
+            settings = getattr(getattr(self.trainer, "datamodule", None), "teacher_cache", None)
+            check_strategy(self.trainer, self.teacher_specs, cached=settings is not None)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and self.on_policy is not None:
             datamodule: Any = cast("Any", self._trainer).datamodule
@@ -276,7 +264,7 @@ class DistillationModule(L.LightningModule):
         self.checkpoint_names = self._trained_names()
         self._followers = self._make_followers()
         if self.device_mesh is not None:
-            shard(self, self.device_mesh["data_parallel"])
+            shard(self, self.device_mesh)
 
     def _build_student(self) -> tuple[Any, Any]:
         if not isinstance(self.student_spec, StudentSpec):
@@ -308,6 +296,8 @@ class DistillationModule(L.LightningModule):
                 pairs = zip(heads, self.teacher_specs, strict=True)
                 self.teachers = nn.ModuleList(head or _built(spec) for head, spec in pairs).to(device)
         elif not self.teachers or any(isinstance(teacher, TeacherHead) for teacher in self.teachers):
+            if self._trainer is not None:
+                check_strategy(self.trainer, self.teacher_specs)
             self.teachers = nn.ModuleList(_built(spec) for spec in self.teacher_specs)
         self._ask_absent_teachers()
 
@@ -334,10 +324,10 @@ class DistillationModule(L.LightningModule):
         for spec, teacher, objective in models:
             if not isinstance(spec, TeacherSpec) or spec.follow is None:
                 continue
-            if self.device_mesh is not None or spec.quantization is not None:
+            if spec.quantization is not None:
                 raise UserError(
-                    "model.teacher.follow: weights that are sharded or quantised can't follow the student's: "
-                    "train with one device or ddp, without quantization."
+                    "model.teacher.follow: quantised weights can't follow the student's: leave "
+                    "quantization out."
                 )
             follower = Follower(spec.follow, self.student, teacher, spec.source)
             head = id(cast("Any", teacher).get_output_embeddings().weight)
@@ -412,6 +402,13 @@ class DistillationModule(L.LightningModule):
         return self
 
     # --- steps --------------------------------------------------------------------------------
+
+    def as_step(self, function: Callable[[], _T]) -> _T:
+        """What ``function`` gives, called as a step is, where it may read and run the models.
+
+        Outside of steps the weights of a sharded module aren't there: all ranks call this then.
+        """
+        return function()
 
     def student_side(
         self, tokens: TokenBatch, padded_statistics: bool = False, sampled: bool = False
@@ -554,7 +551,7 @@ class DistillationModule(L.LightningModule):
                 nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
             )
             with precision:
-                return sampler(self.student, self.tokenizer, prompts, keys, seed)
+                return self.as_step(lambda: sampler(self.student, self.tokenizer, prompts, keys, seed))
 
         substitute = BatchOfSamples(self.tokenizer, teachers)
         return SampleBuffer(self.on_policy, lambda batch: prompts_of(batch.student), substitute, draw, seed)
@@ -649,8 +646,8 @@ class DistillationModule(L.LightningModule):
         norms = {}
         for name, part in (("student", self.student), ("projectors", self.objectives)):
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
-            if gradients and not any(isinstance(gradient, DTensor) for gradient in gradients):
-                norms[f"monitor/gradient_norm_{name}"] = get_total_norm(gradients).float()
+            if gradients:
+                norms[f"monitor/gradient_norm_{name}"] = whole(get_total_norm(gradients)).float()
         return norms
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
@@ -677,10 +674,13 @@ class DistillationModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse packed rows for a model that would mix their examples."""
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
-            verify_packing(self.student, self.student_spec.source)
-            whole = zip(self.teacher_specs, self.teachers, strict=True) if self.complete_teachers else ()
-            for spec, teacher in whole:
-                verify_packing(cast("Any", teacher), spec.source)
+            self.as_step(self._verify_packing)
+
+    def _verify_packing(self) -> None:
+        verify_packing(self.student, self.student_spec.source)
+        run = zip(self.teacher_specs, self.teachers, strict=True) if self.complete_teachers else ()
+        for spec, teacher in run:
+            verify_packing(cast("Any", teacher), spec.source)
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self._evaluation_step(batch)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-__all__ = ["barrier", "gathered", "rank_and_world", "sum_over_ranks"]
+__all__ = ["barrier", "gathered", "rank_and_world", "sum_over_ranks", "whole"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -40,3 +41,8 @@ def gathered(value: Any) -> list[Any]:
     if world > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; where it is, all processes ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -53,10 +53,7 @@ class RepresentationAnalysis(L.Callback):
         if isinstance(module.teachers[0], AbsentTeacher):  # without hidden states
             return
         with trainer.precision_plugin.forward_context():
-            values = {"after": representation_distances(module, self._read(trainer, module))}
-            if self.before:
-                values["before"] = self._untrained(trainer, module)
-            maps = self._maps(trainer, module)
+            values, maps = module.as_step(lambda: self._measure(trainer, module))
         for name, value in values["after"].items():
             pl_module.log(f"test/{name}", value, batch_size=1)
         step = module.trained_steps if trainer.ckpt_path else trainer.global_step
@@ -64,6 +61,14 @@ class RepresentationAnalysis(L.Callback):
         result = {**values, "projectors": projector_spectra(module), MODEL_KEY: model}
         if trainer.is_global_zero:
             self._write(result, maps)
+
+    def _measure(
+        self, trainer: L.Trainer, module: DistillationModule
+    ) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+        values = {"after": representation_distances(module, self._read(trainer, module))}
+        if self.before:
+            values["before"] = self._untrained(trainer, module)
+        return values, self._maps(trainer, module)
 
     def _write(self, result: dict[str, Any], maps: list[dict[str, Any]]) -> None:
         write_atomic(self.output / "representation.json", json.dumps(result, indent=2) + "\n")

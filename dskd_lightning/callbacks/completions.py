@@ -43,13 +43,13 @@ class CompletionsTable(L.Callback):
         module = cast("DistillationModule", pl_module)
         datamodule = cast("Any", trainer).datamodule
         records = prompt_records(datamodule, "val", self.prompts)
-        responses = self._answer(module.student, module.tokenizer, [r.ids for r in records])
+        responses = self._answer(module, module.student, module.tokenizer, [r.ids for r in records])
         columns = {"reference": [r.references[0] if r.references else "" for r in records]}
         if module.complete_teachers:
             if self._teacher is None:
                 prompts = prompt_records(datamodule, "val", self.prompts, teacher=0)
                 tokenizer = datamodule.teacher_tokenizers[0]
-                self._teacher = self._answer(module.teachers[0], tokenizer, [r.ids for r in prompts])
+                self._teacher = self._answer(module, module.teachers[0], tokenizer, [r.ids for r in prompts])
             columns = {"teacher": self._teacher}
         scores = [rouge_l(text, r.references) for text, r in zip(responses, records, strict=True)]
         pl_module.log("val/rougeL", sum(scores) / max(1, len(scores)), batch_size=1, sync_dist=True)
@@ -61,10 +61,12 @@ class CompletionsTable(L.Callback):
             for logger in trainer.loggers:
                 log_completions(logger, table, trainer.global_step)
 
-    def _answer(self, model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
-        texts: dict[int, str] = {}
-        for batch in Generator(model, tokenizer, self.settings)(prompts):
-            texts |= {generation.index: generation.text for generation in batch}
+    def _answer(
+        self, module: DistillationModule, model: Any, tokenizer: Any, prompts: list[Any]
+    ) -> list[str]:
+        generator = Generator(model, tokenizer, self.settings)
+        batches = module.as_step(lambda: list(generator(prompts)))
+        texts = {generation.index: generation.text for batch in batches for generation in batch}
         return [texts[index] for index in range(len(prompts))]
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dskd_lightning.evaluation.representation import effective_rank
 from dskd_lightning.memory import peak_memory_bytes
+from dskd_lightning.ranks import whole
 from dskd_lightning.structures import DistillationBatch
 
 __all__ = ["TrainingMonitor"]
@@ -77,7 +78,7 @@ class TrainingMonitor(L.Callback):
     def _check_projectors(self, module: L.LightningModule) -> None:
         for name, parameter in module.named_parameters():
             if name.startswith("objectives.") and parameter.ndim == 2 and min(parameter.shape) > 1:
-                rank = float(effective_rank(parameter.detach())) / min(parameter.shape)
+                rank = float(effective_rank(whole(parameter.detach()))) / min(parameter.shape)
                 if rank < self.min_projector_rank:
                     self._warn(
                         name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -151,13 +152,16 @@ class ResponseEvaluation(L.Callback):
                     progress.say()
                     progress.begin("Responses", len(records))
 
-            predictions = predict(
-                generator,
-                records,
-                folder,
-                model_id=self._weights,
-                seeds=self.seeds,
-                progress=report,
+            predictions = module_.as_step(
+                partial(
+                    predict,
+                    generator,
+                    records,
+                    folder,
+                    model_id=self._weights,
+                    seeds=self.seeds,
+                    progress=report,
+                )
             )
         return response_scores(predictions)
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.on_samples import sample_responses, sampled_batches, sampled_fidelity
 from dskd_lightning.generation.samples import GeneratorSampler
+from dskd_lightning.ranks import gathered
 from dskd_lightning.runs.samples import SampledResponse, write_samples
 from dskd_lightning.runs.text import visible
 from dskd_lightning.structures import DistillationBatch
@@ -87,13 +88,17 @@ class SampleFidelity(L.Callback):
         datamodule = cast("Any", trainer).datamodule
         loader = datamodule.val_dataloader() if stage == "val" else datamodule.test_dataloader()
         meter, shown = RatioMeter(), list[SampledResponse]()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+
+        def measure() -> None:
             batches = _first(loader, -(-count // trainer.world_size))
             for batch in sampled_batches(module, batches, self.sampler, self.seed):
                 moved = batch.to(module.device)
                 meter.update(sampled_fidelity(module, moved))
-                if len(shown) < self.show:
-                    shown += sample_responses(module, moved, self.show - len(shown))
+                if gathered(len(shown) < self.show)[0]:  # the first rank's are shown
+                    shown.extend(sample_responses(module, moved, max(0, self.show - len(shown))))
+
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            module.as_step(measure)
         ratios = meter.reduce(module._all_reduce)
         values = {f"{stage}/samples_{name}": ratio.value.float() for name, ratio in ratios.items()}
         module.log_dict(values, batch_size=1)

@@ -22,6 +22,7 @@ from dskd_lightning.evaluation.representation import (
     singular_values,
 )
 from dskd_lightning.projection import LinearProjector
+from dskd_lightning.ranks import whole
 from dskd_lightning.structures import Alignment, DistillationBatch, Side
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def projector_spectra(module: DistillationModule) -> dict[str, dict[str, Any]]:
     for name, part in module.objectives.named_modules():
         if isinstance(part, LinearProjector):
             weights[f"{name}.weight"] = part.matrix
+    weights = {name: whole(weight) for name, weight in weights.items()}
     return {
         name: {
             "effective_rank": float(effective_rank(weight)),

@@ -35,7 +35,7 @@ def sampled_batches(
     for batch in batches:
         prompts = prompts_of(batch.student)
         keys = [sample_key(prompt, 0, 0) for prompt in prompts]
-        drawn = sampler(module.student, module.tokenizer, prompts, keys, seed) if prompts else []
+        drawn = sampler(module.student, module.tokenizer, prompts, keys, seed)
         yield substitute(batch, [[sample] for sample in drawn])
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.generation.in_step import in_step, is_sharded
 from dskd_lightning.generation.sampling import InverseTransformSampling, RowBudget, prompt_uniforms
 from dskd_lightning.generation.stop_tokens import stop_token_ids
 
@@ -114,6 +115,8 @@ class Generator:
     ) -> Iterator[list[Generation]]:
         """Yield the responses batch by batch, longest prompts first.
 
+        With a sharded model all ranks call this together, each with prompts of its own or with none.
+
         Args:
             prompts: token ids of each prompt.
             seed: samples with this seed; None decodes greedily.
@@ -126,14 +129,18 @@ class Generator:
         indices = range(len(prompts)) if indices is None else indices
         budgets = [self._budget(prompt, index) for prompt, index in zip(prompts, indices, strict=True)]
         done = 0
-        for batch in self._batches([len(prompt) for prompt in prompts]):
-            generations = self._generate(
-                [prompts[i] for i in batch], [budgets[i] for i in batch], [indices[i] for i in batch], seed
-            )
-            done += len(batch)
-            yield generations
-            if progress is not None:
-                progress(done, len(prompts))
+        with in_step(self.model):
+            for batch in self._batches([len(prompt) for prompt in prompts]):
+                generations = self._generate(
+                    [prompts[i] for i in batch],
+                    [budgets[i] for i in batch],
+                    [indices[i] for i in batch],
+                    seed,
+                )
+                done += len(batch)
+                yield generations
+                if progress is not None:
+                    progress(done, len(prompts))
 
     def _budget(self, prompt: Sequence[int], index: int) -> int:
         if not len(prompt):
@@ -162,7 +169,7 @@ class Generator:
         try:
             return self._generate_once(prompts, budgets, indices, seed)
         except torch.OutOfMemoryError:
-            if len(prompts) == 1:
+            if len(prompts) == 1 or is_sharded(self.model):  # other ranks are within this forward pass
                 raise
         half = len(prompts) // 2
         logger.warning("out of memory with %d prompts at once: going on with %d", len(prompts), half)

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 
 from dskd_lightning.callbacks import (
@@ -36,9 +36,10 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.run_files import clear_run, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
-from dskd_lightning.module import SHARDED_SAMPLES, DistillationModule
+from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.runs.lock import lock_run
+from dskd_lightning.strategies import check_strategy, check_strategy_name
 
 __all__ = ["DistillationCLI"]
 
@@ -161,6 +162,8 @@ class DistillationCLI(LightningCLI):
         if self.subcommand == "fit" and config.get("ckpt_path") is None and _is_requeued(checkpoints):
             config.ckpt_path, config.overwrite = "last", False
         self._resolve_checkpoint(config, checkpoints)
+        strategy = config.trainer.strategy
+        check_strategy_name(strategy if isinstance(strategy, str) else strategy.get("class_path", ""))
         if self.subcommand == "fit":
             resuming = config.get("ckpt_path") is not None
             used = any(checkpoints.glob("*.ckpt")) or any(checkpoints.glob(".*.ckpt.old"))
@@ -241,8 +244,8 @@ class DistillationCLI(LightningCLI):
             config = {**config, "logger": self._loggers(config.get("logger"), Path(outer.output))}
             callbacks = [*callbacks, LearningRateMonitor("step")]
         trainer = super()._instantiate_trainer(config, callbacks)
-        if isinstance(trainer.strategy, ModelParallelStrategy) and self.model.on_policy is not None:
-            raise UserError(SHARDED_SAMPLES)  # before other processes are started
+        cached = self.datamodule.teacher_cache is not None
+        check_strategy(trainer, self.model.teacher_specs, cached=cached)  # before processes are started
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not config.get("plugins"):
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dskd_lightning.projection.pseudo_inverse import map_between_heads
-from dskd_lightning.ranks import sum_over_ranks
+from dskd_lightning.ranks import sum_over_ranks, whole
 from dskd_lightning.structures import Head
 
 __all__ = ["LinearProjector"]
@@ -71,7 +71,9 @@ class LinearProjector(nn.Linear):
     @property
     def matrix(self) -> Tensor:
         """``[out_features, in_features]``, what hidden states are multiplied with, scaling included."""
-        return self.weight if self.input_rms is None or self.waits else self.weight / self.input_rms
+        if self.input_rms is None or self.waits:
+            return self.weight
+        return whole(self.weight) / self.input_rms
 
     @property
     def waits(self) -> bool:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import lightning as L
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from dskd_lightning.checkpoints import WholeCheckpointIO
+from dskd_lightning.errors import UserError
 from dskd_lightning.strategies.checkpoints import WholeCheckpoints
 from dskd_lightning.strategies.layers import decoder_layers
 
 __all__ = ["DSKDModelParallelStrategy", "shard"]
 
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step", "as_step")
 
 
 class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
@@ -27,14 +29,17 @@ class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
     into host memory once; a device never holds more than one layer, the embeddings and the heads.
 
     Args:
-        save_distributed_checkpoint: write a folder with one file per rank instead of the single
-            file that `dskd generate`, `compare` and `export` read.
+        replicas: keep so many copies, each sharded over its part of the devices, best over the GPUs of one
+            node (HSDP): layers are gathered within a copy, gradients alone go between copies.
+        save_distributed_checkpoint: write a folder with one file per rank instead of a single file, which
+            the first rank must hold in memory.
         process_group_backend: of `torch.distributed`; None takes the device's.
         timeout: of collective operations.
     """
 
     def __init__(
         self,
+        replicas: int = 1,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -46,15 +51,45 @@ class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.replicas = replicas
         self.checkpoint_io = WholeCheckpointIO()
 
+    def check(self) -> None:
+        """Compare the number of copies with that of devices.
+
+        Raises:
+            UserError: they don't divide.
+        """
+        world = self.num_nodes * self.num_processes
+        if self.replicas < 1 or world % self.replicas:
+            raise UserError(
+                f"trainer.strategy: {world} devices can't hold replicas={self.replicas} copies; give a "
+                "divisor, such as the number of nodes."
+            )
+
     def setup_environment(self) -> None:
+        self.check()
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        names: tuple[str, ...] = ("data_parallel",)
+        shape: tuple[int, ...] = (self.world_size,)
+        if self.replicas > 1:
+            names, shape = ("replicate", "shard"), (self.replicas, self.world_size // self.replicas)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = init_device_mesh(  # type: ignore[assignment]
+            self.root_device.type, shape, mesh_dim_names=names
+        )
+
+    def setup(self, trainer: L.Trainer) -> None:
+        # What evaluation gathers may still be there in training, where no inference tensor may be.
+        evaluation = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+        for loop in (*evaluation, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard ``module`` in place over the one-dimensional ``mesh``.
+    """Shard ``module`` in place over ``mesh``.
 
     Units are the decoder layers, each part of ``module.objectives`` and, as the root, the rest:
     embeddings, final norms and heads, which a step reads whole. The root's parameters are
@@ -63,7 +98,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
 
     Args:
         module: a `DistillationModule` with its models built.
-        mesh: the ranks to shard over.
+        mesh: the ranks to shard over; with two dimensions, copies and the shards of each.
 
     Raises:
         UserError: a model without a list of decoder layers.
@@ -74,7 +109,9 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for objective in objectives:
         # Their type may differ from the student's, and one unit's gradients have one type.
         if any(True for _ in objective.parameters()):
-            fully_shard(objective, mesh=mesh)
+            # Small, so that it stays gathered too: not every PyTorch since 2.6 finds the tensors in a
+            # dataclass that a unit returns, before whose backward pass it would be gathered again.
+            fully_shard(objective, mesh=mesh, reshard_after_forward=False)
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
     for step in _STEPS:
         register_fsdp_forward_method(module, step)

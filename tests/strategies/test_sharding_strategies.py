@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -11,61 +12,111 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
-from tiny_runs import dskd, write_config
+from forked_ranks import dskd_ranks
+from forked_runs import dskd_forked
+from tiny_runs import write_config
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.strategies.layers import decoder_layers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "strategy"
-TWO = ["--config", str(CONFIGS / "fsdp2.yaml"), "--trainer.devices", "2"]
+SHARDED = ("--config", str(CONFIGS / "fsdp2.yaml"))
+
+
+def column(run: Path, name: str) -> list[float]:
+    with (run / "metrics.csv").open() as stream:
+        return [float(row[name]) for row in csv.DictReader(stream) if row[name]]
 
 
 def losses(run: Path) -> list[float]:
-    with (run / "metrics.csv").open() as stream:
-        return [float(row["train/loss"]) for row in csv.DictReader(stream) if row["train/loss"]]
+    return column(run, "train/loss")
+
+
+def norms(run: Path) -> list[float]:
+    return column(run, "monitor/gradient_norm_student") + column(run, "monitor/gradient_norm_projectors")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
-def test_sharded_processes_train_as_one(model_folder, tmp_path, lora):
+@pytest.mark.parametrize(
+    ("lora", "ranks", "replicas"), [(None, 4, 2), ({"rank": 4}, 2, 1)], ids=["copies", "lora"]
+)
+def test_sharded_processes_train_as_one(model_folder, tmp_path, lora, ranks, replicas):
     changes = {
         "data.batch_size": 3,
+        "trainer.devices": ranks,
         "trainer.gradient_clip_val": 0.5,
         "model.lr_scheduler": {
             "class_path": "torch.optim.lr_scheduler.ConstantLR",
             "init_args": {"factor": 1.0},
         },
         "model.student.lora": lora,
+        "completions.prompts": 0,
     }
     teacher = model_folder(hidden=24, seed=2)
-    config = str(write_config(tmp_path, model_folder(seed=1), teacher, **changes))
+    config = write_config(tmp_path, model_folder(seed=1), teacher, **changes)
+    fit = ("fit", "--config", str(config))
+    many = (*fit, *SHARDED, "--trainer.strategy.replicas", str(replicas), "--trainer.devices", str(ranks))
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    dskd("fit", "--config", config, "--output", str(one), "--trainer.devices", "1", "--data.batch_size", "6")
-    dskd("fit", "--config", config, *TWO, "--output", str(two))
+    whole = ("--trainer.devices", "1", "--data.batch_size", str(3 * ranks))
+    assert dskd_forked(*fit, *whole, "--output", str(one), log=tmp_path / "one.log") == 0
+    dskd_ranks(*many, "--output", str(two), folder=tmp_path, ranks=ranks)
     assert len(losses(one)) == len(losses(two)) > 2
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert norms(two) == pytest.approx(norms(one), rel=1e-3)
     expected, actual = weights(one), weights(two)
     assert expected.keys() == actual.keys()
     assert not any(name.startswith("teachers.") for name in actual)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-4)
 
-    dskd("fit", "--config", config, *TWO, "--output", str(resumed), "--trainer.max_epochs", "1")
-    dskd("fit", "--config", config, *TWO, "--output", str(resumed), "--ckpt_path", "last")
+    if ranks > 2:
+        return
+    again = (*many, "--output", str(resumed))
+    dskd_ranks(*again, "--trainer.max_epochs", "1", folder=tmp_path, ranks=ranks)
+    dskd_ranks(*again, "--ckpt_path", "last", folder=tmp_path, ranks=ranks)
     assert losses(resumed) == pytest.approx(losses(two), rel=1e-5)
 
 
-def test_samples_of_a_sharded_student_are_refused(model_folder, tmp_path):
-    config = write_config(
-        tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **{"model.on_policy": {}}
-    )
+def test_sharded_students_learn_from_their_own_samples(model_folder, tmp_path):
+    changes = {
+        "data.batch_size": 3,
+        "trainer.devices": 2,
+        "model.on_policy": {"fraction": 0.7, "buffer_steps": 2, "max_new_tokens": 12},
+        "samples.prompts": 3,
+        "completions.prompts": 0,
+    }
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
+    fit = ("fit", "--config", str(config))
+    dskd_ranks(*fit, "--trainer.strategy", "ddp", "--output", str(tmp_path / "whole"), folder=tmp_path)
+    sharded = (*SHARDED, "--trainer.devices", "2", "--output", str(tmp_path / "sharded"))
+    dskd_ranks(*fit, *sharded, folder=tmp_path)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--trainer.strategy", "deepspeed_stage_3"], "take dskd_lightning.strategies.DSKDModelParallel"),
+        (["--trainer.strategy", "fsdp"], "fsdp shards models in a way"),
+        (["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"], "or ddp"),
+        ([*SHARDED, "--trainer.strategy.replicas", "4"], "2 devices can't hold replicas=4"),
+        ([*SHARDED, "--model.teacher.quantization", "4bit"], "4bit weights can't be sharded"),
+        ([*SHARDED, "--model.teacher.follow.decay", "0.9"], "can't follow the student's"),
+        ([*SHARDED, f"--trainer.callbacks+={json.dumps(EMA)}"], "EMAWeightAveraging copies the module"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_it_starts(model_folder, tmp_path, arguments, sentence):
     from dskd_lightning.launch.lightning_cli import DistillationCLI
 
-    with pytest.raises(UserError, match="or leave on_policy out"):
-        DistillationCLI(args=["--config", str(config), *TWO], run=False)
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+    with pytest.raises(UserError, match=sentence):
+        DistillationCLI(args=["--config", str(config), *arguments, "--trainer.devices", "2"], run=False)
 
 
 def test_decoder_layers_of_student_and_teacher(model_folder):
@@ -88,7 +139,9 @@ def test_model_without_a_list_of_layers_is_refused(model_folder):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_fragment_combines_with_any_config(model_folder, tmp_path, path):
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
-    printed = dskd("fit", "--config", str(config), "--config", str(path), "--print_config").stdout
+    arguments = ("--config", str(config), "--config", str(path), "--print_config")
+    assert dskd_forked("fit", *arguments, log=tmp_path / "printed") == 0
+    printed = (tmp_path / "printed").read_text()
     strategy = yaml.safe_load(path.read_text())["trainer"]["strategy"]
     actual = yaml.safe_load(printed)["trainer"]["strategy"]
     wanted = strategy if isinstance(strategy, str) else strategy["class_path"]

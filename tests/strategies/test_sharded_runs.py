@@ -1,0 +1,100 @@
+"""Two processes that share the weights do all that one does, in forks of this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
+from forked_ranks import dskd_ranks
+from forked_runs import dskd_forked
+from tiny_runs import write_config
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.module import DistillationModule
+
+STRATEGY = "dskd_lightning.strategies.DSKDModelParallelStrategy"
+ONE = ("--trainer.devices=1", "--trainer.strategy=auto")
+
+
+def sharded(**options: Any) -> dict[str, Any]:
+    strategy = {"class_path": STRATEGY, "init_args": options}
+    return {"trainer.devices": 2, "trainer.strategy": strategy, "data.batch_size": 3}
+
+
+def alone(*arguments: str, log: Path) -> None:
+    """One process, which must succeed."""
+    assert dskd_forked(*arguments, log=log) == 0, log.read_text(errors="replace")[-3000:]
+
+
+def results(run: Path) -> dict[str, Any]:
+    """What a test wrote, which is removed."""
+    found = {name: json.loads((run / f"{name}.json").read_text()) for name in ("metrics", "representation")}
+    found["predictions"] = sorted((run / "predictions").glob("*.jsonl"))[0].read_text()
+    for name in found:
+        place = run / name
+        shutil.rmtree(place) if place.is_dir() else place.with_suffix(".json").unlink()
+    return found
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_sharded_run_is_tested_resumed_and_exported_as_another(
+    tmp_path: Path, model_folder: Any, folder: bool
+) -> None:
+    changes = {
+        **sharded(save_distributed_checkpoint=folder),
+        "data.packing": folder,
+        "monitor.check_every": 1,
+        "responses.seeds": [10],
+        "responses.max_new_tokens": 20,
+        "data.test_split": 5,  # shares of 3 and 2 prompts
+        "trainer.max_epochs": 1,
+        "samples.prompts": 5,
+    }
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
+    run, given = tmp_path / "run", ("--config", str(config))
+    dskd_ranks("fit", *given, folder=tmp_path)
+    assert (run / "checkpoints" / "last.ckpt").is_dir() == folder
+    dskd_ranks("test", *given, folder=tmp_path)
+    two = results(run)
+    alone("test", *given, *ONE, log=tmp_path / "one.log")
+    one = results(run)
+    assert two["predictions"] == one["predictions"]
+    assert two["metrics"].pop("model") == one["metrics"].pop("model")
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    assert two["representation"]["after"] == pytest.approx(one["representation"]["after"], rel=1e-4)
+    for name, spectrum in one["representation"]["projectors"].items():
+        values = two["representation"]["projectors"][name]["singular_values"]
+        assert values == pytest.approx(spectrum["singular_values"], rel=1e-3)
+    if folder:
+        last = ("--ckpt_path", "last")
+        data = ("--data.predict", str(tmp_path / "data.jsonl"), "--responses.limit", "5")
+        dskd_ranks("predict", *given, *data, *last, folder=tmp_path)
+        assert json.loads((run / "predict.json").read_text())["rougeL"] >= 0
+        dskd_ranks("fit", *given, *last, "--trainer.max_epochs", "2", folder=tmp_path)
+        dskd_ranks("validate", *given, folder=tmp_path)
+        alone("export", str(run), str(tmp_path / "exported"), log=tmp_path / "export.log")
+        assert (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_that_one_rank_alone_sees_ends_all(tmp_path: Path, model_folder: Any, rank: int) -> None:
+    def prepare(own: int) -> None:
+        def build(module: DistillationModule) -> None:
+            raise UserError("model.student: this rank can't read it.")
+
+        if own == rank:
+            DistillationModule._build_student = build  # type: ignore[method-assign]
+
+    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **sharded())
+    ended = dskd_ranks(
+        "fit", "--config", str(config), folder=tmp_path, prepare=prepare, expected=None, timeout=60
+    )
+    assert ended.statuses[rank] == 2
+    assert 0 not in ended.statuses
+    assert "model.student: this rank can't read it." in ended.logs[rank]
