@@ -12,13 +12,12 @@ from dskd_lightning.evaluation.metrics import (
 from dskd_lightning.evaluation.predict import PAPER_SEEDS, PromptRecord, predict
 from dskd_lightning.evaluation.representation import (
     cosine_structure_distance,
-    effective_rank,
     inner_product_structure_distance,
     linear_cka,
-    singular_values,
 )
 from dskd_lightning.evaluation.rouge import rouge_l
 from dskd_lightning.evaluation.writer import PredictionWriter
+from dskd_lightning.functional.spectrum import effective_rank, singular_values
 
 __all__ = [
     "PAPER_SEEDS",

@@ -16,11 +16,10 @@ from dskd_lightning.alignment.exact import ExampleAlignment
 from dskd_lightning.alignment.token_bytes import token_bytes, token_text
 from dskd_lightning.evaluation.representation import (
     cosine_structure_distance,
-    effective_rank,
     inner_product_structure_distance,
     linear_cka,
-    singular_values,
 )
+from dskd_lightning.functional.spectrum import effective_rank, singular_values
 from dskd_lightning.projection import LinearProjector
 from dskd_lightning.ranks import whole
 from dskd_lightning.structures import Alignment, DistillationBatch, Side

@@ -14,10 +14,8 @@ from dskd_lightning.functional.precision import summable
 
 __all__ = [
     "cosine_structure_distance",
-    "effective_rank",
     "inner_product_structure_distance",
     "linear_cka",
-    "singular_values",
 ]
 
 
@@ -65,18 +63,6 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     cross = torch.linalg.matrix_norm(x.T @ y) ** 2
     return cross / (torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y))
-
-
-def singular_values(weight: Tensor) -> Tensor:
-    """Singular values of a projector's weight, descending, float32 on the CPU."""
-    return torch.linalg.svdvals(weight.detach().float().cpu())
-
-
-def effective_rank(weight: Tensor) -> Tensor:
-    """``exp`` of the entropy of the normalised singular values; near 1 means a collapsed projector."""
-    values = singular_values(weight)
-    shares = values / values.sum().clamp(min=1e-12)  # a weight of zeros has collapsed, too
-    return torch.exp(-torch.special.xlogy(shares, shares).sum())
 
 
 def _cosine(hidden: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor
 from dskd_lightning.callbacks.completions import log_completions
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.representation import effective_rank
+from dskd_lightning.functional.spectrum import effective_rank
 from dskd_lightning.runs.tables import CompletionTable
 
 

@@ -7,11 +7,10 @@ import torch
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.representation import (
     cosine_structure_distance,
-    effective_rank,
     inner_product_structure_distance,
     linear_cka,
-    singular_values,
 )
+from dskd_lightning.functional.spectrum import effective_rank, singular_values
 
 
 def test_distances_against_loops() -> None:

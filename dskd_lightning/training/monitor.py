@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dskd_lightning.evaluation.representation import effective_rank
+from dskd_lightning.functional.spectrum import effective_rank
 from dskd_lightning.memory import peak_memory_bytes
 from dskd_lightning.ranks import whole
 from dskd_lightning.structures import DistillationBatch
