@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.functional import SkewedForwardKL as SkewedForwardKL
     from dskd_lightning.functional import SkewedReverseKL as SkewedReverseKL
     from dskd_lightning.functional import TotalVariation as TotalVariation
+    from dskd_lightning.generation import Generation as Generation
+    from dskd_lightning.generation import GenerationSettings as GenerationSettings
     from dskd_lightning.generation import Generator as Generator
     from dskd_lightning.generation.samples import ResponseSampler as ResponseSampler
     from dskd_lightning.generation.samples import Sample as Sample
@@ -82,6 +84,8 @@ _HOMES = {
     "FollowSpec": "models.spec",
     "ForwardKL": "functional",
     "GOLDObjective": "objectives",
+    "Generation": "generation",
+    "GenerationSettings": "generation",
     "Generator": "generation",
     "Head": "structures",
     "InstructionDataModule": "data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
@@ -19,10 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dskd_lightning.checkpoints.checks import read_checkpoint
+from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.samples import BatchOfSamples, prompts_of
 from dskd_lightning.described import described, restored
 from dskd_lightning.errors import UserError
+from dskd_lightning.generation.generator import Generation, GenerationSettings, Generator
 from dskd_lightning.generation.samples import Sample
 from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.loaded import Loaded
@@ -47,6 +50,7 @@ from dskd_lightning.teacher_cache import TeacherHead, ensure_caches, ensure_log_
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, follow_schedule, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
 from dskd_lightning.training.following import Follower
+from dskd_lightning.training.monitor import TrainingMonitor
 from dskd_lightning.training.on_policy import OnPolicySettings, SampleBuffer, on_samples, sample_metrics
 from dskd_lightning.training.origin import (
     StartingWeights,
@@ -57,6 +61,7 @@ from dskd_lightning.training.origin import (
     weight_sample,
 )
 from dskd_lightning.training.resuming import settle_progress
+from dskd_lightning.training.tuning import check_tuning
 from dskd_lightning.training.windows import look_ahead
 
 if TYPE_CHECKING:
@@ -156,6 +161,11 @@ class DistillationModule(L.LightningModule):
         self.weights_from = weights_from
         self._origin: dict[str, Any] = {}
         self._resumed: tuple[dict[str, Any], object] | None = None
+        self.lr: float | None = None
+        """Learning rate of the student in the place of the optimiser's; a Tuner's ``lr_find`` sets it."""
+        self.generation = GenerationSettings(max_length=512)
+        """How `predict_step` generates: greedily, or with `generation_seed`."""
+        self.generation_seed: int | None = None
         self.trained_steps = 0
         """Optimiser steps of the checkpoint that was read last."""
         self.student: Any = None
@@ -165,11 +175,8 @@ class DistillationModule(L.LightningModule):
         self._shared_tokens: tuple[Tensor, Tensor] | None = None
         self._meter = RatioMeter()
         self._evaluation_meter = RatioMeter()
-        self._rates = {
-            "projector_lr": projector_lr, "warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio,
-            "joint_clipping": joint_clipping,
-        }  # fmt: skip
         self._validate_arguments()
+        self.save_hyperparameters(self._described())
         self.register_state_dict_post_hook(_drop_untrained)
         self.register_load_state_dict_post_hook(_miss_trained_alone)
 
@@ -401,6 +408,29 @@ class DistillationModule(L.LightningModule):
         self.teachers.eval()
         return self
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What a run needs whoever started it: early warnings, where the Trainer has none."""
+        given = cast("Any", self.trainer).callbacks
+        return [] if any(isinstance(callback, TrainingMonitor) for callback in given) else [TrainingMonitor()]
+
+    def setup(self, stage: str) -> None:
+        """Let a Trainer that has no way of its own write checkpoints that are whole or absent."""
+        check_tuning(self.trainer)
+        use_whole_checkpoints(self.trainer)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """As Lightning does, but without waiting for CUDA, which Lightning does for dataclasses.
+
+        Raises:
+            UserError: it is no `DistillationBatch`.
+        """
+        if isinstance(batch, DistillationBatch):
+            return batch.to(device, non_blocking=device.type == "cuda")
+        raise UserError(
+            f"The loader's batches are of type {type(batch).__name__}: give it "
+            "collate_fn=DistillationCollator(student, teacher), or the Trainer an InstructionDataModule."
+        )
+
     # --- steps --------------------------------------------------------------------------------
 
     def as_step(self, function: Callable[[], _T]) -> _T:
@@ -441,6 +471,15 @@ class DistillationModule(L.LightningModule):
         with torch.no_grad():
             values = decoder_hidden(teacher, tokens) if hidden is None else hidden
             return side(teacher, values, tokens, padded_statistics=padded_statistics, sampled=sampled)
+
+    def forward(self, batch: DistillationBatch) -> Tensor:
+        """``[n, vocabulary]``: the student's logits at the batch's ``n`` response positions.
+
+        Row ``i`` predicts ``batch.student.labels.flatten()[batch.student.response[i]]``. Losses go
+        another way: they read hidden states and never hold all logits at once.
+        """
+        student = self.student_side(batch.student)
+        return student.head.logits(student.hidden)
 
     def distil(self, batch: DistillationBatch) -> ObjectiveOutput:
         """The objective on one batch: teachers' outputs are averaged by their weights."""
@@ -688,8 +727,19 @@ class DistillationModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
-    def predict_step(self, batch: DistillationBatch, batch_idx: int) -> None:
-        """Nothing per batch: `ResponseEvaluation` generates for all prompts, sorted by length."""
+    def predict_step(self, batch: DistillationBatch, batch_idx: int) -> list[Generation]:
+        """The student's responses to the batch's prompts, in their order; see `generation`.
+
+        A prompt is what stands in front of an example's last response. Nothing where a callback answers all
+        prompts at once, sorted by length, as `ResponseEvaluation` does.
+        """
+        callbacks = () if self._trainer is None else cast("Any", self.trainer).callbacks
+        if any(getattr(callback, "answers_prompts", False) for callback in callbacks):
+            return []
+        here = batch.to("cpu")
+        generator = Generator(self.student, self.tokenizer, self.generation)
+        indices = here.examples.tolist()
+        return generator.answers(prompts_of(here.student), seed=self.generation_seed, indices=indices)
 
     def test_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self._evaluation_step(batch)
@@ -700,7 +750,7 @@ class DistillationModule(L.LightningModule):
     # --- optimiser and checkpoints ------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.student, self.objectives, self.projector_lr)
+        groups = parameter_groups(self.student, self.objectives, self.projector_lr, self.lr)
         optimizer = self._optimizer(cast("Any", groups))
         if self._lr_scheduler is not None:
             scheduler: Any = self._lr_scheduler(optimizer)
@@ -752,16 +802,19 @@ class DistillationModule(L.LightningModule):
             UserError: no module wrote it, or it doesn't say all that is needed.
         """
         checkpoint = read_checkpoint(checkpoint_path)
-        if "module" not in checkpoint:
+        if "trained_with" not in checkpoint:
             raise UserError(f"{checkpoint_path} names no module: it isn't DistillationModule's.")
-        arguments: dict[str, Any] = {**checkpoint["module"], **changes}
+        arguments: dict[str, Any] = {**checkpoint["hyper_parameters"], **changes}
+        accepted = inspect.signature(cls.__init__).parameters
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in accepted.values()):
+            arguments = {k: value for k, value in arguments.items() if k in accepted or k in changes}
         for name in ("student", "teacher", "objective", "on_policy"):
-            if name not in arguments:
+            if name in accepted and name not in arguments:
                 raise UserError(
                     f"{checkpoint_path} doesn't hold the {name} of the module, which was made in a program: "
                     f"give it as load_from_checkpoint(path, {name}=...)."
                 )
-        if "student_spec" in checkpoint and "student" not in changes:
+        if "student_spec" in checkpoint and "student" in arguments and "student" not in changes:
             arguments["student"]["init_args"]["prune"] = described(
                 None if (cut := checkpoint["student_spec"]["prune"]) is None else PruneSpec(**cut)
             )
@@ -780,7 +833,8 @@ class DistillationModule(L.LightningModule):
             "teacher": self.teacher_specs if several else next(iter(self.teacher_specs), None),
             "on_policy": self.on_policy,
         }
-        plain: dict[str, Any] = dict(self._rates)
+        rates = ("projector_lr", "warmup_ratio", "min_lr_ratio", "joint_clipping")
+        plain: dict[str, Any] = {name: getattr(self, name) for name in rates}
         for name, value in given.items():
             with suppress(UserError):
                 plain[name] = described(value)
@@ -789,7 +843,11 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self.student_spec, StudentSpec):
             checkpoint["student_spec"] = asdict(self.student_spec)
-        checkpoint["module"] = self._described()
+        plain = {}
+        for name, value in self.hparams.items():  # a subclass may have added to them whatever it was given
+            with suppress(UserError):
+                plain[name] = described(value)
+        checkpoint["hyper_parameters"] = {**plain, **self._described()}
         trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
         if self._followers:
             step = checkpoint.get("global_step", 0)

@@ -56,6 +56,8 @@ class ResponseEvaluation(L.Callback):
         teacher_efficiency: and of the first teacher, which is loaded for it where a cache stood in.
     """
 
+    answers_prompts = True  # so that `DistillationModule.predict_step` doesn't
+
     def __init__(
         self,
         output: str | Path,

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from dskd_lightning.checkpoints.checks import read_checkpoint
 from dskd_lightning.checkpoints.files import write_file
 
-__all__ = ["WholeCheckpointIO"]
+__all__ = ["WholeCheckpointIO", "use_whole_checkpoints"]
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -38,3 +40,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if not Path(path).exists():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
         return read_checkpoint(path)
+
+
+def use_whole_checkpoints(trainer: L.Trainer) -> None:
+    """Let a Trainer on one device or with DDP write files that way, unless it was given another way."""
+    strategy = trainer.strategy
+    if (
+        isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+        and type(strategy.checkpoint_io) is TorchCheckpointIO
+    ):
+        strategy.checkpoint_io = WholeCheckpointIO()

@@ -56,7 +56,7 @@ class GenerationSettings:
             raise UserError(f"generation: top_p must be in (0, 1], not {self.top_p}.")
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: `Trainer.predict` sets the fields of what `predict_step` returns
 class Generation:
     """One response.
 
@@ -142,6 +142,20 @@ class Generator:
                 if progress is not None:
                     progress(done, len(prompts))
 
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """All responses in the order of the prompts; arguments and errors as for a call."""
+        found = [generation for batch in self(prompts, seed=seed, indices=indices) for generation in batch]
+        order = _longest_first([len(prompt) for prompt in prompts])
+        return [
+            generation for _, generation in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])
+        ]
+
     def _budget(self, prompt: Sequence[int], index: int) -> int:
         if not len(prompt):
             raise UserError(f"prompt {index} has no tokens; give it some text or a template.")
@@ -156,7 +170,7 @@ class Generator:
         return budget
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        order = _longest_first(lengths)
         while order:
             longest = lengths[order[0]] + self.settings.max_new_tokens
             size = max(1, min(self.settings.batch_size, self.settings.batch_tokens // longest))
@@ -226,6 +240,10 @@ class Generator:
             pad_token_id=self.pad_id,
             use_cache=True,
         )
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 @contextmanager

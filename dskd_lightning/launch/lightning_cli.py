@@ -180,6 +180,10 @@ class DistillationCLI(LightningCLI):
                 )
             config.trainer.default_root_dir = str(output)
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        self.model._log_hyperparams = False  # loggers get the whole config, see _SaveConfig
+
     def before_fit(self) -> None:
         self._lock()
         if self.config[self.subcommand].get("ckpt_path") is not None:

@@ -14,7 +14,7 @@ __all__ = ["cosine_with_warmup", "follow_schedule", "parameter_groups"]
 
 
 def parameter_groups(
-    student: nn.Module, objectives: nn.Module, projector_lr: float | None
+    student: nn.Module, objectives: nn.Module, projector_lr: float | None, lr: float | None = None
 ) -> list[dict[str, Any]]:
     """Trainable parameters in up to four groups, named ``student`` and ``projector``.
 
@@ -23,7 +23,8 @@ def parameter_groups(
     Args:
         student: the student model.
         objectives: modules whose parameters (projectors, critics) train beside it.
-        projector_lr: their learning rate; None takes the optimiser's.
+        projector_lr: their learning rate; None takes the student's.
+        lr: the student's learning rate; None takes the optimiser's.
     """
 
     def split(name: str, parameters: Iterable[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
@@ -36,8 +37,11 @@ def parameter_groups(
         ]
         return [group for group in groups if group["params"]]
 
-    options = {} if projector_lr is None else {"lr": projector_lr}
-    return split("student", student.parameters()) + split("projector", objectives.parameters(), **options)
+    own = {} if lr is None else {"lr": lr}
+    other = own if projector_lr is None else {"lr": projector_lr}
+    return split("student", student.parameters(), **own) + split(
+        "projector", objectives.parameters(), **other
+    )
 
 
 def cosine_with_warmup(

@@ -1,0 +1,181 @@
+"""`DistillationModule` as Lightning users know modules: whoever makes the Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from test_distillation_module import fit, make
+from torch.utils.data import DataLoader
+
+import dskd_lightning as dl
+from dskd_lightning.callbacks import TrainingMonitor
+from dskd_lightning.checkpoints import WholeCheckpointIO, digest_of
+
+QUIET = {
+    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+}  # fmt: skip
+
+
+def test_forward_gives_the_logits_of_the_response_positions(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    module.configure_model()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    tokens = batch.student
+    whole = module.student(tokens.input_ids, attention_mask=tokens.attention_mask).logits.flatten(0, 1)
+    torch.testing.assert_close(module(batch), whole[tokens.response], rtol=1e-4, atol=1e-5)
+    output = dl.DistillationModule(module.student_spec, dl.SFTObjective())
+    output.configure_model()
+    output.student = module.student
+    expected = torch.nn.functional.cross_entropy(module(batch), tokens.labels.flatten()[tokens.response])
+    assert float(output.training_step(batch, 0)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [None, 10])
+def test_predictions_come_back_in_the_order_of_the_rows(model_folder, tmp_path, seed):
+    module, data = make(model_folder, tmp_path)
+    module.generation = dl.GenerationSettings(max_new_tokens=5)
+    module.generation_seed = seed
+    data.setup("fit")
+    rows = [{"prompt": "Say a long word and another one. " * n, "response": "yes"} for n in (1, 3, 2, 1, 4)]
+    collator = dl.DistillationCollator(
+        module.student_spec, module.teacher_specs, max_length=96, max_prompt_length=80
+    )
+    trainer = L.Trainer(**QUIET)
+    loader = DataLoader(rows, batch_size=3, collate_fn=collator)
+    found = trainer.predict(module, loader)
+    assert [[answer.index for answer in batch] for batch in found] == [[0, 1, 2], [0, 1]]
+    alone = trainer.predict(module, DataLoader(rows, batch_size=1, collate_fn=collator))
+    if seed is None:  # greedy: a prompt's place in its batch is no part of its answer
+        assert [b[0].text for b in alone] == [answer.text for batch in found for answer in batch]
+    assert all(0 < answer.tokens <= 5 or answer.finished for batch in found for answer in batch)
+
+
+def test_the_data_modules_prompts_are_answered(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    module.generation = dl.GenerationSettings(max_new_tokens=3)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n{"prompt": "two, which is longer"}\n{"prompt": "3"}\n')
+    data.sources["predict"] = str(file)
+    answers = [answer for batch in L.Trainer(**QUIET).predict(module, datamodule=data) for answer in batch]
+    assert sorted(answer.index for answer in answers) == [0, 1, 2]
+    prompts = [data.generation_prompt(data.examples("predict")[answer.index]) for answer in answers]
+    generator = dl.Generator(module.student, module.tokenizer, module.generation)
+    assert [answer.ids for answer in answers] == [answer.ids for answer in generator.answers(prompts)]
+
+
+def test_a_run_brings_what_it_needs(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    trainer = L.Trainer(**QUIET, max_steps=2, limit_val_batches=0, default_root_dir=tmp_path / "run")
+    trainer.fit(module, datamodule=data)
+    assert sum(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks) == 1
+    assert trainer.callback_metrics["monitor/tokens_per_second"] > 0
+    assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)
+    (path,) = (tmp_path / "run").rglob("*.ckpt")
+    assert digest_of(path)
+    module, data = make(model_folder, tmp_path)
+    mine = TrainingMonitor(check_every=7)
+    trainer = fit(module, data, max_steps=1, callbacks=[mine])
+    assert [c for c in trainer.callbacks if isinstance(c, TrainingMonitor)] == [mine]
+
+
+def test_a_tuner_finds_the_learning_rate(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    trainer = L.Trainer(
+        **QUIET, max_steps=4, default_root_dir=tmp_path, enable_checkpointing=False, limit_val_batches=0
+    )
+    module.configure_model()
+    before = {name: p.clone() for name, p in module.state_dict().items()}
+    found = Tuner(trainer).lr_find(module, datamodule=data, num_training=20, early_stop_threshold=None)
+    assert all(torch.equal(p, before[name]) for name, p in module.state_dict().items())
+    assert module.lr == pytest.approx(found.suggestion())
+    trainer.fit(module, datamodule=data)
+    rates = {g["name"]: g["initial_lr"] for g in trainer.optimizers[0].param_groups}
+    assert rates["student"] == pytest.approx(module.lr)
+    assert rates["projector"] == module.projector_lr
+    assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder(), BatchSizeFinder()])
+def test_a_search_after_the_schedule_is_refused(model_folder, tmp_path, finder):
+    module, data = make(model_folder, tmp_path)
+    trainer = L.Trainer(**QUIET, max_steps=3, default_root_dir=tmp_path, callbacks=[finder])
+    with pytest.raises(dl.UserError, match=r"Tuner\(trainer\)\.(lr_find|scale_batch_size)\("):
+        trainer.fit(module, datamodule=data)
+    assert module.student is None
+
+
+def test_a_batch_size_that_means_nothing_is_not_searched(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    data.max_tokens_per_batch = 300
+    trainer = L.Trainer(**QUIET, max_steps=3, default_root_dir=tmp_path)
+    with pytest.raises(dl.UserError, match=r"data\.max_tokens_per_batch: 300"):
+        Tuner(trainer).scale_batch_size(module, datamodule=data)
+
+
+def test_rows_without_a_collator_are_one_sentence(model_folder, tmp_path):
+    module, _ = make(model_folder, tmp_path)
+    rows = [{"prompt": "Say yes.", "response": "yes"}] * 4
+    trainer = L.Trainer(**QUIET, max_steps=1, enable_checkpointing=False)
+    with pytest.raises(dl.UserError, match=r"of type dict: give it collate_fn=DistillationCollator"):
+        trainer.fit(module, DataLoader(rows, batch_size=2))
+
+
+class Weighted(dl.DistillationModule):
+    """A subclass as Lightning users write them, which keeps all its arguments."""
+
+    def __init__(self, student, objective, teacher=None, bonus=0.0, **options):
+        super().__init__(student, objective, teacher, **options)
+        self.save_hyperparameters()
+
+
+class Own(dl.DistillationModule):
+    """A subclass with a signature of its own."""
+
+    def __init__(self, folder, width):
+        super().__init__(dl.StudentSpec(folder), dl.SFTObjective(), projector_lr=0.5)
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_are_lightnings(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path, min_lr_ratio=0.25)
+    assert module.hparams.min_lr_ratio == 0.25
+    assert module.hparams.student["init_args"]["source"] == model_folder(seed=1)
+    logger = CSVLogger(tmp_path / "logs")
+    trainer = L.Trainer(**{**QUIET, "logger": logger}, max_steps=1, limit_val_batches=0)
+    trainer.fit(module, datamodule=data)
+    said = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert said["teacher"]["init_args"]["source"] == model_folder(hidden=24, seed=2)
+
+
+def test_subclasses_come_back_with_their_own_arguments(model_folder, tmp_path):
+    made, data = make(model_folder, tmp_path)
+    specs = (made.student_spec, dl.DSKDObjective(kd_ratio=0.3), made.teacher_specs[0])
+    for module in (Weighted(*specs, bonus=0.5, warmup_ratio=0.2), Own(model_folder(seed=1), 3)):
+        trainer = fit(module, data, max_steps=1)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        again = type(module).load_from_checkpoint(tmp_path / "a.ckpt")
+        assert type(again) is type(module)
+        for name, value in module.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
+        if isinstance(module, Weighted):
+            assert (again.hparams.bonus, again.warmup_ratio, again.objectives[0].kd_ratio) == (0.5, 0.2, 0.3)
+        else:
+            assert (again.hparams.width, again.projector_lr) == (3, 0.5)
+
+
+def test_a_tuner_finds_the_batch_size(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    trainer = L.Trainer(**QUIET, max_steps=3, default_root_dir=tmp_path, enable_checkpointing=False)
+    Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=3, init_val=2)
+    assert data.batch_size == 8
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 3
+    assert len(next(iter(data.train_dataloader()))) == 8
