@@ -66,6 +66,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from dskd_lightning.structures import Side as Side
     from dskd_lightning.structures import TokenBatch as TokenBatch
     from dskd_lightning.training.on_policy import OnPolicySettings as OnPolicySettings
+    from dskd_lightning.training.whole_steps import WholeSteps as WholeSteps
+    from dskd_lightning.training.whole_steps import mean_over_step as mean_over_step
+    from dskd_lightning.training.windows import windows as windows
 
 _HOMES = {
     "ALMObjective": "objectives",
@@ -119,10 +122,13 @@ _HOMES = {
     "TotalVariation": "functional",
     "ULDObjective": "objectives",
     "UserError": "errors",
+    "WholeSteps": "training.whole_steps",
     "XTokenHybridObjective": "objectives",
     "XTokenProjectionObjective": "objectives",
     "export_student": "models",
     "load_student": "launch.trained",
+    "mean_over_step": "training.whole_steps",
+    "windows": "training.windows",
 }
 
 __all__ = sorted(_HOMES)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import lightning as L
 import torch
@@ -34,7 +34,6 @@ from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher,
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_packing
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
-from dskd_lightning.projection import LinearProjector
 from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks, whole
 from dskd_lightning.strategies import check_strategy, shard
 from dskd_lightning.structures import (
@@ -62,6 +61,12 @@ from dskd_lightning.training.origin import (
 )
 from dskd_lightning.training.resuming import settle_progress
 from dskd_lightning.training.tuning import check_tuning
+from dskd_lightning.training.whole_steps import (
+    mean_over_step,
+    measure_whole_steps,
+    settle,
+    settle_before_steps,
+)
 from dskd_lightning.training.windows import look_ahead
 
 if TYPE_CHECKING:
@@ -529,9 +534,7 @@ class DistillationModule(L.LightningModule):
             for config in self.trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, LambdaLR):
                     follow_schedule(config.scheduler)
-        for part in self.objectives.modules():
-            if isinstance(part, LinearProjector):
-                part.measure_whole_step()  # and settle before the step, see configure_gradient_clipping
+        measure_whole_steps(self.objectives)  # and settle before the step, see configure_gradient_clipping
         self._look_ahead()
 
     def _look_ahead(self) -> None:
@@ -637,24 +640,7 @@ class DistillationModule(L.LightningModule):
             total: scalar with a gradient.
             batch: with ``step_tokens`` where the step has more batches.
         """
-        own = batch.student.response.numel()
-        tokens = batch.step_tokens
-        if tokens is None:
-            tokens = total.new_full((), own, dtype=torch.long)  # without a copy from the host
-        averaged_over = 1
-        if self._fabric is not None:
-            averaged_over = self._fabric.world_size
-            tokens = cast("Tensor", self._fabric.all_reduce(tokens.clone(), reduce_op="sum"))
-        elif self._trainer is not None:
-            if batch.step_tokens is None and self.trainer.accumulate_grad_batches > 1:
-                raise UserError(
-                    "trainer.accumulate_grad_batches: the batches of a step can't be looked at ahead; give "
-                    "one training loader of DistillationBatches, or larger batches instead."
-                )
-            averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
-            tokens = self._all_reduce(tokens.clone())
-        precise = torch.promote_types(total.dtype, torch.float32)
-        return total * (averaged_over / tokens.clamp(min=1).to(total.device, precise))
+        return mean_over_step(total, batch, self)
 
     def on_train_epoch_start(self) -> None:
         self._look_ahead()  # loaders may be made anew for every epoch
@@ -754,6 +740,11 @@ class DistillationModule(L.LightningModule):
         optimizer = self._optimizer(cast("Any", groups))
         if self._lr_scheduler is not None:
             scheduler: Any = self._lr_scheduler(optimizer)
+        elif self._trainer is None:
+            raise UserError(
+                "lr_scheduler: without a Trainer nobody knows where training ends: give DistillationModule "
+                "an lr_scheduler."
+            )
         else:
             steps = self.trainer.estimated_stepping_batches
             if not 0 <= steps < float("inf"):
@@ -762,6 +753,8 @@ class DistillationModule(L.LightningModule):
                     "trainer.max_epochs or trainer.max_steps, or a model.lr_scheduler that needs no end."
                 )
             scheduler = cosine_with_warmup(optimizer, int(steps), self.warmup_ratio, self.min_lr_ratio)
+        if self._trainer is None:
+            settle_before_steps(optimizer, self.objectives)
         self._origin |= optimization_origin(optimizer, scheduler)
         if self._resumed is not None:
             check_origin(self._resumed[0], self._origin, self._resumed[1])
@@ -775,9 +768,7 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         """Clip norms of the student's and of the objectives' gradients apart; values as Lightning does."""
         self._log_step()
-        for part in self.objectives.modules():
-            if isinstance(part, LinearProjector):
-                part.settle()
+        settle(self.objectives)
         if self.joint_clipping or not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -789,7 +780,7 @@ class DistillationModule(L.LightningModule):
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", **changes: Any
-    ) -> DistillationModule:
+    ) -> Self:
         """The module that wrote a checkpoint, with its trained weights, in eval mode.
 
         Args:

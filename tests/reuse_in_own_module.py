@@ -1,48 +1,56 @@
-"""`DSKDObjective` alone in somebody else's LightningModule."""
+"""`DSKDObjective` in a foreign LightningModule: ``python tests/reuse_in_own_module.py STUDENT TEACHER``."""
+
+import sys
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dskd_lightning import DSKDObjective, Head, ModelSpace, Side
-
-
-def model(hidden: int) -> LlamaForCausalLM:
-    sizes = {"hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+from dskd_lightning import (
+    DistillationBatch,
+    DistillationCollator,
+    DSKDObjective,
+    Loaded,
+    Side,
+    TokenBatch,
+    WholeSteps,
+    mean_over_step,
+)
+from dskd_lightning.models.output import decoder_hidden, model_space, side
 
 
 class Mine(L.LightningModule):
-    def __init__(self) -> None:
+    """With accumulation and on several ranks, too, a step's loss is the mean over all its response tokens."""
+
+    def __init__(self, student: Loaded, teacher: Loaded) -> None:
         super().__init__()
-        self.teacher, self.student = model(32).requires_grad_(False).eval(), model(16)
+        self.student, self.teacher = student.model.train(), teacher.model.requires_grad_(False).eval()
         self.objective = DSKDObjective(temperature=2.0)
-        spaces = [
-            ModelSpace(Head(m.lm_head.weight), m.model.embed_tokens.weight)
-            for m in (self.student, self.teacher)
-        ]
+        spaces = [model_space(loaded.model, loaded.tokenizer) for loaded in (student, teacher)]
         self.objective.configure(*spaces)
 
-    def side(self, m: LlamaForCausalLM, ids: torch.Tensor) -> Side:
-        hidden = m.model(ids[:, :-1]).last_hidden_state.flatten(0, 1)
-        rows = torch.arange(len(ids)).repeat_interleave(ids.shape[1] - 1)
-        read, predicted = ids[:, :-1].flatten(), ids[:, 1:].flatten()
-        return Side(hidden, Head(m.lm_head.weight), m.model.embed_tokens.weight, read, predicted, rows)
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [WholeSteps(self.objective)]
 
-    def training_step(self, ids: torch.Tensor) -> torch.Tensor:
-        output = self.objective(self.side(self.student, ids), self.side(self.teacher, ids))
-        return output.loss / output.tokens
+    def side(self, model: torch.nn.Module, tokens: TokenBatch) -> Side:
+        return side(model, decoder_hidden(model, tokens), tokens)
+
+    def training_step(self, batch: DistillationBatch, batch_idx: int) -> torch.Tensor:
+        with torch.no_grad():
+            teacher = self.side(self.teacher, batch.teachers[0])
+        output = self.objective(self.side(self.student, batch.student), teacher, batch.alignments[0])
+        return mean_over_step(output.loss, batch, self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
 if __name__ == "__main__":
-    L.seed_everything(0)
-    mine, data = Mine(), torch.randint(64, (32, 12))
-    before = float(mine.training_step(data))
-    L.Trainer(max_epochs=8, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
-        mine, DataLoader(data, 8)
+    student, teacher = (
+        Loaded(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        for folder in sys.argv[1:3]
     )
-    print(f"loss {before:.3f} -> {float(mine.training_step(data)):.3f}")
+    rows = [{"prompt": f"Count to {n}.", "response": "one two three " * n} for n in range(1, 33)]
+    loader = DataLoader(rows, batch_size=2, collate_fn=DistillationCollator(student, teacher))
+    L.Trainer(max_epochs=2, accumulate_grad_batches=4).fit(Mine(student, teacher), loader)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from tiny_runs import dskd, environment, write_config, write_data
+from tiny_runs import dskd, write_config, write_data
 
 import dskd_lightning as dl
 
@@ -161,15 +159,6 @@ def test_two_processes_train_as_one(model_folder, tmp_path):
     dskd("fit", "--config", str(config), "--output", str(two), "--trainer.devices", "2")
     assert len(losses(one)) == len(losses(two)) > 2
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-
-
-def test_objective_alone_in_another_lightning_module():
-    script = Path(__file__).with_name("reuse_in_own_module.py")
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment(), check=True
-    )
-    before, after = (float(word) for word in result.stdout.strip().splitlines()[-1].split()[1::2])
-    assert after < before
 
 
 def test_every_public_name_is_there():

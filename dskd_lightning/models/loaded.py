@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.output import base_model
@@ -38,7 +38,7 @@ class Loaded:
     """
 
     model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     prompt_template: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
@@ -84,7 +84,7 @@ class Loaded:
         base = base_model(self.model)
         verify_causal(base, self.source)
         verify_head(base, self.source)
-        return self.model, self.tokenizer
+        return self.model, cast("PreTrainedTokenizerFast", self.tokenizer)
 
     def check_student(self, teachers: Iterable[object] = ()) -> None:
         """Check that the model can train beside ``teachers``.

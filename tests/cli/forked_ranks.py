@@ -1,4 +1,4 @@
-"""`dskd` under what `torchrun` sets, in forks of this process: one fork is one rank, bounded in time."""
+"""What `torchrun` starts, in forks of this process: one fork is one rank, bounded in time."""
 
 from __future__ import annotations
 
@@ -40,14 +40,36 @@ def dskd_ranks(
     expected: int | None = 0,
     timeout: float = 90,
 ) -> Ranks:
-    """Run ``dskd`` on several ranks over gloo.
+    """Run ``dskd`` on several ranks over gloo; see `in_ranks`.
 
     Args:
         arguments: the command line.
+        prepare: called in each rank first, with its number.
+    """
+
+    def run(rank: int) -> int:
+        prepare(rank)
+        return main(arguments)
+
+    return in_ranks(run, folder=folder, ranks=ranks, nodes=nodes, expected=expected, timeout=timeout)
+
+
+def in_ranks(
+    run: Callable[[int], object],
+    *,
+    folder: Path,
+    ranks: int = 2,
+    nodes: int = 1,
+    expected: int | None = 0,
+    timeout: float = 90,
+) -> Ranks:
+    """Call ``run`` with the number of each rank; what it returns, if a number, is the status.
+
+    Args:
+        run: what each rank does; it may use all that is in memory here.
         folder: where each rank's output goes.
         ranks: how many processes in all.
         nodes: on how many machines they seem to be.
-        prepare: called in each rank first, with its number.
         expected: status that all must end with; None lets them end as they may.
         timeout: seconds until all are killed and the test fails.
     """
@@ -68,7 +90,7 @@ def dskd_ranks(
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
             }  # fmt: skip
             os.environ.update({name: str(value) for name, value in variables.items()})
-            _become_rank(arguments, logs[rank], lambda rank=rank: prepare(rank))
+            _become_rank(logs[rank], lambda rank=rank: run(rank))
         processes.append(process)
     statuses: dict[int, int] = {}
     while len(statuses) < ranks and time.monotonic() < begin + timeout:
@@ -92,7 +114,7 @@ def dskd_ranks(
     return result
 
 
-def _become_rank(arguments: tuple[str, ...], log: Path, prepare: Callable[[], None]) -> None:
+def _become_rank(log: Path, run: Callable[[], object]) -> None:
     status = 1
     try:
         os.setsid()
@@ -100,8 +122,8 @@ def _become_rank(arguments: tuple[str, ...], log: Path, prepare: Callable[[], No
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has its own
-        prepare()
-        status = main(arguments)
+        ended = run()
+        status = ended if isinstance(ended, int) else 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:

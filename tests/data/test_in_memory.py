@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from pathlib import Path
 
-import lightning as L
+import datasets
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dskd_lightning as dl
 from dskd_lightning.structures import DistillationBatch
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 ROWS = [
     {
         "messages": [
@@ -69,17 +71,19 @@ def test_the_collator_and_the_data_module_make_the_same_batch(folders, tmp_path)
     assert collator.report["truncated responses"] == data.report["train"]["truncated responses"] > 0
 
 
-def test_two_models_in_memory_distil_from_an_ordinary_loader(folders, tmp_path) -> None:
-    student, teacher = (loaded(folder) for folder in folders)
-    module = dl.DistillationModule(student, dl.DSKDTokenAlignmentObjective(), teacher)
-    before = {name: p.detach().clone() for name, p in student.model.named_parameters()}
-    loader = DataLoader(ROWS, batch_size=2, collate_fn=dl.DistillationCollator(student, teacher))
-    L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-              enable_progress_bar=False).fit(module, loader)  # fmt: skip
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_what_the_readme_shows_runs_as_it_stands(model_folder, tmp_path, monkeypatch, kind) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "DistillationCollator" in block)
+    monkeypatch.chdir(tmp_path)
+    names = {"a": model_folder(seed=1), "b": model_folder(hidden=24, seed=2), "rows": kind(ROWS)}
+    exec(code, names)
+    module, student, teacher = (names[name] for name in ("module", "student", "teacher"))
     assert module.student is student.model
-    assert any(not torch.equal(p, before[name]) for name, p in student.model.named_parameters())
-    module.student.save_pretrained(tmp_path / "out")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+    assert module.teachers[0] is teacher.model
+    saved, first = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in ("out", names["a"]))
+    assert all(torch.equal(value, saved[name]) for name, value in student.model.state_dict().items())
+    assert any(not torch.equal(value, saved[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize(
