@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -33,7 +33,7 @@ def load_tokenizer(spec: ModelSpec | Loaded) -> PreTrainedTokenizerFast:
         UserError: no tokenizer there, none with a fast implementation, or no end of sequence.
     """
     if isinstance(spec, Loaded):
-        return spec.tokenizer
+        return cast("PreTrainedTokenizerFast", spec.tokenizer)  # as `Loaded` has checked
     tokenizer = _load(spec, spec.source if spec.tokenizer is None else spec.tokenizer)
     _complete_special_tokens(tokenizer, spec)
     if spec.chat_template is not None:
