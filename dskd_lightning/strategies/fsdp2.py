@@ -81,9 +81,8 @@ class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
         )
 
     def setup(self, trainer: L.Trainer) -> None:
-        # What evaluation gathers may still be there in training, where no inference tensor may be.
-        evaluation = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
-        for loop in (*evaluation, trainer.predict_loop):
+        # What evaluation gathers may still be there in a later fit, where no inference tensor may be.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         super().setup(trainer)
 

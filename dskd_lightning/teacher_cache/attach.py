@@ -25,7 +25,7 @@ from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.output import input_embeddings, language_head
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
-from dskd_lightning.ranks import barrier, rank_and_world
+from dskd_lightning.ranks import barrier, gathered, rank_and_world
 from dskd_lightning.teacher_cache.build import StateBuilder, shard_tokens
 from dskd_lightning.teacher_cache.codecs import bytes_per_token
 from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
@@ -115,6 +115,7 @@ def _ensure(
     for cache in wanted.values():
         _check_manifest(cache, specs[cache.teacher])
     missing = [cache for cache in wanted.values() if not is_complete(cache.folder)]
+    _check_agreement([cache.folder.name for cache in missing], root)
     if missing and not required:
         return None
     if missing and not settings.build:
@@ -144,6 +145,23 @@ def _ensure(
             previous = tuple(datamodule.teacher_hidden.get(stage, ()))[:index]
             datamodule.teacher_hidden[stage] = (*previous, stores[wanted[index, stage].folder])
     return heads
+
+
+def _check_agreement(missing: list[str], root: Path) -> None:
+    """All ranks must see the same caches, or some would wait for others for ever.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if any(other != missing for other in gathered(missing)):
+        raise UserError(_own_disks(root))
+
+
+def _own_disks(root: Path) -> str:
+    return (
+        f"data.teacher_cache.folder: not every node sees the same '{root}': name a folder on a disk that "
+        "they share, or run `dskd cache` on each node before."
+    )
 
 
 def _wanted(
@@ -254,7 +272,8 @@ def _builder(
         begin_cache(cache.folder, manifest, tokens)
     barrier()
     found = Manifest.read(cache.folder)
-    assert found is not None
+    if not all(gathered(found is not None)) or found is None:
+        raise UserError(_own_disks(cache.root))
     if found.weights != fingerprints[0]:
         raise UserError(
             f"The unfinished teacher cache '{cache.folder}' was begun with other weights of '{spec.source}': "

@@ -6,9 +6,11 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.loops import utilities
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
 from forked_ranks import dskd_ranks
@@ -42,6 +44,19 @@ def results(run: Path) -> dict[str, Any]:
     return found
 
 
+def as_on_gpus(_: int) -> None:
+    """Lightning evaluates in inference mode, unless ranks talk through gloo: weights gathered there would
+    not be fit for training."""
+    utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")  # type: ignore[attr-defined]
+    step = DistillationModule._evaluation_step
+
+    def checked(module: DistillationModule, batch: Any) -> None:
+        step(module, batch)
+        assert not module.student.get_input_embeddings().weight.is_inference()
+
+    DistillationModule._evaluation_step = checked  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 def test_sharded_run_is_tested_resumed_and_exported_as_another(
     tmp_path: Path, model_folder: Any, folder: bool
@@ -60,7 +75,7 @@ def test_sharded_run_is_tested_resumed_and_exported_as_another(
     run, given = tmp_path / "run", ("--config", str(config))
     dskd_ranks("fit", *given, folder=tmp_path)
     assert (run / "checkpoints" / "last.ckpt").is_dir() == folder
-    dskd_ranks("test", *given, folder=tmp_path)
+    dskd_ranks("test", *given, folder=tmp_path, prepare=as_on_gpus)
     two = results(run)
     alone("test", *given, *ONE, log=tmp_path / "one.log")
     one = results(run)
