@@ -32,7 +32,7 @@ from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.output import decoder_hidden, language_head, model_space, side
 from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
-from dskd_lightning.models.verification import verify_packing
+from dskd_lightning.models.verification import verify_devices, verify_packing, verify_tokenizers
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
 from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks, whole
 from dskd_lightning.strategies import check_strategy, shard
@@ -178,6 +178,7 @@ class DistillationModule(L.LightningModule):
         self.checkpoint_names: frozenset[str] = frozenset()
         self.strict_loading = False  # a checkpoint lacks frozen weights; see on_load_checkpoint
         self._shared_tokens: tuple[Tensor, Tensor] | None = None
+        self._checked_tokenizers: tuple[str, ...] = ()
         self._meter = RatioMeter()
         self._evaluation_meter = RatioMeter()
         self._validate_arguments()
@@ -265,6 +266,9 @@ class DistillationModule(L.LightningModule):
             spaces.append(
                 space(tokenizer_of, device) if space else model_space(cast("Any", teacher), tokenizer_of)
             )
+        if any(isinstance(spec, Loaded) for spec in (student, *self.teacher_specs)):
+            named = {spec.source: space for spec, space in zip(self.teacher_specs, spaces, strict=True)}
+            verify_devices(student.source, student_space.head.weight.device, named)
         for index, objective in enumerate(self._objectives()):
             objective.configure(student_space, spaces[index] if needed[index] else None)
         if start is not None:
@@ -488,6 +492,7 @@ class DistillationModule(L.LightningModule):
 
     def distil(self, batch: DistillationBatch) -> ObjectiveOutput:
         """The objective on one batch: teachers' outputs are averaged by their weights."""
+        self._check_tokenizers(batch)
         objectives = list(self._objectives())
         padded = any(o.needs_padded_statistics for o in objectives)
         student = self.student_side(batch.student, padded, batch.sampled)
@@ -678,7 +683,16 @@ class DistillationModule(L.LightningModule):
     def _all_reduce(self, sums: Tensor) -> Tensor:
         return sums if self.trainer.world_size == 1 else sum_over_ranks(sums.to(self.device))
 
+    def _check_tokenizers(self, batch: DistillationBatch) -> None:
+        if not batch.tokenizers or batch.tokenizers == self._checked_tokenizers:
+            return
+        learns = any(objective.needs_teacher for objective in self._objectives())
+        teachers = [load_tokenizer(spec) for spec in self.teacher_specs] if learns else []
+        verify_tokenizers(batch, self.tokenizer, teachers)
+        self._checked_tokenizers = batch.tokenizers
+
     def _evaluation_step(self, batch: DistillationBatch) -> None:
+        self._check_tokenizers(batch)
         student = self.student_side(batch.student)
         teacher, alignment = None, None
         if self.teachers and batch.teachers and not isinstance(self.teachers[0], AbsentTeacher):

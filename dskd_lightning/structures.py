@@ -261,6 +261,8 @@ class DistillationBatch(_Movable):
             None where they are the dataset's.
         teacher: number of the only teacher that answers for these records, since they name it; the others'
             tokens are then a row without response. None where all teachers answer.
+        tokenizers: fingerprints of the tokenizers that cut the texts, the student's first; empty where nobody
+            need ask.
     """
 
     student: TokenBatch
@@ -273,6 +275,7 @@ class DistillationBatch(_Movable):
     step_tokens: Tensor | None = None
     samples: Tensor | None = None
     teacher: int | None = None
+    tokenizers: tuple[str, ...] = ()
 
     def answers(self, teacher: int) -> bool:
         """Whether that teacher answers for these records."""

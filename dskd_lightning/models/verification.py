@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,9 +14,54 @@ from transformers import PreTrainedModel
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.head_reading import measure_head
 from dskd_lightning.models.output import base_model, decoder_hidden, language_head
-from dskd_lightning.structures import TokenBatch
+from dskd_lightning.structures import DistillationBatch, ModelSpace, TokenBatch
+from dskd_lightning.tokenizers import tokenizer_fingerprint
 
-__all__ = ["verify_causal", "verify_head", "verify_packing"]
+__all__ = ["verify_causal", "verify_devices", "verify_head", "verify_packing", "verify_tokenizers"]
+
+
+def verify_tokenizers(batch: DistillationBatch, student: Any, teachers: Sequence[Any]) -> None:
+    """Check that a batch was cut by the tokenizers of the models that read it.
+
+    Args:
+        batch: with `DistillationBatch.tokenizers`.
+        student: the student's tokenizer.
+        teachers: of those teachers that are read.
+
+    Raises:
+        UserError: others did.
+    """
+    names = ["student", *("teacher" if len(teachers) == 1 else f"teacher {i}" for i in range(len(teachers)))]
+    if len(batch.tokenizers) <= len(teachers):
+        raise UserError(
+            f"The batch was made for {len(batch.tokenizers) - 1} teachers, and the module learns from "
+            f"{len(teachers)}: give DistillationCollator the module's own models."
+        )
+    for name, found, tokenizer in zip(names, batch.tokenizers, (student, *teachers), strict=False):
+        if found != tokenizer_fingerprint(tokenizer):
+            raise UserError(
+                f"The batch was cut by another tokenizer than the {name}'s "
+                f"('{tokenizer.name_or_path}'): give DistillationCollator the module's own models."
+            )
+
+
+def verify_devices(student: str, device: torch.device, teachers: Mapping[str, ModelSpace]) -> None:
+    """Check that objectives find student and teachers on one device.
+
+    Args:
+        student: what it is called.
+        device: of its weights.
+        teachers: by what they are called.
+
+    Raises:
+        UserError: they aren't.
+    """
+    for name, space in teachers.items():
+        if space.head.weight.device != device:
+            raise UserError(
+                f"The student '{student}' is on {device} and the teacher '{name}' on "
+                f"{space.head.weight.device}: load both on one device; a Trainer moves them together."
+            )
 
 
 @torch.no_grad()

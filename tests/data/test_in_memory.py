@@ -94,3 +94,23 @@ def test_rows_without_messages_are_one_sentence(folders, row, message) -> None:
     collator = dl.DistillationCollator(dl.StudentSpec(folders[0]))
     with pytest.raises(dl.UserError, match=message):
         collator([row])
+
+
+def test_a_collator_of_other_models_is_one_sentence_before_the_first_step(model_folder, folders) -> None:
+    student, teacher = (loaded(folder) for folder in folders)
+    module = dl.DistillationModule(student, dl.DSKDTokenAlignmentObjective(), teacher)
+    module.configure_model()
+    other = loaded(model_folder(tokenizer="unigram"))
+    for models, message in (
+        ((other, teacher), "another tokenizer than the student's"),
+        ((student, student), "another tokenizer than the teacher's"),
+        ((student,), "for 0 teachers, and the module learns from 1"),
+    ):
+        batch = dl.DistillationCollator(*models)(ROWS)
+        for step in (module.training_step, module.validation_step):
+            with pytest.raises(dl.UserError, match=message):
+                step(batch, 0)
+    alone = dl.DistillationModule(student, dl.SFTObjective())
+    alone.configure_model()
+    assert alone.training_step(dl.DistillationCollator(student, other)(ROWS), 0).isfinite()
+    assert module.training_step(dl.DistillationCollator(student, teacher)(ROWS), 0).isfinite()

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pretended_gpu import PretendedGpu
 from test_distillation_module import fit
 from tiny_runs import write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -88,3 +89,12 @@ def test_what_cannot_be_used_is_said_at_once(model_folder):
     frozen = dl.Loaded(copy.deepcopy(model).requires_grad_(False), tokenizer)
     with pytest.raises(dl.UserError, match="no trainable parameter"):
         dl.DistillationModule(frozen, dl.SFTObjective()).configure_model()
+
+
+def test_a_student_on_another_device_than_its_teacher_is_one_sentence(model_folder) -> None:
+    student, teacher = loaded(model_folder(seed=1)), loaded(model_folder(hidden=24, seed=2))
+    with PretendedGpu():
+        student.model.to("cuda")
+        module = dl.DistillationModule(student, dl.DSKDv2Objective(), teacher)
+        with pytest.raises(dl.UserError, match=r"is on cuda:0 and the teacher '.*' on cpu: load both on one"):
+            module.configure_model()
