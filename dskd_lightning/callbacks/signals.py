@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 __all__ = ["SignalStop"]
 
@@ -28,12 +31,18 @@ class SignalStop(L.Callback):
     SLURM job (SIGUSR1 before the time limit), that happens then. Training that has no step left
     ends as if it had not been told. SIGTERM to another function of the Trainer ends it at once.
 
+    Whatever ends the first rank ends those that it started: alone they would wait for it in a collective
+    operation, or to join it, for minutes.
+
     Lightning's own handlers talk to the other ranks from within the handler, which hangs them; on SLURM they
     save in the middle of whatever runs.
 
     Args:
         checkpoint: where to save; None saves nothing.
     """
+
+    patience = 10.0
+    """Seconds in which the other ranks may end by themselves."""
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
         self.checkpoint = checkpoint
@@ -77,6 +86,20 @@ class SignalStop(L.Callback):
             if number == self._requeue:
                 _requeue()
         raise SystemExit(128 + number)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        launcher = trainer.strategy.launcher
+        if not isinstance(launcher, _SubprocessScriptLauncher) or isinstance(exception, KeyboardInterrupt):
+            return  # an interrupt is Lightning's
+        processes = list(launcher.procs)
+        launcher.procs.clear()  # or Lightning's observer kills this one where another was faster to end
+        end = time.monotonic() + self.patience
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, end - time.monotonic()))
+            process.kill()
 
     def _watch(self, trainer: L.Trainer) -> None:
         environment = trainer._accelerator_connector.cluster_environment

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from compared_runs import ComparedRun
 from forked_runs import dskd_forked
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from dskd_lightning.callbacks import SignalStop
+from dskd_lightning.errors import UserError
 from dskd_lightning.module import DistillationModule
 
 TWO = {"trainer.devices": 2, "trainer.strategy": "ddp_fork", "data.batch_size": 3}
@@ -118,3 +124,17 @@ def test_sigterm_ends_a_test_on_two_ranks(run: ComparedRun) -> None:
     stop = partial(tell, signal.SIGTERM, "test_step", 1)
     status = dskd_forked(*arguments, log=run.folder / "test.log", prepare=stop, timeout=60)
     assert status not in (0, None)
+
+
+def test_ranks_that_the_first_has_started_end_with_it(monkeypatch: Any) -> None:
+    """They would wait for it in a collective operation, or to join it, for minutes."""
+    monkeypatch.setattr(SignalStop, "patience", 0.5)
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=3, num_nodes=1)
+    waiting, ended = subprocess.Popen(["sleep", "300"]), subprocess.Popen(["true"])
+    launcher.procs = observed = [waiting, ended]
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
+    module: Any = None
+    SignalStop().on_exception(trainer, module, UserError("a mistake."))
+    assert waiting.wait(timeout=5) == -signal.SIGKILL
+    assert ended.wait(timeout=5) == 0
+    assert not observed  # by whom this process would be killed
