@@ -11,6 +11,7 @@ from dskd_lightning.callbacks.sample_fidelity import SampleFidelity
 from dskd_lightning.callbacks.signals import SignalStop
 from dskd_lightning.callbacks.summary import DistillationSummary
 from dskd_lightning.callbacks.training_cost import TrainingCost
+from dskd_lightning.callbacks.validation_responses import ValidationResponses
 from dskd_lightning.training.monitor import TrainingMonitor
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "SignalStop",
     "TrainingCost",
     "TrainingMonitor",
+    "ValidationResponses",
 ]

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
-__all__ = ["BestCheckpoint"]
+from dskd_lightning.callbacks.monitored import check_measured, check_value
+from dskd_lightning.runs.validation_metrics import Mode, direction
+
+if TYPE_CHECKING:
+    from dskd_lightning.module import DistillationModule
+
+__all__ = ["DEFAULT_MONITOR", "BestCheckpoint"]
+
+DEFAULT_MONITOR = "val/nll_per_token"
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -15,17 +25,29 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         folder: where the checkpoint is.
-        monitor: what is compared; lower is better.
+        monitor: the metric that validations are compared by.
+        mode: ``min`` or ``max``, which is better; None knows it of the library's metrics.
     """
 
-    def __init__(self, folder: str | Path, monitor: str = "val/nll_per_token") -> None:
+    def __init__(self, folder: str | Path, monitor: str = DEFAULT_MONITOR, mode: Mode | None = None) -> None:
         super().__init__(
             folder,
             filename="best",
             monitor=monitor,
+            mode=direction(monitor, mode),
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.monitor != DEFAULT_MONITOR:  # which is all that no validation leaves out
+            check_measured(str(self.monitor), trainer, cast("DistillationModule", pl_module))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            check_value(str(self.monitor), trainer)
+        super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         folder = self.dirpath

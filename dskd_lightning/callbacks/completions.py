@@ -20,7 +20,8 @@ __all__ = ["CompletionsTable", "log_completions"]
 
 
 class CompletionsTable(L.Callback):
-    """Prints and logs greedy completions after each validation, and their ROUGE-L.
+    """Prints and logs greedy completions after each validation, and their ROUGE-L as
+    ``val/completions_rougeL``.
 
     The teacher answers once; where training reads its hidden states from a cache and no teacher
     is loaded, the gold responses stand beside the student's.
@@ -52,7 +53,9 @@ class CompletionsTable(L.Callback):
                 self._teacher = self._answer(module, module.teachers[0], tokenizer, [r.ids for r in prompts])
             columns = {"teacher": self._teacher}
         scores = [rouge_l(text, r.references) for text, r in zip(responses, records, strict=True)]
-        pl_module.log("val/rougeL", sum(scores) / max(1, len(scores)), batch_size=1, sync_dist=True)
+        pl_module.log(
+            "val/completions_rougeL", sum(scores) / max(1, len(scores)), batch_size=1, sync_dist=True
+        )
         if trainer.is_global_zero:
             table = CompletionTable(
                 [r.prompt for r in records], {**columns, "student": responses}, self.characters
@@ -65,9 +68,7 @@ class CompletionsTable(L.Callback):
         self, module: DistillationModule, model: Any, tokenizer: Any, prompts: list[Any]
     ) -> list[str]:
         generator = Generator(model, tokenizer, self.settings)
-        batches = module.as_step(lambda: list(generator(prompts)))
-        texts = {generation.index: generation.text for batch in batches for generation in batch}
-        return [texts[index] for index in range(len(prompts))]
+        return [answer.text for answer in module.as_step(lambda: generator.answers(prompts))]
 
 
 def log_completions(logger: Logger, table: CompletionTable, step: int) -> None:

@@ -64,6 +64,15 @@ class SampleFidelity(L.Callback):
             temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, batch_size=32
         )
 
+    def validation_metrics(self, module: DistillationModule) -> tuple[str, ...]:
+        """What it adds to the validations' metrics."""
+        closeness = ("reverse_kl", "kl", "agreement")
+        aligned = tuple(f"aligned_{name}" for name in closeness)
+        names = (*closeness, *aligned, "teacher_nll_per_byte") if module.teacher_specs else ()
+        # Asked before teachers are loaded; with samples in training they will be whole.
+        sampled = module.on_policy is not None if self.prompts is None else self.prompts > 0
+        return tuple(f"samples_{name}" for name in names) if sampled else ()
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._evaluate(trainer, cast("DistillationModule", pl_module), "val")

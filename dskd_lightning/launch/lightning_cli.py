@@ -13,7 +13,6 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 
 from dskd_lightning.callbacks import (
@@ -29,8 +28,11 @@ from dskd_lightning.callbacks import (
     SignalStop,
     TrainingCost,
     TrainingMonitor,
+    ValidationResponses,
 )
-from dskd_lightning.checkpoints import WholeCheckpointIO, restored
+from dskd_lightning.callbacks.best_checkpoint import DEFAULT_MONITOR
+from dskd_lightning.checkpoints import restored
+from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
@@ -39,6 +41,7 @@ from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.runs.lock import lock_run
+from dskd_lightning.runs.validation_metrics import Mode
 from dskd_lightning.strategies import check_strategy, check_strategy_name
 
 __all__ = ["DistillationCLI"]
@@ -97,9 +100,10 @@ class DistillationCLI(LightningCLI):
     """Reads composable YAML files and runs a `DistillationModule` on an `InstructionDataModule`.
 
     Beside Lightning's own keys a config has ``output`` (the run folder), ``overwrite``,
-    ``save_every_n_steps``, ``completions`` (`CompletionsTable`), ``responses``
-    (`ResponseEvaluation`), ``samples`` (`SampleFidelity`), ``analysis`` (`RepresentationAnalysis`) and
-    ``monitor`` (`TrainingMonitor`).
+    ``save_every_n_steps``, ``best`` (what the best checkpoint is chosen by), ``completions``
+    (`CompletionsTable`), ``responses`` (`ResponseEvaluation`), ``validation`` (`ValidationResponses`),
+    ``samples`` (`SampleFidelity`), ``analysis`` (`RepresentationAnalysis`) and ``monitor``
+    (`TrainingMonitor`).
     """
 
     def __init__(self, args: Any = None, run: bool = True, **kwargs: Any) -> None:
@@ -142,9 +146,23 @@ class DistillationCLI(LightningCLI):
             default=100,
             help="Optimiser steps between checkpoints to resume from.",
         )
+        parser.add_argument(
+            "--best.monitor",
+            type=str,
+            default=DEFAULT_MONITOR,
+            help="Metric of the validation that checkpoints/best.ckpt is chosen by: val/nll_per_token, "
+            "val/kl, val/rougeL (with validation.prompts), ...",
+        )
+        parser.add_argument(
+            "--best.mode",
+            type=Mode | None,
+            default=None,
+            help="Which is better; needed for metrics of your own code alone.",
+        )
         parser.add_lightning_class_args(DistillationSummary, "summary")
         parser.add_lightning_class_args(CompletionsTable, "completions")
         parser.add_lightning_class_args(ResponseEvaluation, "responses")
+        parser.add_lightning_class_args(ValidationResponses, "validation")
         parser.add_lightning_class_args(SampleFidelity, "samples")
         parser.add_lightning_class_args(RepresentationAnalysis, "analysis")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
@@ -238,7 +256,13 @@ class DistillationCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         saving = config.get("enable_checkpointing") is not False
         if saving and not any(isinstance(callback, ModelCheckpoint) for callback in given):
-            callbacks = [*callbacks, *self._checkpoints(folder, outer.save_every_n_steps)]
+            best = BestCheckpoint(folder, outer.best.monitor, outer.best.mode)
+            callbacks = [*callbacks, best, LastCheckpoint(folder, outer.save_every_n_steps)]
+        elif outer.best.monitor != DEFAULT_MONITOR:
+            raise UserError(
+                f"best.monitor: {outer.best.monitor} would choose nothing: trainer.enable_checkpointing is "
+                "false, or a ModelCheckpoint of your own is among trainer.callbacks."
+            )
         stop = SignalStop(folder / "last.ckpt" if saving else None)
         callbacks = [*callbacks, TrainingCost(outer.output), stop]
         shown = any(isinstance(callback, ProgressBar) for callback in given)
@@ -250,8 +274,7 @@ class DistillationCLI(LightningCLI):
         trainer = super()._instantiate_trainer(config, callbacks)
         cached = self.datamodule.teacher_cache is not None
         check_strategy(trainer, self.model.teacher_specs, cached=cached)  # before processes are started
-        if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not config.get("plugins"):
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        use_whole_checkpoints(trainer)
         return trainer
 
     def _loggers(self, given: Any, output: Path) -> list[Logger]:
@@ -262,10 +285,6 @@ class DistillationCLI(LightningCLI):
         if given is None or given is True:
             return [log, TensorBoardLogger(output, name="", version="tensorboard", default_hp_metric=False)]
         return [log, *(given if isinstance(given, list) else [given])]
-
-    @staticmethod
-    def _checkpoints(folder: Path, every: int) -> list[L.Callback]:
-        return [BestCheckpoint(folder), LastCheckpoint(folder, every)]
 
 
 def _is_requeued(checkpoints: Path) -> bool:

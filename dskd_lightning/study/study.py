@@ -19,6 +19,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import option, read_yaml
 from dskd_lightning.launch.configs import config_path
+from dskd_lightning.runs.validation_metrics import KNOWN
 from dskd_lightning.study.names import check_name
 from dskd_lightning.study.process import run_process
 from dskd_lightning.study.reading import mapping, read_values, texts
@@ -65,7 +66,8 @@ class Study:
         output: folder of the study; each variant has its run folder in it.
         base: YAML files for all variants.
         variants: in the order in which they run; the report compares with the first that trains.
-        select: validation metric (lower is better) that chooses among the points of a grid.
+        select: validation metric that chooses among the points of a grid; lower is better, but for those
+            that are known to be better when higher (accuracy, agreement, ROUGE-L).
         report: also write the HTML report of `dskd compare`.
     """
 
@@ -189,7 +191,7 @@ class Study:
                 _remove(trial)
                 self._process(variant, trial, settings, point, test=False)
             scores[settings] = self._score(trial)
-            best = min(scores, key=scores.__getitem__)
+            best = min(scores, key=lambda settings: self._loss(scores[settings]))
             for loser in scores.keys() - {best}:
                 _remove(trials / loser / "checkpoints")
         chosen = {
@@ -203,13 +205,17 @@ class Study:
         return best
 
     def _score(self, trial: Path) -> float:
-        """What `select` is on validation; infinity where it is no number."""
+        """What `select` is on validation; as bad as can be where it is no number."""
         validation = (read_result(trial) or {}).get("validation") or {}
         if self.select not in validation:
             known = ", ".join(sorted(validation)) or "nothing: give `data.val` or `data.val_split`"
             raise UserError(f"study: `select: {self.select}` isn't measured in validation; there is {known}.")
         score = float(validation[self.select])
-        return score if math.isfinite(score) else math.inf
+        return score if math.isfinite(score) else self._loss(math.inf)
+
+    def _loss(self, score: float) -> float:
+        """A score whose lower values are better."""
+        return -score if KNOWN.get(self.select) == "max" else score
 
     def _process(
         self, variant: Variant, folder: Path, settings: str, point: dict[str, Any], test: bool

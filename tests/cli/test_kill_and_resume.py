@@ -31,6 +31,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "max_steps": {"trainer.max_epochs": -1, "trainer.max_steps": 11, "save_every_n_steps": 2},
     "weight averaging": {"trainer.callbacks": [EMA]},
     "two ranks": {"trainer.devices": 2, "trainer.strategy": "ddp_fork", "data.batch_size": 3},
+    "best by sampled responses, two ranks": {
+        "best": {"monitor": "val/response_tokens", "mode": "min"},
+        "validation": {"prompts": 3, "seeds": [1, 2], "max_new_tokens": 40},
+        "model.optimizer.init_args": {"lr": 0.1},
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp_fork",
+        "data.batch_size": 3,
+    },
     "sharded": {"trainer.devices": 2, "trainer.strategy": SHARDED, "data.batch_size": 3},
     "sharded, in folders": {
         "trainer.devices": 2,
@@ -53,6 +61,7 @@ POINTS: dict[str, list[list[tuple[str, float]]]] = {
     "max_steps": [[("epoch end", 1), ("step", 3), ("before save", 4)]],
     "weight averaging": [[("after save", 3), ("call", 0.3)]],
     "two ranks": [[("step", 3), ("validation", 2)]],
+    "best by sampled responses, two ranks": [[("step", 3), ("validation", 2), ("validation", 2)]],
     "sharded": [],
     "sharded, in folders": [[("step", 3), ("in save", 0.7)]],
 }

@@ -18,6 +18,7 @@ from forked_runs import dskd_forked
 from tiny_runs import write_config
 
 from dskd_lightning.module import DistillationModule
+from dskd_lightning.runs.metrics_file import read_rows
 
 TWO = {"trainer.devices": 2, "trainer.strategy": "ddp", "completions": {"prompts": 0}}
 ONE = ("--trainer.devices=1", "--trainer.strategy=auto")
@@ -64,6 +65,31 @@ def test_two_ranks_test_what_one_tests(tmp_path: Path, model_folder: Any) -> Non
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
     assert two["representation"]["after"] == pytest.approx(one["representation"]["after"], rel=1e-5)
     assert two["representation"]["projectors"].keys() == one["representation"]["projectors"].keys()
+
+
+def test_two_ranks_validate_responses_as_one_does(tmp_path: Path, model_folder: Any) -> None:
+    changes = {
+        "validation": {"prompts": 3, "seeds": [1, 2], "max_new_tokens": 40},
+        "best": {"monitor": "val/response_tokens", "mode": "max"},
+        "model.optimizer.init_args": {"lr": 0.1},
+        "trainer.max_epochs": 3,
+    }
+    config = write_config(
+        tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **{**TWO, **changes}
+    )
+    dskd_ranks("fit", "--config", str(config), folder=tmp_path)
+    dskd_ranks("validate", "--config", str(config), folder=tmp_path)
+    assert dskd_forked("validate", "--config", str(config), *ONE, log=tmp_path / "one.log") == 0
+    rows = read_rows(tmp_path / "run" / "metrics.csv")
+    validated = [row for row in rows if row.get("val/response_tokens")]
+    *fit, two, one = [{name: float(row[name]) for name in row if "val/" in name} for row in validated]
+    assert one == pytest.approx(two, rel=1e-5)
+    lengths = [row["val/response_tokens"] for row in fit]
+    assert len(set(lengths)) > 1
+    best = lengths.index(max(lengths))
+    assert two == pytest.approx(fit[best], rel=1e-5)  # the best of them all, whoever measures it
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == int(validated[best]["step"]) + 1
 
 
 def test_a_rank_without_a_batch_holds_nobody_up(tmp_path: Path, model_folder: Any) -> None:

@@ -136,6 +136,12 @@ def test_a_changed_grid_shows_its_own_points(tmp_path, recorder) -> None:
         assert score == pytest.approx(abs(point["lr"] - 0.05))
 
 
+def test_a_score_that_is_better_when_higher_is_known(tmp_path, recorder, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "METRIC", "val/rougeL")
+    read(tmp_path, select="val/rougeL", variants={"a": {"grid": {"lr": [0.1, 0.3, 0.2, float("nan")]}}}).run()
+    assert recorder.table == {"a": 0.3}
+
+
 def test_a_loser_that_becomes_the_best_is_trained_again(tmp_path, recorder) -> None:
     read(tmp_path, variants={"a": {"grid": {"lr": [0.05, 0.2, 0.3]}}}).run()
     read(tmp_path, variants={"a": {"grid": {"lr": [0.2, 0.3]}}}).run()
