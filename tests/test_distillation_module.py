@@ -8,7 +8,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from tiny_runs import dskd, write_config, write_data
+from forked_ranks import dskd_ranks
+from tiny_runs import write_config, write_data
 
 import dskd_lightning as dl
 
@@ -145,18 +146,10 @@ def test_two_processes_train_as_one(model_folder, tmp_path):
     changes = {"trainer.strategy": "ddp", "data.batch_size": 3, "trainer.max_epochs": 2}
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
     one, two = tmp_path / "one", tmp_path / "two"
-    dskd(
-        "fit",
-        "--config",
-        str(config),
-        "--output",
-        str(one),
-        "--trainer.devices",
-        "1",
-        "--data.batch_size",
-        "6",
-    )
-    dskd("fit", "--config", str(config), "--output", str(two), "--trainer.devices", "2")
+    fit_one = ("fit", "--config", str(config), "--output", str(one), "--data.batch_size", "6")
+    dskd_ranks(*fit_one, "--trainer.devices", "1", folder=tmp_path / "log of one", ranks=1)
+    fit_two = ("fit", "--config", str(config), "--output", str(two))
+    dskd_ranks(*fit_two, "--trainer.devices", "2", folder=tmp_path / "logs")
     assert len(losses(one)) == len(losses(two)) > 2
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 import yaml
-from tiny_runs import dskd, write_config, write_data
+from tiny_runs import dskd, dskd_fork, write_config, write_data
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
@@ -48,7 +48,7 @@ def test_fit_leaves_a_complete_run_folder(trained):
 
 def test_a_fit_without_steps_still_says_what_it_cost(tmp_path, model_folder):
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
-    dskd("fit", "--config", str(config), "--trainer.max_epochs=0")
+    dskd_fork("fit", "--config", str(config), "--trainer.max_epochs=0")
     assert json.loads((tmp_path / "run/training.json").read_text())["steps"] == 0
 
 
@@ -72,7 +72,7 @@ def test_test_scores_the_best_checkpoint(trained):
 
 def test_export_is_a_plain_folder(trained, tmp_path):
     file = tmp_path / "student.gguf"
-    dskd("export", str(trained / "run"), str(tmp_path / "student"), "--gguf", str(file))
+    dskd_fork("export", str(trained / "run"), str(tmp_path / "student"), "--gguf", str(file))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
     for name, weight in packed.state_dict().items():  # adapters merged in both
@@ -85,7 +85,7 @@ def test_export_is_a_plain_folder(trained, tmp_path):
 
 
 def test_a_second_run_needs_another_folder(trained):
-    result = dskd("fit", "--config", str(trained / "config.yaml"), check=False)
+    result = dskd_fork("fit", "--config", str(trained / "config.yaml"), check=False)
     assert result.returncode == 2
     assert "already holds a run" in result.stderr
     assert "Traceback" not in result.stderr
@@ -129,8 +129,8 @@ def test_optimizers_with_8_bit_states_resume(tmp_path, model_folder):
     pytest.importorskip("bitsandbytes")
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
     optimizer = ["--model.optimizer=bitsandbytes.optim.AdamW8bit", "--model.optimizer.lr=0.01"]
-    dskd("fit", "--config", str(config), *optimizer, "--trainer.max_epochs=1")
-    dskd("fit", "--config", str(config), *optimizer, "--ckpt_path=last")
+    dskd_fork("fit", "--config", str(config), *optimizer, "--trainer.max_epochs=1")
+    dskd_fork("fit", "--config", str(config), *optimizer, "--ckpt_path=last")
     checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     states = tree_leaves(checkpoint["optimizer_states"])
     assert any(torch.is_tensor(state) and state.dtype == torch.uint8 for state in states)
@@ -231,7 +231,7 @@ def test_unreadable_file_is_one_sentence(tmp_path, model_folder, capsys):
 
 def test_options_are_not_abbreviated(tmp_path, model_folder):
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
-    result = dskd("fit", "--config", str(config), "--trainer.max_epoch", "1", check=False)
+    result = dskd_fork("fit", "--config", str(config), "--trainer.max_epoch", "1", check=False)
     assert result.returncode == 2
     assert "max_epoch" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -252,7 +252,7 @@ def test_users_loggers_stand_beside_the_run_folders_log(tmp_path, model_folder):
             "model.objective": {"class_path": "dskd_lightning.objectives.SFTObjective"},
         },
     )
-    dskd("fit", "--config", str(config))
+    dskd_fork("fit", "--config", str(config))
     assert "val/nll_per_byte" in (tmp_path / "run/metrics.csv").read_text()
     assert any((tmp_path / "other").rglob("metrics.csv"))
     assert not (tmp_path / "run/tensorboard").exists()
@@ -262,8 +262,8 @@ def test_users_loggers_stand_beside_the_run_folders_log(tmp_path, model_folder):
 def test_run_stopped_by_max_steps_goes_on(tmp_path, model_folder, stop):
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
     arguments = ["fit", "--config", str(config), "--trainer.max_epochs", "3"]
-    dskd(*arguments, "--trainer.max_steps", str(stop))
-    dskd(*arguments, "--ckpt_path", "last")
+    dskd_fork(*arguments, "--trainer.max_steps", str(stop))
+    dskd_fork(*arguments, "--ckpt_path", "last")
     checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3 * 4
     with (tmp_path / "run/metrics.csv").open() as stream:
@@ -327,7 +327,7 @@ def test_users_own_objective_needs_no_registration(tmp_path, model_folder, monke
 def test_composed_configs_and_printed_config(tmp_path, model_folder):
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
     (tmp_path / "more.yaml").write_text("model:\n  student:\n    lora:\n      rank: 3\n")
-    printed = dskd(
+    printed = dskd_fork(
         "fit", "--config", str(config), "--config", str(tmp_path / "more.yaml"), "--print_config"
     ).stdout
     values = yaml.safe_load(printed)
@@ -343,7 +343,7 @@ def test_study_compares_variants(tmp_path, model_folder):
         "base": [config.name],
         "variants": {
             "before": {"train": False},
-            "sft": {"config": sft, "grid": {"model.optimizer.init_args.lr": [1e-3, 1e-2]}},
+            "sft": {"config": sft},
             "dskd": None,
         },
     }
@@ -353,8 +353,6 @@ def test_study_compares_variants(tmp_path, model_folder):
     assert list(rows) == ["before", "sft", "dskd"]
     assert rows["before"]["perplexity_per_token"] > rows["dskd"]["perplexity_per_token"]
     assert "training_seconds" not in rows["before"]
-    grid = json.loads((tmp_path / "study/grid/sft/grid.json").read_text())
-    assert grid["chosen"] in grid["points"]
     assert (tmp_path / "study/curves.png").stat().st_size > 1000
     assert (tmp_path / "study/report/report.html").is_file()
 
@@ -365,8 +363,7 @@ def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):
         "output": str(tmp_path / "study"),
         "base": ["config.yaml"],
         "report": False,
-        "grid": {"model.optimizer.init_args.lr": [1e-6, 1e-2]},
-        "variants": {"DSKD": None},
+        "variants": {"DSKD": {"grid": {"model.optimizer.init_args.lr": [1e-6, 1e-2]}}},
     }
     (tmp_path / "grid.study.yaml").write_text(yaml.safe_dump(study))
     dskd("study", str(tmp_path / "grid.study.yaml"))
@@ -389,7 +386,7 @@ def test_generate_writes_an_instruction_file(tmp_path, model_folder):
     data = write_data(tmp_path / "data.jsonl", 3)
     data.write_text(data.read_text().replace('"}\n', '", "id": 7}\n', 1))
     arguments = ["--max_new_tokens", "4"]
-    dskd("generate", model_folder(seed=1), str(data), str(tmp_path / "out.jsonl"), *arguments)
+    dskd_fork("generate", model_folder(seed=1), str(data), str(tmp_path / "out.jsonl"), *arguments)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["messages"][0]["content"] for line in lines] == [f"Say the number {i}." for i in range(3)]
     assert all(line["messages"][-1]["role"] == "assistant" for line in lines)

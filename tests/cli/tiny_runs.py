@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +82,42 @@ def dskd(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str
     )
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def dskd_fork(*arguments: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Likewise in a fork of this process, which spares it a start of many seconds."""
+    from dskd_lightning.cli.main import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("out", "err")]
+        process = os.fork()
+        if not process:
+            status = 1
+            try:
+                os.setsid()
+                os.environ.update(environment())
+                for number, path in enumerate(paths, 1):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has its own
+                status = main(arguments)
+            except SystemExit as stop:
+                status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        end = time.monotonic() + timeout
+        while (done := os.waitpid(process, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.killpg(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                raise AssertionError(
+                    f"dskd {arguments} hangs: {paths[1].read_text(errors='replace')[-3000:]}"
+                )
+            time.sleep(0.01)
+        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in paths)
+    status = os.waitstatus_to_exitcode(done[1])
+    assert not check or status == 0, err[-3000:]
+    return subprocess.CompletedProcess(arguments, status, out, err)

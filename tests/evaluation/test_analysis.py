@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import dskd, write_config
+from tiny_runs import dskd_fork, write_config
 
 from dskd_lightning.cli import main
 from dskd_lightning.errors import UserError
@@ -33,10 +33,10 @@ def run(tmp_path_factory, model_folder) -> Path:
     changes = {"model.objective": CMA, "trainer.max_epochs": 1, "analysis": {"before": True, "maps": 3}}
     changes["responses"] = {"seeds": [], "max_new_tokens": 4, "max_length": None, "teacher_efficiency": True}
     config = write_config(folder, student, teacher, **changes)
-    dskd("fit", "--config", str(config))
+    dskd_fork("fit", "--config", str(config))
     (folder / "run/alignments").mkdir()
     (folder / "run/alignments/99.json").write_text("{}")  # an earlier test's, which drew more
-    dskd("test", "--config", str(folder / "run/config.yaml"))
+    dskd_fork("test", "--config", str(folder / "run/config.yaml"))
     return folder / "run"
 
 

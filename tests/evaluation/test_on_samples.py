@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from test_distillation_module import make
-from tiny_runs import dskd, write_config
+from tiny_runs import dskd_fork, write_config
 
 import dskd_lightning as dl
 from dskd_lightning.callbacks.sample_fidelity import agreement_text
@@ -96,10 +96,10 @@ def test_validation_and_test_show_samples(model_folder, tmp_path):
         tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2),
         **{"samples": {"prompts": 3, "max_new_tokens": 6}, "trainer.max_epochs": 1},
     )  # fmt: skip
-    fitted = dskd("fit", "--config", str(config))
+    fitted = dskd_fork("fit", "--config", str(config))
     assert "samples at step" in fitted.stdout
     assert "val/samples_reverse_kl" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
-    dskd("test", "--config", str(config))
+    dskd_fork("test", "--config", str(config))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for name in ("reverse_kl", "teacher_nll_per_byte", "nll_per_byte", "length", "finished", "repeated_4"):
         assert metrics[f"samples_{name}"] >= 0

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from tiny_runs import dskd, environment, write_data
+from tiny_runs import dskd_fork, environment, write_data
 
 import dskd_lightning as dl
 from dskd_lightning.data.chat import ChatRenderer
@@ -154,7 +154,7 @@ def test_command_is_the_same_after_a_kill_and_over_ranks(tmp_path, model_folder)
     def command(name):
         return ["generate", model_folder(seed=1), str(data), str(tmp_path / name), *options]
 
-    said = dskd(*command("whole.jsonl")).stdout
+    said = dskd_fork(*command("whole.jsonl")).stdout
     assert "of 48 responses to 16 prompts" in said
     assert "less likely than others" in said
     whole = (tmp_path / "whole.jsonl").read_text()
@@ -168,7 +168,7 @@ def test_command_is_the_same_after_a_kill_and_over_ranks(tmp_path, model_folder)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed.jsonl").exists()
-    dskd(*command("killed.jsonl"))
+    dskd_fork(*command("killed.jsonl"))
     assert (tmp_path / "killed.jsonl").read_text() == whole
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -179,7 +179,7 @@ def test_command_is_the_same_after_a_kill_and_over_ranks(tmp_path, model_folder)
 
 
 def test_greedy_decoding_has_one_sample(tmp_path, model_folder):
-    result = dskd(
+    result = dskd_fork(
         "generate", model_folder(seed=1), "x", str(tmp_path / "o"), "--samples_per_prompt", "2", check=False
     )
     assert result.returncode == 2

@@ -9,9 +9,10 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from forked_ranks import dskd_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_distillation_module import fit, make
-from tiny_runs import dskd, write_config, write_data
+from tiny_runs import dskd_fork, write_config, write_data
 
 import dskd_lightning as dl
 from dskd_lightning.alignment.sampled_text import sampled_text
@@ -346,7 +347,7 @@ def test_ranks_learn_as_one_process_does(model_folder, tmp_path):
                 **({"trainer.strategy": "ddp"} if devices > 1 else {}),
             },
         )  # fmt: skip
-        dskd("fit", "--config", str(config))
+        dskd_ranks("fit", "--config", str(config), folder=folder, ranks=devices)
         with (folder / "run" / "metrics.csv").open() as file:
             rows.append([row for row in csv.DictReader(file) if row.get("train/loss")])
     assert len(rows[0]) == len(rows[1]) >= 4
@@ -407,7 +408,7 @@ def test_what_learns_nothing_from_samples_is_refused(model_folder, tmp_path):
         tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2),
         **{"model.on_policy": {}, "data.teacher_cache": {}},
     )  # fmt: skip
-    result = dskd("fit", "--config", str(config), check=False)
+    result = dskd_fork("fit", "--config", str(config), check=False)
     assert result.returncode == 2, result.stderr[-2000:]
     assert "not on samples (model.on_policy); set it to null" in result.stderr
     assert "Traceback" not in result.stderr
