@@ -9,6 +9,7 @@ from dskd_lightning.errors import UserError
 
 __all__ = [
     "cache",
+    "chat",
     "compare",
     "config",
     "data",
@@ -40,6 +41,45 @@ def cache(
     from dskd_lightning.cli.cache_command import build_cache
 
     build_cache(config, output, dtype, estimate)
+
+
+def chat(
+    models: list[str],
+    prompt: list[str] | None = None,
+    seed: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    ckpt_path: Literal["best", "last"] = "best",
+) -> None:
+    """Talk to one or several models side by side, as they write.
+
+    Each keeps its own conversation, with the template and system message that it was trained with. ``/reset``
+    starts anew, ``/quit`` ends; from a pipe, each line is a question.
+
+    Args:
+        models: run folders, models (a folder, a GGUF file, a Hub id or demo), or teacher for that of the
+            first run.
+        prompt: questions to ask instead of reading them.
+        seed: sample with this seed instead of taking the most likely tokens.
+        max_new_tokens: most tokens of an answer.
+        temperature: divides the logits when sampling.
+        top_p: probability that the sampled tokens must hold.
+        ckpt_path: which checkpoint of runs.
+    """
+    from rich.console import Console
+
+    from dskd_lightning.cli import chat_command
+    from dskd_lightning.generation.generator import GenerationSettings
+
+    if not models:
+        raise UserError("dskd chat: name a run folder or a model.")
+    if len(set(models)) < len(models):
+        raise UserError("dskd chat: a model is named twice.")
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    speakers = chat_command.open_speakers(models, settings, ckpt_path)
+    console = Console()
+    chat_command.chat(speakers, prompt or chat_command.typed(console), seed, console)
 
 
 def compare(

@@ -33,6 +33,7 @@ _USAGE = """usage: dskd COMMAND [options]
   study      train several variants of one config and compare them
   cache      store a teacher's hidden states for many epochs
   generate   let a model answer a file of prompts
+  chat       talk to runs, their teacher or other models side by side
   vocab      how two tokenizers overlap, and which objective suits the pair
   judge      let a model choose between two runs' responses
   harness    evaluate an exported student with lm-evaluation-harness

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.generation.in_step import in_step, is_sharded
@@ -156,6 +157,24 @@ class Generator:
             generation for _, generation in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])
         ]
 
+    def stream(
+        self, prompt: Sequence[int], told: Callable[[str], None], *, seed: int | None = None, index: int = 0
+    ) -> Generation:
+        """The response to one prompt, told while it is written.
+
+        Args:
+            prompt: token ids.
+            told: called with the text so far after each token.
+            seed: samples with this seed; None decodes greedily.
+            index: what the random numbers depend on besides.
+
+        Raises:
+            UserError: the prompt is empty or leaves no room for a response.
+        """
+        budget = self._budget(prompt, index)
+        streamer = _Streamer(lambda ids: told(self._trim(ids, budget, index).text))
+        return self._generate_once([prompt], [budget], [index], seed, streamer)[0]
+
     def _budget(self, prompt: Sequence[int], index: int) -> int:
         if not len(prompt):
             raise UserError(f"prompt {index} has no tokens; give it some text or a template.")
@@ -195,7 +214,12 @@ class Generator:
 
     @torch.no_grad()  # not inference mode: a shard gathered here may still be there in training
     def _generate_once(
-        self, prompts: list[Sequence[int]], budgets: list[int], indices: list[int], seed: int | None
+        self,
+        prompts: list[Sequence[int]],
+        budgets: list[int],
+        indices: list[int],
+        seed: int | None,
+        streamer: BaseStreamer | None = None,
     ) -> list[Generation]:
         length, most = max(map(len, prompts)), max(budgets)
         device: Any = self.model.get_input_embeddings().weight.device
@@ -216,6 +240,7 @@ class Generator:
                 generation_config=self._config(most),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([RowBudget(budgets, length)]),
+                streamer=streamer,
             )
         responses = output[:, length:].tolist()
         return [self._trim(*row) for row in zip(responses, budgets, indices, strict=True)]
@@ -240,6 +265,23 @@ class Generator:
             pad_token_id=self.pad_id,
             use_cache=True,
         )
+
+
+class _Streamer(BaseStreamer):
+    """Calls back with the ids of the response so far."""
+
+    def __init__(self, told: Callable[[list[int]], None]) -> None:
+        self._told, self._ids, self._prompt = told, list[int](), True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt:  # comes first
+            self._prompt = False
+            return
+        self._ids += value.flatten().tolist()
+        self._told(self._ids)
+
+    def end(self) -> None:
+        """Nothing more comes."""
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from dskd_lightning.checkpoints import read_checkpoint, restored
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import option, read_yaml
-from dskd_lightning.models.spec import LoraSpec, PruneSpec, StudentSpec
+from dskd_lightning.models.spec import LoraSpec, ModelSpec, PruneSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
 
 if TYPE_CHECKING:
     from dskd_lightning.launch.lightning_cli import DistillationCLI
 
-__all__ = ["find_checkpoint", "load_student", "load_trained", "open_run", "student_spec_from_dict"]
+__all__ = [
+    "find_checkpoint",
+    "load_student",
+    "load_trained",
+    "open_run",
+    "specs_of",
+    "student_spec_from_dict",
+]
+
+_S = TypeVar("_S", bound=ModelSpec)
 
 
 def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
@@ -87,6 +97,19 @@ def load_student(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
         UserError: there is no such checkpoint or it was not written by `DistillationModule`.
     """
     return load_trained(run, ckpt_path)
+
+
+def specs_of(run: str | Path) -> tuple[ModelSpec, list[TeacherSpec]]:
+    """What a run folder's config says of the student (weights and template alone) and of the teachers."""
+    model = read_yaml(Path(run) / "config.yaml").get("model") or {}
+    found = model.get("teacher") or []
+    teachers = found if isinstance(found, list) else [found]
+    return _spec(ModelSpec, model["student"]), [_spec(TeacherSpec, values) for values in teachers]
+
+
+def _spec(kind: type[_S], values: dict[str, Any]) -> _S:
+    known = {field.name for field in fields(kind)} - {"follow"}
+    return kind(**{key: value for key, value in values.items() if key in known and value is not None})
 
 
 def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:

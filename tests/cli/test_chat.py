@@ -1,0 +1,131 @@
+"""Talking to runs, their teacher and other models: what each reads and says, in terminals and pipes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny_runs import environment, write_config
+
+from dskd_lightning.cli import chat_command, main
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.examples import Message
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.chat import Speaker
+from dskd_lightning.generation.generator import GenerationSettings, Generator
+from dskd_lightning.launch.trained import load_trained, specs_of
+from dskd_lightning.models.loading import load_model
+from dskd_lightning.models.spec import ModelSpec
+from dskd_lightning.models.tokenizer import load_tokenizer
+
+SETTINGS = GenerationSettings(max_new_tokens=6)
+
+
+def speaker(folder: str, name: str = "tiny", settings: GenerationSettings = SETTINGS, **options) -> Speaker:
+    spec = ModelSpec(folder)
+    tokenizer = load_tokenizer(spec)
+    return Speaker(name, Generator(load_model(spec), tokenizer, settings), ChatRenderer(tokenizer), **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("chat")
+    config = write_config(
+        folder, model_folder(seed=1), model_folder(hidden=24, seed=2),
+        **{"trainer.max_epochs": 1, "data.system": "Be brief."},
+    )  # fmt: skip
+    assert main(["fit", "--config", str(config)]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_what_is_streamed_grows_into_what_generation_gives(model_folder, seed) -> None:
+    one = speaker(model_folder(seed=1), system="Be kind.")
+    told: list[str] = []
+    first = one.answer("hello", told.append, seed)
+    asked = [Message("system", "Be kind."), Message("user", "hello")]
+    expected = one.generator.answers([one.renderer.generation_prompt(asked)], seed=seed, indices=[1])[0]
+    assert first == told[-1] == expected.text
+    assert len(told) >= len(set(told)) > 1
+    second = one.answer("and then?", told.append, seed)
+    asked += [Message("assistant", first), Message("user", "and then?")]
+    assert one.renderer.generation_prompt(asked) == one.renderer.generation_prompt(
+        [Message("system", "Be kind."), *one.messages[:-1]]
+    )
+    assert one.messages[-1].content == second
+
+
+def test_old_turns_are_forgotten_where_there_is_no_room(model_folder, caplog) -> None:
+    one = speaker(model_folder(seed=1))
+    one.generator.model.config.max_position_embeddings = 70
+    for number in range(6):
+        one.answer(f"question number {number}", lambda _: None)
+        assert len(one.renderer.generation_prompt(one.messages[:-1])) <= 70 - SETTINGS.max_new_tokens
+    assert "forgets the oldest turns" in caplog.text
+    assert one.messages[0].role == "user"
+    before = list(one.messages)
+    with pytest.raises(UserError, match="has room for 64 tokens"):
+        one.answer("long " * 80, lambda _: None)
+    assert one.messages == before
+
+
+def test_an_interrupted_answer_was_never_asked_for(model_folder) -> None:
+    one = speaker(model_folder(seed=1))
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.answer("hello", interrupt)
+    assert one.messages == []
+
+
+def test_a_terminal_shows_all_side_by_side_and_commands_work(model_folder) -> None:
+    speakers = [speaker(model_folder(seed=seed), f"model {seed}\x1b[31m") for seed in (1, 2)]
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    chat_command.chat(speakers, ["hi", "/what", "/reset", "hello", "/quit", "never"], None, console)
+    shown = console.file.getvalue()
+    assert "model 1" in shown
+    assert "model 2" in shown
+    assert "\x1b[31m" not in shown  # names and answers are models' and users' text
+    assert "no command '/what'" in shown
+    assert [message.content for message in speakers[0].messages if message.role == "user"] == ["hello"]
+
+
+def test_a_run_speaks_as_it_was_trained_and_so_does_its_teacher(run, model_folder, capsys) -> None:
+    speakers = chat_command.open_speakers([str(run), "teacher", model_folder(seed=3)], SETTINGS, "best")
+    assert [one.system for one in speakers] == ["Be brief.", "Be brief.", None]
+    student, _ = load_trained(run)
+    ours = dict(speakers[0].generator.model.state_dict())
+    assert all((value == ours[name]).all() for name, value in student.state_dict().items())
+    assert speakers[1].generator.model.config.hidden_size == 24
+    assert specs_of(run)[1][0].source == model_folder(hidden=24, seed=2)
+    assert main(["chat", str(run), "teacher", "--prompt", '["hello"]', "--max_new_tokens", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith(f"{run}: ")
+    assert lines[-1].startswith("teacher: ")
+
+
+def test_a_pipe_asks_line_by_line(model_folder) -> None:
+    command = [sys.executable, "-m", "dskd_lightning", "chat", model_folder(seed=1), "--max_new_tokens=3"]
+    done = subprocess.run(
+        command, input="hello\n\nagain\n", capture_output=True, text=True, env=environment(), check=True
+    )
+    assert done.stdout.count(f"{model_folder(seed=1)}: ") == 2
+
+
+def test_mistakes_are_one_sentence(run, model_folder, capsys, tmp_path) -> None:
+    assert main(["chat", "teacher", model_folder(seed=1)]) == 2
+    assert "name a run folder too" in capsys.readouterr().err
+    assert main(["chat", str(run), str(run)]) == 2
+    assert "named twice" in capsys.readouterr().err
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["teacher"]["log_probabilities"] = "scores"
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="only log-probabilities are known"):
+        chat_command.open_speakers(["teacher", str(tmp_path)], SETTINGS, "best")
