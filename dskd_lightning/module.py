@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -443,10 +444,13 @@ class DistillationModule(L.LightningModule):
     # --- steps --------------------------------------------------------------------------------
 
     def as_step(self, function: Callable[[], _T]) -> _T:
-        """What ``function`` gives, called as a step is, where it may read and run the models.
+        """What ``function`` gives, called as a step is, where it may read and run models and objectives.
 
         Outside of steps the weights of a sharded module aren't there: all ranks call this then.
         """
+        for objective in self.objectives:
+            if isinstance(objective, FSDPModule):
+                objective.unshard()
         return function()
 
     def student_side(

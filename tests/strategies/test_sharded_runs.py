@@ -21,6 +21,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.module import DistillationModule
 
 STRATEGY = "dskd_lightning.strategies.DSKDModelParallelStrategy"
+CROSS_ATTENTION = "DSKDCrossAttentionObjective"
 ONE = ("--trainer.devices=1", "--trainer.strategy=auto")
 
 
@@ -71,12 +72,16 @@ def test_sharded_run_is_tested_resumed_and_exported_as_another(
         "trainer.max_epochs": 1,
         "samples.prompts": 5,
     }
-    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes)
+    if not folder:
+        changes["model.objective"] = {"class_path": f"dskd_lightning.objectives.{CROSS_ATTENTION}"}
+    teacher = model_folder(tokenizer="bpe" if folder else "unigram", hidden=24, seed=2)
+    config = write_config(tmp_path, model_folder(seed=1), teacher, **changes)
     run, given = tmp_path / "run", ("--config", str(config))
     dskd_ranks("fit", *given, folder=tmp_path)
     assert (run / "checkpoints" / "last.ckpt").is_dir() == folder
     dskd_ranks("test", *given, folder=tmp_path, prepare=as_on_gpus)
     two = results(run)
+    assert folder or json.loads(next((run / "alignments").iterdir()).read_text())["weights"]
     alone("test", *given, *ONE, log=tmp_path / "one.log")
     one = results(run)
     assert two["predictions"] == one["predictions"]

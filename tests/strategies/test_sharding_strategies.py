@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
+from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
 from forked_ranks import dskd_ranks
@@ -40,6 +44,21 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def with_older_hooks(rank: int) -> None:
+    """FSDP2 finds no tensors in dataclasses, as in PyTorch 2.6."""
+
+    def collect(structure: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(t for t in tree_leaves(structure) if torch.is_tensor(t) and t.requires_grad)
+
+    def replace(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
+        return tree_map(lambda t: next(tensors) if torch.is_tensor(t) and t.requires_grad else t, structure)
+
+    for module in (_fsdp_state, _fsdp_param_group):
+        for name, own in (("collect_grad_tensors", collect), ("replace_grad_tensors", replace)):
+            if hasattr(module, name):
+                setattr(module, name, own)
+
+
 @pytest.mark.parametrize(
     ("lora", "ranks", "replicas"), [(None, 4, 2), ({"rank": 4}, 2, 1)], ids=["copies", "lora"]
 )
@@ -62,7 +81,8 @@ def test_sharded_processes_train_as_one(model_folder, tmp_path, lora, ranks, rep
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     whole = ("--trainer.devices", "1", "--data.batch_size", str(3 * ranks))
     assert dskd_forked(*fit, *whole, "--output", str(one), log=tmp_path / "one.log") == 0
-    dskd_ranks(*many, "--output", str(two), folder=tmp_path, ranks=ranks)
+    hooks = with_older_hooks if lora else lambda rank: None
+    dskd_ranks(*many, "--output", str(two), folder=tmp_path, ranks=ranks, prepare=hooks)
     assert len(losses(one)) == len(losses(two)) > 2
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert norms(two) == pytest.approx(norms(one), rel=1e-3)
