@@ -50,6 +50,7 @@ from dskd_lightning.teacher_cache import TeacherHead, ensure_caches, ensure_log_
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, follow_schedule, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
 from dskd_lightning.training.following import Follower
+from dskd_lightning.training.length import follow_accumulation, total_steps
 from dskd_lightning.training.monitor import TrainingMonitor
 from dskd_lightning.training.on_policy import OnPolicySettings, SampleBuffer, on_samples, sample_metrics
 from dskd_lightning.training.origin import (
@@ -539,6 +540,7 @@ class DistillationModule(L.LightningModule):
         """Take up what Lightning restores too early or too late."""
         # Loaders that were built to count the steps, before the checkpoint's progress was read.
         self.trainer.fit_loop._load_combined_loader_states()
+        follow_accumulation(self.trainer)
         if self._lr_scheduler is None:
             for config in self.trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, LambdaLR):
@@ -550,7 +552,7 @@ class DistillationModule(L.LightningModule):
         if self.on_policy is None:
             look_ahead(self.trainer)
             return
-        steps = self.trainer.estimated_stepping_batches if self.on_policy.changes else float("inf")
+        steps = total_steps(self.trainer) if self.on_policy.changes else float("inf")
         if self.on_policy.changes and not 0 <= steps < float("inf"):
             raise UserError(
                 "model.on_policy.fraction: several numbers are spread over training, which must have an end: "
@@ -764,7 +766,7 @@ class DistillationModule(L.LightningModule):
                 "an lr_scheduler."
             )
         else:
-            steps = self.trainer.estimated_stepping_batches
+            steps = total_steps(self.trainer)
             if not 0 <= steps < float("inf"):
                 raise UserError(
                     "trainer.max_epochs: the default schedule ends with training, so it must know where: set "

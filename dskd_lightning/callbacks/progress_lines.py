@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from dskd_lightning.runs.heartbeat import Heartbeat, duration
 from dskd_lightning.structures import DistillationBatch
+from dskd_lightning.training.length import total_steps
 
 __all__ = ["ProgressLines"]
 
@@ -84,7 +85,7 @@ class ProgressLines(ProgressBar):
         return ", ".join([*parts, self._fit.left(now)])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step, total = trainer.global_step, float(trainer.estimated_stepping_batches)
+        step, total = trainer.global_step, total_steps(trainer)
         self._fit = _Part("fit", self._clock(), total, step, step)
         self._tokens, self._seconds = 0, 0.0
         self._start()

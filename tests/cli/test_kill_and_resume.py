@@ -9,6 +9,10 @@ import pytest
 from compared_runs import ComparedRun
 
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+GROWING = {
+    "class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+    "init_args": {"scheduling": {1: 2}},
+}
 SHARDED = {"class_path": "dskd_lightning.strategies.DSKDModelParallelStrategy"}
 EXPONENTIAL = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9}}
 RUNS: dict[str, dict[str, Any]] = {
@@ -29,7 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "model.lr_scheduler": EXPONENTIAL,
     },
     "max_steps": {"trainer.max_epochs": -1, "trainer.max_steps": 11, "save_every_n_steps": 2},
-    "weight averaging": {"trainer.callbacks": [EMA]},
+    "weight averaging, accumulation that grows": {"trainer.callbacks": [EMA, GROWING]},
     "two ranks": {"trainer.devices": 2, "trainer.strategy": "ddp_fork", "data.batch_size": 3},
     "best by sampled responses, two ranks": {
         "best": {"monitor": "val/response_tokens", "mode": "min"},
@@ -59,7 +63,7 @@ POINTS: dict[str, list[list[tuple[str, float]]]] = {
         [("command", 0.6), ("validation", 3), ("after save", 2), ("step", 3), ("before save", 2)],
     ],
     "max_steps": [[("epoch end", 1), ("step", 3), ("before save", 4)]],
-    "weight averaging": [[("after save", 3), ("call", 0.3)]],
+    "weight averaging, accumulation that grows": [[("after save", 3), ("step", 4), ("call", 0.3)]],
     "two ranks": [[("step", 3), ("validation", 2)]],
     "best by sampled responses, two ranks": [[("step", 3), ("validation", 2), ("validation", 2)]],
     "sharded": [],
