@@ -26,7 +26,7 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(MAKE) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake -m "not slow" notebooks
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
