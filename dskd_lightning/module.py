@@ -854,11 +854,12 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self.student_spec, StudentSpec):
             checkpoint["student_spec"] = asdict(self.student_spec)
-        plain = {}
-        for name, value in self.hparams.items():  # a subclass may have added to them whatever it was given
+        own: dict[str, Any] = {}
+        # A subclass may have added whatever it was given; these the command line gives in its own form.
+        for name in self.hparams.keys() - {"optimizer", "lr_scheduler", "_instantiator", "_class_path"}:
             with suppress(UserError):
-                plain[name] = described(value)
-        checkpoint["hyper_parameters"] = {**plain, **self._described()}
+                own[name] = described(self.hparams[name])
+        checkpoint["hyper_parameters"] = {**own, **self._described()}
         trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
         if self._followers:
             step = checkpoint.get("global_step", 0)

@@ -43,6 +43,8 @@ class CompletionsTable(L.Callback):
             return
         module = cast("DistillationModule", pl_module)
         datamodule = cast("Any", trainer).datamodule
+        if not hasattr(datamodule, "examples"):
+            return  # data of another kind have batches alone
         records = prompt_records(datamodule, "val", self.prompts)
         responses = self._answer(module, module.student, module.tokenizer, [r.ids for r in records])
         columns = {"reference": [r.references[0] if r.references else "" for r in records]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.predict import PromptRecord
 
 if TYPE_CHECKING:
@@ -28,7 +29,15 @@ def prompt_records(
         limit: only the first so many.
         teacher: render for this teacher instead of the student.
         max_length: most tokens of prompt and response, where generation allows fewer than training.
+
+    Raises:
+        UserError: it is another kind of data module, or none.
     """
+    if not hasattr(datamodule, "examples"):
+        raise UserError(
+            "Prompts to generate for are read from an InstructionDataModule or a subclass of it: give the "
+            "Trainer one, or set validation.prompts to 0, and responses.enabled to false."
+        )
     model = 0 if teacher is None else teacher + 1
     view = datamodule.examples(stage)
     records = []

@@ -74,11 +74,6 @@ class ValidationResponses(L.Callback):
             return
         module = cast("DistillationModule", pl_module)
         datamodule = cast("Any", trainer).datamodule
-        if datamodule is None:
-            raise UserError(
-                "ValidationResponses reads prompts from an InstructionDataModule: give Trainer.fit one, or "
-                "set its prompts to 0."
-            )
         records = prompt_records(datamodule, "val", self.prompts, max_length=self.settings.max_length)
         sums = module._all_reduce(module.as_step(lambda: self._sums(module, records)))
         means = (sums / len(records)).tolist()

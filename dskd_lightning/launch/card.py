@@ -200,6 +200,8 @@ def _is_hub_id(source: object) -> bool:
 
 def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = config.get(key)
+    if key in ("model", "data") and isinstance(value, dict) and "class_path" in value:  # the user's own
+        value = value.get("init_args")
     return value if isinstance(value, dict) else {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +34,9 @@ from dskd_lightning.callbacks import (
 from dskd_lightning.callbacks.best_checkpoint import DEFAULT_MONITOR
 from dskd_lightning.checkpoints import restored
 from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
-from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
+from dskd_lightning.launch.own_classes import OwnClasses, OwnClassesParser
 from dskd_lightning.launch.run_files import clear_run, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.module import DistillationModule
@@ -80,7 +81,7 @@ class _SaveConfig(SaveConfigCallback):
         """Which layers a pruned student keeps was measured: later commands take the list."""
         student = cast("DistillationModule", pl_module).student_spec
         prune = student.prune if isinstance(student, StudentSpec) else None
-        written = self.config.model.student.prune if prune is not None else None
+        written = self.config.model.get("student.prune") if prune is not None else None
         if prune is not None and written is not None and written.layers != prune.layers:
             written.layers = prune.layers
             if trainer.is_global_zero:
@@ -99,6 +100,8 @@ class _SaveConfig(SaveConfigCallback):
 class DistillationCLI(LightningCLI):
     """Reads composable YAML files and runs a `DistillationModule` on an `InstructionDataModule`.
 
+    Subclasses of one's own take their places by ``class_path`` and ``init_args``, see `OwnClasses`.
+
     Beside Lightning's own keys a config has ``output`` (the run folder), ``overwrite``,
     ``save_every_n_steps``, ``best`` (what the best checkpoint is chosen by), ``completions``
     (`CompletionsTable`), ``responses`` (`ResponseEvaluation`), ``validation`` (`ValidationResponses`),
@@ -108,15 +111,17 @@ class DistillationCLI(LightningCLI):
 
     def __init__(self, args: Any = None, run: bool = True, **kwargs: Any) -> None:
         configure_output()  # again: importing Lightning has added its own handlers
+        self.own_classes = OwnClasses(sys.argv[1:] if args is None else args)
         super().__init__(
-            DistillationModule,
-            InstructionDataModule,
+            self.own_classes.chosen["model"],
+            self.own_classes.chosen["data"],
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            args=args,
+            args=self.own_classes.arguments,
             run=run,
+            parser_class=OwnClassesParser,
             parser_kwargs={
                 "prog": "dskd",
                 "description": "Distil one language model into another.",
@@ -125,6 +130,11 @@ class DistillationCLI(LightningCLI):
             },
             **kwargs,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = cast("OwnClassesParser", super().init_parser(**kwargs))
+        parser.own_classes = self.own_classes if self.own_classes.paths else None
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -169,8 +179,9 @@ class DistillationCLI(LightningCLI):
         parser.link_arguments("output", "responses.output")
         parser.link_arguments("output", "samples.output")
         parser.link_arguments("output", "analysis.output")
-        parser.link_arguments("model.student_spec", "data.student", apply_on="instantiate")
-        parser.link_arguments("model.teacher_specs", "data.teacher", apply_on="instantiate")
+        for attribute, target in (("student_spec", "data.student"), ("teacher_specs", "data.teacher")):
+            if cast("OwnClassesParser", parser).accepts(target):
+                parser.link_arguments(f"model.{attribute}", target, apply_on="instantiate")
         parser.set_defaults({"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 1})
 
     def before_instantiate_classes(self) -> None:
@@ -190,7 +201,7 @@ class DistillationCLI(LightningCLI):
                     f"--output: {output} already holds a run; resume it with `--ckpt_path last`, "
                     "start over with `--overwrite true`, or name another folder."
                 )
-            start = config.model.weights_from
+            start = config.model.get("weights_from")
             if start and config.overwrite and Path(start).resolve().is_relative_to(output.resolve()):
                 raise UserError(
                     f"--model.weights_from: {start} lies in {output}, where the new run starts over; "
@@ -272,7 +283,7 @@ class DistillationCLI(LightningCLI):
             config = {**config, "logger": self._loggers(config.get("logger"), Path(outer.output))}
             callbacks = [*callbacks, LearningRateMonitor("step")]
         trainer = super()._instantiate_trainer(config, callbacks)
-        cached = self.datamodule.teacher_cache is not None
+        cached = getattr(self.datamodule, "teacher_cache", None) is not None
         check_strategy(trainer, self.model.teacher_specs, cached=cached)  # before processes are started
         use_whole_checkpoints(trainer)
         return trainer

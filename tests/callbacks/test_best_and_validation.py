@@ -131,7 +131,7 @@ def test_validation_needs_the_data_modules_prompts(model_folder, tmp_path):
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[ValidationResponses(1)]
     )
-    with pytest.raises(dl.UserError, match="reads prompts from an InstructionDataModule"):
+    with pytest.raises(dl.UserError, match="are read from an InstructionDataModule"):
         trainer.validate(module, torch.utils.data.DataLoader(loader, batch_size=None), verbose=False)
     with pytest.raises(dl.UserError, match=r"validation\.prompts"):
         ValidationResponses(-1)
