@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -16,10 +16,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dskd_lightning.assembly.arguments import check_arguments, plain_arguments
+from dskd_lightning.assembly.figures import forget_other_figures, gradient_norms
+from dskd_lightning.assembly.teachers import (
+    ask_absent_teachers,
+    build_teacher,
+    cached_heads,
+    make_followers,
+)
+from dskd_lightning.assembly.trained_state import drop_untrained, miss_trained_alone, trained_names
 from dskd_lightning.checkpoints.checks import read_checkpoint
 from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.data.chat import ChatRenderer
@@ -35,7 +44,7 @@ from dskd_lightning.models.spec import PruneSpec, Student, StudentSpec, Teacher,
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_devices, verify_packing, verify_tokenizers
 from dskd_lightning.objectives.base import Objective, ObjectiveOutput
-from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks, whole
+from dskd_lightning.ranks import gathered, rank_and_world, sum_over_ranks
 from dskd_lightning.strategies import check_strategy, shard
 from dskd_lightning.structures import (
     DistillationBatch,
@@ -46,7 +55,7 @@ from dskd_lightning.structures import (
     Side,
     TokenBatch,
 )
-from dskd_lightning.teacher_cache import TeacherHead, ensure_caches, ensure_log_probabilities
+from dskd_lightning.teacher_cache import TeacherHead
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, follow_schedule, parameter_groups
 from dskd_lightning.training.fidelity import fidelity, shared_tokens
 from dskd_lightning.training.following import Follower
@@ -77,36 +86,6 @@ if TYPE_CHECKING:
 __all__ = ["DistillationModule"]
 
 _T = TypeVar("_T")
-
-
-def _drop_untrained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """State-dict hook: a checkpoint holds what was trained, never the teacher."""
-    kept = cast("DistillationModule", module).checkpoint_names
-    for key in [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in kept]:
-        del state_dict[key]
-
-
-def _miss_trained_alone(module: nn.Module, incompatible: Any) -> None:
-    """Hook after loading: what a checkpoint never holds isn't missing, however strict the loading.
-
-    Lightning's weight averaging loads a copy of the module strictly.
-    """
-    kept = cast("DistillationModule", module).checkpoint_names
-    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-
-    def is_missing(key: str) -> bool:
-        while key not in names and "." in key:
-            key = key.partition(".")[2]  # of a module that holds this one
-        return key in kept or key not in names
-
-    incompatible.missing_keys[:] = filter(is_missing, incompatible.missing_keys)
-
-
-def _built(spec: TeacherSpec | Loaded) -> nn.Module:
-    """A whole teacher, frozen; one that is known by its log-probabilities has no weights."""
-    if isinstance(spec, TeacherSpec) and spec.absent:
-        return AbsentTeacher(len(load_tokenizer(spec)))
-    return cast("nn.Module", cast("Any", spec.build()[0]).requires_grad_(False).eval())
 
 
 class DistillationModule(L.LightningModule):
@@ -183,56 +162,13 @@ class DistillationModule(L.LightningModule):
         self._checked_tokenizers: tuple[str, ...] = ()
         self._meter = RatioMeter()
         self._evaluation_meter = RatioMeter()
-        self._validate_arguments()
+        check_arguments(self.teacher_specs, self._objectives(), on_policy)
         self.save_hyperparameters(self._described())
-        self.register_state_dict_post_hook(_drop_untrained)
-        self.register_load_state_dict_post_hook(_miss_trained_alone)
+        self.register_state_dict_post_hook(drop_untrained)
+        self.register_load_state_dict_post_hook(miss_trained_alone)
 
-    def _validate_arguments(self) -> None:
-        teachers, objectives = len(self.teacher_specs), len(self.objectives)
-        if teachers > 1 and objectives != teachers:
-            raise UserError(
-                f"model.objective: {teachers} teachers need as many objectives, in the same order, "
-                f"not {objectives}; give a list."
-            )
-        if teachers <= 1 and objectives != 1:
-            raise UserError("model.objective: a list of objectives needs a list of as many teachers.")
-        if self.on_policy is not None:
-            self.on_policy.check()
-        for objective in self._objectives():
-            if objective.needs_teacher and not teachers:
-                raise UserError(
-                    f"model.teacher: {type(objective).__name__} learns from a teacher; name one, "
-                    "or take SFTObjective."
-                )
-            if self.on_policy is not None and not objective.learns_from_samples:
-                raise UserError(
-                    f"model.on_policy: {type(objective).__name__} learns nothing from the student's own "
-                    "samples; take an objective that follows a teacher, or leave on_policy out."
-                )
-
-        for spec, objective in zip(self.teacher_specs, self._objectives(), strict=False):
-            if not isinstance(spec, TeacherSpec) or not spec.absent:
-                continue
-            if spec.follow or spec.quantization or spec.adapter:
-                raise UserError(
-                    "model.teacher: of a teacher known by its log-probabilities no weights are loaded: "
-                    "drop adapter, quantization and follow, or endpoint and log_probabilities."
-                )
-            if objective.needs_teacher and not objective.learns_from_log_probabilities:
-                raise UserError(
-                    f"model.objective: {type(objective).__name__} needs the teacher's hidden states, and "
-                    f"'{spec.source}' is known by log-probabilities alone: take TopKObjective (one "
-                    "vocabulary) or ALMObjective (any)."
-                )
-            if self.on_policy is not None:
-                raise UserError(
-                    f"model.on_policy: of '{spec.source}' only log-probabilities of the data's responses are "
-                    "known, not of samples: leave on_policy out, or give a teacher that is here."
-                )
-
-    def _objectives(self) -> Iterable[Objective]:
-        return cast("Iterable[Objective]", self.objectives)
+    def _objectives(self) -> list[Objective]:
+        return cast("list[Objective]", list(self.objectives))
 
     # --- models -------------------------------------------------------------------------------
 
@@ -279,8 +215,8 @@ class DistillationModule(L.LightningModule):
         self._origin["objective or projector"] = parts_of(self.objectives)
         self.student, self.tokenizer = model, tokenizer
         self._shared_tokens = shared_tokens(student_space, spaces[0]) if spaces else None
-        self.checkpoint_names = self._trained_names()
-        self._followers = self._make_followers()
+        self.checkpoint_names = trained_names(self)
+        self._followers = make_followers(model, self.teacher_specs, list(self.teachers), self._objectives())
         if self.device_mesh is not None:
             shard(self, self.device_mesh)
 
@@ -308,55 +244,16 @@ class DistillationModule(L.LightningModule):
         """Whole teachers or, where the datamodule keeps their hidden states, their heads on ``device``."""
         if self.complete_teachers or not self.teacher_specs:
             return
-        heads = self._cached_teachers()
+        heads = cached_heads(self._trainer, self.teacher_specs, self._objectives(), self.on_policy)
         if heads is not None:
             if not self.teachers:
                 pairs = zip(heads, self.teacher_specs, strict=True)
-                self.teachers = nn.ModuleList(head or _built(spec) for head, spec in pairs).to(device)
+                self.teachers = nn.ModuleList(head or build_teacher(spec) for head, spec in pairs).to(device)
         elif not self.teachers or any(isinstance(teacher, TeacherHead) for teacher in self.teachers):
             if self._trainer is not None:
                 check_strategy(self.trainer, self.teacher_specs)
-            self.teachers = nn.ModuleList(_built(spec) for spec in self.teacher_specs)
-        self._ask_absent_teachers()
-
-    def _ask_absent_teachers(self) -> None:
-        """Log-probabilities of the training data, where that is all to be known of a teacher."""
-        specs = [s for s in self.teacher_specs if isinstance(s, TeacherSpec)]
-        learns = any(objective.needs_teacher for objective in self._objectives())
-        if not any(spec.absent for spec in specs) or not learns or self._trainer is None:
-            return
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        datamodule: Any = cast("Any", self._trainer).datamodule
-        if not hasattr(datamodule, "teacher_hidden") or len(specs) < len(self.teacher_specs):
-            raise UserError(
-                "model.teacher: log-probabilities are collected for an InstructionDataModule whose teachers "
-                "are all specs: train on one, with `datamodule=`."
-            )
-        ensure_log_probabilities(datamodule, specs)
-
-    def _make_followers(self) -> list[Follower]:
-        """Of teachers whose weights follow the student's."""
-        followers = []
-        models = zip(self.teacher_specs, self.teachers, self._objectives(), strict=False)
-        for spec, teacher, objective in models:
-            if not isinstance(spec, TeacherSpec) or spec.follow is None:
-                continue
-            if spec.quantization is not None:
-                raise UserError(
-                    "model.teacher.follow: quantised weights can't follow the student's: leave "
-                    "quantization out."
-                )
-            follower = Follower(spec.follow, self.student, teacher, spec.source)
-            head = id(cast("Any", teacher).get_output_embeddings().weight)
-            named = dict(teacher.named_parameters(remove_duplicate=False))
-            if objective.keeps_teacher_head and any(id(named[name]) == head for name in follower.names):
-                raise UserError(
-                    f"model.teacher.follow: {type(objective).__name__} reads the teacher's head once, which "
-                    "would change: set student.freeze_embeddings or train adapters, or take DSKDObjective."
-                )
-            followers.append(follower)
-        return followers
+            self.teachers = nn.ModuleList(build_teacher(spec) for spec in self.teacher_specs)
+        ask_absent_teachers(self._trainer, self.teacher_specs, self._objectives())
 
     def follow_student(self, step: int) -> None:
         """Let teachers with ``follow`` take up the student's weights in front of an optimiser step.
@@ -365,47 +262,6 @@ class DistillationModule(L.LightningModule):
         """
         for follower in self._followers:
             follower.update(step)
-
-    def _cached_teachers(self) -> list[TeacherHead | None] | None:
-        """The heads, with complete caches behind them, or None to run whole teachers.
-
-        Training builds what is missing; evaluation takes a cache where there is one.
-        """
-        datamodule: Any = None if self._trainer is None else cast("Any", self._trainer).datamodule
-        if getattr(datamodule, "teacher_cache", None) is None:
-            return None
-        specs = [spec for spec in self.teacher_specs if isinstance(spec, TeacherSpec)]
-        if len(specs) < len(self.teacher_specs):
-            raise UserError(
-                "data.teacher_cache: a cache is known by its teacher's files, which one in memory lacks; set "
-                "it to null, or give a TeacherSpec."
-            )
-        if any(spec.follow is not None for spec in specs):
-            raise UserError(
-                "data.teacher_cache: a cache holds the states of one teacher, not of one that follows the "
-                "student (model.teacher.follow); set it to null."
-            )
-        if self.on_policy is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            raise UserError(
-                "data.teacher_cache: a cache holds the teacher's states on the dataset's responses, not on "
-                "samples (model.on_policy); set it to null."
-            )
-        if any(o.needs_padded_statistics for o in self._objectives()):
-            raise UserError(
-                "data.teacher_cache: the objective reads statistics of the padded layout, which a cache "
-                "doesn't hold; set it to null or turn that option of the objective off."
-            )
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        learns = any(o.needs_teacher for o in self._objectives())
-        stages = [s for s in datamodule.stages() if s != "predict" and (learns or s != "train")]
-        return ensure_caches(datamodule, specs, stages, required=fitting)
-
-    def _trained_names(self) -> frozenset[str]:
-        adapter_only = isinstance(self.student, PeftModel)
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        parts = ("objectives",) if adapter_only else ("objectives", "student")
-        kept = {f"{part}.{name}" for part in parts for name in getattr(self, part).state_dict()}
-        return frozenset(trained | kept)
 
     @property
     def complete_teachers(self) -> bool:
@@ -662,29 +518,11 @@ class DistillationModule(L.LightningModule):
         if not ratios:
             return
         values = {f"train/{name}": ratio.value.float() for name, ratio in ratios.items()}
-        values |= self._gradient_norms()
-        self._forget(values)
+        values |= gradient_norms(self.student, self.objectives)
+        if self.on_policy is not None:
+            forget_other_figures(self.trainer, values)
         self.log_dict(values | {"train/tokens": ratios["loss"].count.float()}, batch_size=1)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=1)
-
-    def _forget(self, values: Mapping[str, object]) -> None:
-        """Lightning would log what a step doesn't have as the last one had it, until the epoch ends."""
-        results = self.trainer._results
-        if results is not None and self.on_policy is not None:
-            names = {key: metric.meta.name for key, metric in results.items()}
-            for key in [
-                key for key, name in names.items() if name.startswith("train/") and name not in values
-            ]:
-                del results[key]
-
-    def _gradient_norms(self) -> dict[str, Tensor]:
-        """Norms before clipping, of the student's part and of the objectives' (projectors)."""
-        norms = {}
-        for name, part in (("student", self.student), ("projectors", self.objectives)):
-            gradients = [p.grad for p in part.parameters() if p.grad is not None]
-            if gradients:
-                norms[f"monitor/gradient_norm_{name}"] = whole(get_total_norm(gradients)).float()
-        return norms
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
         return sums if self.trainer.world_size == 1 else sum_over_ranks(sums.to(self.device))
@@ -838,27 +676,22 @@ class DistillationModule(L.LightningModule):
     def _described(self) -> dict[str, Any]:
         """The arguments from which `load_from_checkpoint` makes the module again, where they are plain."""
         several = len(self.objectives) > 1
-        given: dict[str, Any] = {
-            "student": self.student_spec,
-            "objective": list(self.objectives) if several else self.objectives[0],
-            "teacher": self.teacher_specs if several else next(iter(self.teacher_specs), None),
-            "on_policy": self.on_policy,
-        }
-        rates = ("projector_lr", "warmup_ratio", "min_lr_ratio", "joint_clipping")
-        plain: dict[str, Any] = {name: getattr(self, name) for name in rates}
-        for name, value in given.items():
-            with suppress(UserError):
-                plain[name] = described(value)
-        return plain
+        names = ("projector_lr", "warmup_ratio", "min_lr_ratio", "joint_clipping", "on_policy")
+        return plain_arguments(
+            {
+                "student": self.student_spec,
+                "objective": list(self.objectives) if several else self.objectives[0],
+                "teacher": self.teacher_specs if several else next(iter(self.teacher_specs), None),
+                **{name: getattr(self, name) for name in names},
+            }
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self.student_spec, StudentSpec):
             checkpoint["student_spec"] = asdict(self.student_spec)
-        own: dict[str, Any] = {}
         # A subclass may have added whatever it was given; these the command line gives in its own form.
-        for name in self.hparams.keys() - {"optimizer", "lr_scheduler", "_instantiator", "_class_path"}:
-            with suppress(UserError):
-                own[name] = described(self.hparams[name])
+        others = self.hparams.keys() - {"optimizer", "lr_scheduler", "_instantiator", "_class_path"}
+        own = plain_arguments({name: self.hparams[name] for name in others})
         checkpoint["hyper_parameters"] = {**own, **self._described()}
         trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)
         if self._followers:

@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"training"},
     {"data"},
     {"teacher_cache"},
+    {"assembly"},
     {"module"},
     {"evaluation"},
     {"callbacks"},

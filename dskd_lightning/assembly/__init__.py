@@ -1,0 +1,1 @@
+"""What `DistillationModule` is put together from: its arguments, teachers, checkpoints and figures."""
