@@ -19,6 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.rouge import rouge_l
+from dskd_lightning.functional.precision import widest
 
 __all__ = [
     "DistinctN",
@@ -29,7 +30,7 @@ __all__ = [
     "normalize_answer",
 ]
 
-_SUM = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no float64
+_UNIT = 1 << 36  # of a score: sums of integers are exact in any order, on devices without float64 too
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _TOGETHER = 1024  # predictions whose n-grams are made unique at once
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -56,7 +57,7 @@ class _MeanScore(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=_SUM), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
@@ -66,12 +67,14 @@ class _MeanScore(Metric):
         """Add predictions, each with its list of references."""
         if len(predictions) != len(references):
             raise UserError(f"{len(predictions)} predictions but {len(references)} lists of references.")
-        self.total += sum(self.score(*pair) for pair in zip(predictions, references, strict=True))
+        pairs = zip(predictions, references, strict=True)
+        self.total += sum(round(self.score(*pair) * _UNIT) for pair in pairs)
         self.count += len(predictions)
 
     def compute(self) -> Tensor:
         """Mean in percent; 0 where nothing was counted."""
-        return 100 * self.total / self.count.clamp(min=1)
+        share = self.total.to(widest(self.total.device)) / _UNIT
+        return 100 * share / self.count.clamp(min=1)
 
 
 class RougeL(_MeanScore):
