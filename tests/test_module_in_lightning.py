@@ -64,6 +64,7 @@ def test_the_data_modules_prompts_are_answered(model_folder, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "one"}\n{"prompt": "two, which is longer"}\n{"prompt": "3"}\n')
     data.sources["predict"] = str(file)
+    data.batch_size = 2
     answers = [answer for batch in L.Trainer(**QUIET).predict(module, datamodule=data) for answer in batch]
     assert sorted(answer.index for answer in answers) == [0, 1, 2]
     prompts = [data.generation_prompt(data.examples("predict")[answer.index]) for answer in answers]

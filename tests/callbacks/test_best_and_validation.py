@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -11,7 +12,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from test_distillation_module import fit, make
 
 import dskd_lightning as dl
-from dskd_lightning.callbacks import BestCheckpoint, CompletionsTable, SampleFidelity, ValidationResponses
+from dskd_lightning.callbacks import (
+    BestCheckpoint,
+    CompletionsTable,
+    SampleFidelity,
+    ValidationResponses,
+    validation_responses,
+)
+from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.runs.validation_metrics import direction
 
 
@@ -58,6 +66,28 @@ def test_responses_are_scored_as_one_by_one(model_folder, tmp_path, seeds):
     assert 0 < float(values["val/response_tokens"]) <= 8
     if seeds:
         assert float(values["val/rougeL_std"]) == pytest.approx(statistics.stdev(scores), rel=1e-5, abs=1e-6)
+
+
+def test_scores_are_percents_of_overlap(model_folder, tmp_path, monkeypatch):
+    module, data = make(model_folder, tmp_path)
+    callback = ValidationResponses(prompts=3, seeds=(7,), max_new_tokens=12, batch_size=1)
+    module.configure_model()
+    data.setup("validate")
+    records = prompt_records(data, "val", 3, max_length=512)
+    generator = dl.Generator(module.student, module.tokenizer, callback.settings)
+    said = [a.text for a in generator.answers([r.ids for r in records], seed=7, indices=[0, 1, 2])]
+    known = [replace(r, references=(f"{text} word",)) for r, text in zip(records, said, strict=True)]
+    known[1] = replace(known[1], references=(said[1],))
+    monkeypatch.setattr(validation_responses, "prompt_records", lambda *_, **__: known)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
+    (values,) = trainer.validate(module, datamodule=data, verbose=False)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [
+        scorer.score(r.references[0], text)["rougeL"].fmeasure for r, text in zip(known, said, strict=True)
+    ]
+    assert scores[0] > 0
+    assert values["val/rougeL"] == pytest.approx(100 * statistics.fmean(scores), rel=1e-5)
+    assert values["val/exact_match"] == pytest.approx(100 / 3)
 
 
 class Told(L.Callback):
