@@ -655,10 +655,11 @@ class DistillationModule(L.LightningModule):
             raise UserError(f"{checkpoint_path} names no module: it isn't DistillationModule's.")
         arguments: dict[str, Any] = {**checkpoint["hyper_parameters"], **changes}
         accepted = inspect.signature(cls.__init__).parameters
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in accepted.values()):
+        takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in accepted.values())
+        if not takes_all:
             arguments = {k: value for k, value in arguments.items() if k in accepted or k in changes}
         for name in ("student", "teacher", "objective", "on_policy"):
-            if name in accepted and name not in arguments:
+            if (takes_all or name in accepted) and name not in arguments:
                 raise UserError(
                     f"{checkpoint_path} doesn't hold the {name} of the module, which was made in a program: "
                     f"give it as load_from_checkpoint(path, {name}=...)."

@@ -24,6 +24,13 @@ class OwnDivergence(dl.Divergence):
         return self.scale * (teacher_logits.softmax(-1) - student_logits.softmax(-1)).square().sum(-1)
 
 
+class Open(dl.DistillationModule):
+    """A subclass that hands on whatever it is given."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+
+
 def trained(model_folder, tmp_path, objective, **options):
     module, data = make(model_folder, tmp_path, objective=objective, **options)
     trainer = L.Trainer(
@@ -67,6 +74,8 @@ def test_what_was_in_memory_must_be_given(model_folder, tmp_path):
     trainer.save_checkpoint(path)
     with pytest.raises(dl.UserError, match=r"load_from_checkpoint\(path, student=\.\.\.\)"):
         dl.DistillationModule.load_from_checkpoint(path)
+    with pytest.raises(dl.UserError, match=r"load_from_checkpoint\(path, student=\.\.\.\)"):
+        Open.load_from_checkpoint(path)
     again = dl.DistillationModule.load_from_checkpoint(path, student=dl.Loaded(*spec.build()))
     for name, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
