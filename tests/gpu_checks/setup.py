@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ class Setup:
         self.device = torch.device("cpu" if device == "cpu" else "cuda")
         self.small = device != "cuda"
         self.pretended = device == "pretended"
-        self._folder = tempfile.TemporaryDirectory(prefix="gpu-check-")
-        self.folder = Path(self._folder.name)
+        self.folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.source = cache(self._source)
 
     def _source(self, tokenizer: str, hidden: int, seed: int) -> str:

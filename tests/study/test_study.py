@@ -221,11 +221,11 @@ def test_sigterm_to_a_study_ends_its_worker(tmp_path) -> None:
         "        print(process.pid, flush=True)\n"
         "        process.join()\n"
     )
-    study = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    assert study.stdout is not None
-    child = int(study.stdout.readline())
-    study.terminate()
-    assert study.wait(20) == 128 + signal.SIGTERM
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout is not None
+        child = int(study.stdout.readline())
+        study.terminate()
+        assert study.wait(20) == 128 + signal.SIGTERM
     time.sleep(0.1)
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
