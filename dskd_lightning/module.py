@@ -285,19 +285,6 @@ class DistillationModule(L.LightningModule):
         check_tuning(self.trainer)
         use_whole_checkpoints(self.trainer)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As Lightning does, but without waiting for CUDA, which Lightning does for dataclasses.
-
-        Raises:
-            UserError: it is no `DistillationBatch`.
-        """
-        if isinstance(batch, DistillationBatch):
-            return batch.to(device, non_blocking=device.type == "cuda")
-        raise UserError(
-            f"The loader's batches are of type {type(batch).__name__}: give it "
-            "collate_fn=DistillationCollator(student, teacher), or the Trainer an InstructionDataModule."
-        )
-
     # --- steps --------------------------------------------------------------------------------
 
     def as_step(self, function: Callable[[], _T]) -> _T:
@@ -353,7 +340,7 @@ class DistillationModule(L.LightningModule):
 
     def distil(self, batch: DistillationBatch) -> ObjectiveOutput:
         """The objective on one batch: teachers' outputs are averaged by their weights."""
-        self._check_tokenizers(batch)
+        self._check_batch(batch)
         objectives = list(self._objectives())
         padded = any(o.needs_padded_statistics for o in objectives)
         student = self.student_side(batch.student, padded, batch.sampled)
@@ -527,7 +514,12 @@ class DistillationModule(L.LightningModule):
     def _all_reduce(self, sums: Tensor) -> Tensor:
         return sums if self.trainer.world_size == 1 else sum_over_ranks(sums.to(self.device))
 
-    def _check_tokenizers(self, batch: DistillationBatch) -> None:
+    def _check_batch(self, batch: DistillationBatch) -> None:
+        if not isinstance(batch, DistillationBatch):
+            raise UserError(
+                f"The loader's batches are of type {type(batch).__name__}: give it "
+                "collate_fn=DistillationCollator(student, teacher), or the Trainer an InstructionDataModule."
+            )
         if not batch.tokenizers or batch.tokenizers == self._checked_tokenizers:
             return
         learns = any(objective.needs_teacher for objective in self._objectives())
@@ -536,7 +528,7 @@ class DistillationModule(L.LightningModule):
         self._checked_tokenizers = batch.tokenizers
 
     def _evaluation_step(self, batch: DistillationBatch) -> None:
-        self._check_tokenizers(batch)
+        self._check_batch(batch)
         student = self.student_side(batch.student)
         teacher, alignment = None, None
         if self.teachers and batch.teachers and not isinstance(self.teachers[0], AbsentTeacher):

@@ -56,7 +56,9 @@ class _Movable:
         return replace(self, **changes)  # type: ignore[type-var]
 
     def to(self: _T, *args: Any, **kwargs: Any) -> _T:
-        """A copy with every tensor moved, as `torch.Tensor.to`."""
+        """A copy with every tensor moved, as `torch.Tensor.to`; one to a GPU alone isn't waited for."""
+        if len(args) == 1 and isinstance(args[0], torch.device) and args[0].type == "cuda":
+            kwargs.setdefault("non_blocking", True)
         return self._map(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[attr-defined]
 
     def pin_memory(self: _T) -> _T:

@@ -35,7 +35,7 @@ def test_forward_gives_the_logits_of_the_response_positions(model_folder, tmp_pa
     output.configure_model()
     output.student = module.student
     expected = torch.nn.functional.cross_entropy(module(batch), tokens.labels.flatten()[tokens.response])
-    assert float(output.training_step(batch, 0)) == pytest.approx(float(expected), rel=1e-5)
+    assert output.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", [None, 10])
@@ -129,6 +129,19 @@ def test_rows_without_a_collator_are_one_sentence(model_folder, tmp_path):
         trainer.fit(module, DataLoader(rows, batch_size=2))
 
 
+def test_a_run_that_time_alone_ends_needs_a_schedule_without_end(model_folder, tmp_path):
+    def run(**options):
+        module, data = make(model_folder, tmp_path, **options)
+        limits = {"max_epochs": -1, "max_time": {"seconds": 1}, "default_root_dir": tmp_path}
+        trainer = L.Trainer(**{**QUIET, **limits})
+        trainer.fit(module, datamodule=data)
+        return trainer.global_step
+
+    with pytest.raises(dl.UserError, match=r"set trainer\.max_epochs or trainer\.max_steps, or a model\.lr_sched"):
+        run()
+    assert run(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)) > 0
+
+
 class Weighted(dl.DistillationModule):
     """A subclass as Lightning users write them, which keeps all its arguments."""
 
@@ -156,6 +169,7 @@ def test_hyperparameters_are_lightnings(model_folder, tmp_path):
     assert said["teacher"]["init_args"]["source"] == model_folder(hidden=24, seed=2)
 
 
+@pytest.mark.filterwarnings("ignore:Attribute .objective. is an instance of")  # as its author means to
 def test_subclasses_come_back_with_their_own_arguments(model_folder, tmp_path):
     made, data = make(model_folder, tmp_path)
     specs = (made.student_spec, dl.DSKDObjective(kd_ratio=0.3), made.teacher_specs[0])

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -34,7 +33,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_names
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
-from dskd_lightning.structures import DistillationBatch, TokenBatch
+from dskd_lightning.structures import TokenBatch
 
 __all__ = ["InstructionDataModule", "Stage"]
 
@@ -321,12 +320,6 @@ class InstructionDataModule(pl.LightningDataModule):
             self._place = state_dict["train"]
             if self._train_loader is not None:
                 self._train_loader.load_state_dict(self._place)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As Lightning does, but without waiting for CUDA, which Lightning does for dataclasses."""
-        if isinstance(batch, DistillationBatch):
-            return batch.to(device, non_blocking=device.type == "cuda")
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def val_dataloader(self) -> DistillationLoader | list[DistillationLoader]:
         return self._loader("val") if self._configured("val") else []

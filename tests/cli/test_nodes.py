@@ -70,9 +70,10 @@ def test_two_rendezvous_agents_train_as_one_process(tmp_path: Path, model_folder
     )  # fmt: skip
     disk = {**environment(), "DSKD_CACHE_DIR": str(tmp_path / "shared")}
     logs = [tmp_path / f"node {node}.log" for node in range(2)]
-    agents = [
-        subprocess.Popen(agent, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=disk) for log in logs
-    ]
+    agents = []
+    for log in logs:
+        with log.open("wb") as out:
+            agents.append(subprocess.Popen(agent, stdout=out, stderr=subprocess.STDOUT, env=disk))
     try:
         statuses = [process.wait(timeout=180) for process in agents]
     finally:
