@@ -137,7 +137,9 @@ def test_a_run_that_time_alone_ends_needs_a_schedule_without_end(model_folder, t
         trainer.fit(module, datamodule=data)
         return trainer.global_step
 
-    with pytest.raises(dl.UserError, match=r"set trainer\.max_epochs or trainer\.max_steps, or a model\.lr_sched"):
+    with pytest.raises(
+        dl.UserError, match=r"set trainer\.max_epochs or trainer\.max_steps, or a model\.lr_sched"
+    ):
         run()
     assert run(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)) > 0
 
