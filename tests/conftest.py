@@ -8,6 +8,7 @@ import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # when torch is: forks of a process with threads hang
 if "DSKD_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit the first process's folder
     os.environ["DSKD_CACHE_DIR"] = tempfile.mkdtemp(prefix="dskd-tests-")
     atexit.register(shutil.rmtree, os.environ["DSKD_CACHE_DIR"], ignore_errors=True)

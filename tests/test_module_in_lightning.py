@@ -74,7 +74,9 @@ def test_the_data_modules_prompts_are_answered(model_folder, tmp_path):
 
 def test_a_run_brings_what_it_needs(model_folder, tmp_path):
     module, data = make(model_folder, tmp_path)
-    trainer = L.Trainer(**QUIET, max_steps=2, limit_val_batches=0, default_root_dir=tmp_path / "run")
+    trainer = L.Trainer(
+        **QUIET, max_steps=2, log_every_n_steps=1, limit_val_batches=0, default_root_dir=tmp_path / "run"
+    )
     trainer.fit(module, datamodule=data)
     assert sum(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks) == 1
     assert trainer.callback_metrics["monitor/tokens_per_second"] > 0

@@ -52,6 +52,10 @@ class TrainingMonitor(L.Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        if trainer.global_step % self.check_every == 0:
+            self._check_projectors(pl_module)
+        if trainer.global_step % max(trainer.log_every_n_steps, 1):  # type: ignore[attr-defined]
+            return  # figures that nobody logs would make the host wait for its GPU
         now = time.perf_counter()
         values = {
             "monitor/tokens_per_second": self._tokens / max(now - self._since, 1e-9),
@@ -60,8 +64,6 @@ class TrainingMonitor(L.Callback):
         pl_module.log_dict(values, batch_size=1)
         self._tokens, self._since = 0, now
         self._check_entropy(trainer)
-        if trainer.global_step % self.check_every == 0:
-            self._check_projectors(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()  # validation is not training time

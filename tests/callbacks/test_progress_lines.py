@@ -23,7 +23,7 @@ class _Clock:
 def trainer(**changes: Any) -> Any:
     values = {
         "global_step": 0, "estimated_stepping_batches": 100, "max_epochs": 2, "current_epoch": 0,
-        "world_size": 2,
+        "world_size": 2, "callbacks": [],
         "callback_metrics": {}, "num_val_batches": [4], "num_test_batches": [10], "sanity_checking": False,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})

@@ -70,6 +70,9 @@ def test_training_is_the_same_with_and_without(model_folder, tmp_path, monkeypat
     ):
         module, datamodule = make(model_folder, tmp_path, objective(), cache, teacher, **data)
         metrics = fit(module, datamodule)
+        metrics = {
+            name: value for name, value in metrics.items() if not name.startswith("monitor/")
+        }  # clocks
         assert module.complete_teachers == (cache is None)
         results.append((metrics, {k: v.clone() for k, v in module.state_dict().items()}))
     for metrics, state in results[1:]:

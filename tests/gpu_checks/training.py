@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 from pretended_gpu import PretendedGpu
 
+from dskd_lightning.generation.generator import GenerationSettings
+
 from .setup import OBJECTIVES, Setup, finite
 
 EVERYWHERE = ("DSKD", "ETA", "GOLD")
@@ -56,6 +58,7 @@ def train(setup: Setup, name: str, cached: bool, lora: bool) -> str:
     for function in (trainer.validate, trainer.test):
         function(module, datamodule=data, verbose=False)
         values |= finite(trainer.callback_metrics)
+    module.generation = GenerationSettings(max_new_tokens=4)
     trainer.predict(module, datamodule=data, return_predictions=False)
     if PretendedGpu.active is not None and PretendedGpu.active.float64:
         assert stalls.of_last_step <= STALLS.get(name, 8), f"{stalls.of_last_step} stalls in a step"

@@ -103,7 +103,7 @@ def test_logit_kd(vocab: int, teacher_vocab: int) -> None:
     student, teacher = make_pair(vocab, teacher_vocab)
     output = LogitKDObjective(JensenShannon(0.3), kd_ratio=0.2, temperature=1.5)(student, teacher)
     s, t = student.head.logits(student.hidden), teacher.head.logits(teacher.hidden).detach()
-    kd = JensenShannon(0.3)(t[:, :VOCAB], s[:, :VOCAB], 1.5).sum()
+    kd = JensenShannon(0.3)(s[:, :VOCAB], t[:, :VOCAB], 1.5).sum()
     terms = {"ce": ce(s, student.labels), "kd": kd}
     leaves = leaves_of(student, teacher)
     check(output, 0.8 * terms["ce"] + 0.2 * kd, terms, leaves)
@@ -147,8 +147,8 @@ def test_dskd(divergence: Divergence | None) -> None:
     objective.double()
     output = objective(student, teacher)
     s, t, z, x, t2s_ce = naive_dskd(student, teacher, objective.t2s, objective.s2t, student.labels)
-    t2s_kd = (divergence or ForwardKL())(z.detach(), s, 2.0).sum()
-    s2t_kd = ForwardKL()(t, x, 2.0).sum()
+    t2s_kd = (divergence or ForwardKL())(s, z.detach(), 2.0).sum()
+    s2t_kd = ForwardKL()(x, t, 2.0).sum()
     terms = {"ce": ce(s, student.labels), "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd}
     terms["kd"] = t2s_ce + t2s_kd + s2t_kd
     leaves = [*leaves_of(student, teacher), *objective.parameters()]
@@ -176,9 +176,9 @@ def test_dskd_v2(threshold: float, topk: int | None) -> None:
     s, t, z, x, t2s_ce = naive_dskd(student, teacher, objective.t2s, lambda h: h @ s2t, t.argmax(-1))
     agree = z.argmax(-1) == t.argmax(-1)
     assert 0 < agree.sum() < N
-    per_token = ReverseKL()(z.detach(), s, 2.0)
+    per_token = ReverseKL()(s, z.detach(), 2.0)
     t2s_kd = (per_token[agree].mean() if agree.double().mean() <= threshold else per_token.mean()) * N
-    s2t_kd = ReverseKL()(t, x, 2.0).sum()
+    s2t_kd = ReverseKL()(x, t, 2.0).sum()
     terms = {"ce": ce(s, student.labels), "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd}
     terms["kd"] = t2s_ce + t2s_kd + s2t_kd
     leaves = [*leaves_of(student, teacher), *objective.parameters()]
