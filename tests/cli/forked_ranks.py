@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from forks import become
 
 from dskd_lightning.cli.main import main
 
@@ -78,6 +78,8 @@ def in_ranks(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [folder / f"rank {rank}.log" for rank in range(ranks)]
+    for log in logs:
+        log.unlink(missing_ok=True)
     begin = time.monotonic()
     per_node = ranks // nodes
     processes = []
@@ -90,7 +92,7 @@ def in_ranks(
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
             }  # fmt: skip
             os.environ.update({name: str(value) for name, value in variables.items()})
-            _become_rank(logs[rank], lambda rank=rank: run(rank))
+            become(lambda rank=rank: run(rank), logs[rank])
         processes.append(process)
     statuses: dict[int, int] = {}
     while len(statuses) < ranks and time.monotonic() < begin + timeout:
@@ -112,23 +114,3 @@ def in_ranks(
     result = Ranks(tuple(statuses[process] for process in processes), texts, seconds)
     assert expected is None or set(result.statuses) == {expected}, f"{result.statuses} {told}"
     return result
-
-
-def _become_rank(log: Path, run: Callable[[], object]) -> None:
-    status = 1
-    try:
-        os.setsid()
-        with log.open("wb", buffering=0) as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has its own
-        ended = run()
-        status = ended if isinstance(ended, int) else 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+from forks import become
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from dskd_lightning.callbacks import LastCheckpoint
@@ -146,23 +146,12 @@ def dskd_forked(
     """
     process = os.fork()
     if not process:
-        status = 1
-        try:
-            os.setsid()
-            with log.open("ab", buffering=0) as stream:
-                os.dup2(stream.fileno(), 1)
-                os.dup2(stream.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has its own
+
+        def run() -> int:
             prepare()
-            status = main(arguments)
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            return main(arguments)
+
+        become(run, log)
     meanwhile(process)
     end = time.monotonic() + timeout
     while time.monotonic() < end:

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import yaml
+from forks import become
 
 
 def write_data(path: Path, count: int = 24) -> Path:
@@ -92,22 +92,8 @@ def dskd_fork(*arguments: str, check: bool = True, timeout: float = 120) -> subp
         paths = [Path(folder, name) for name in ("out", "err")]
         process = os.fork()
         if not process:
-            status = 1
-            try:
-                os.setsid()
-                os.environ.update(environment())
-                for number, path in enumerate(paths, 1):
-                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has its own
-                status = main(arguments)
-            except SystemExit as stop:
-                status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+            os.environ.update(environment())
+            become(lambda: main(arguments), *paths)
         end = time.monotonic() + timeout
         while (done := os.waitpid(process, os.WNOHANG))[0] == 0:
             if time.monotonic() > end:
