@@ -118,19 +118,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results here, after every check")
     a = parser.parse_args(arguments)
     if a.device != "pretended":
-        return run_all(a)
+        with quiet():
+            return run_all(a)
     from pretended_gpu import PretendedGpu
 
-    with PretendedGpu():
+    with PretendedGpu(), quiet():
         return run_all(a)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Errors alone are logged."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "dskd_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def run_all(a: argparse.Namespace) -> int:
     """Run the checks, print them, and return the exit status."""
     begin, results = time.perf_counter(), []
     title = machine(a.device)
-    for name in ("lightning.pytorch", "dskd_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     print(title, flush=True)
     for name, check in checks(a.device, a.only):
         left = 60 * a.minutes - (time.perf_counter() - begin)
