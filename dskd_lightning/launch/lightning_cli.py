@@ -131,6 +131,9 @@ class DistillationCLI(LightningCLI):
             **kwargs,
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a run is what its config and options say, whatever a checkpoint that is named says."""
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = cast("OwnClassesParser", super().init_parser(**kwargs))
         parser.own_classes = self.own_classes if self.own_classes.paths else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from forked_runs import dskd_forked
 from tiny_runs import write_config
 
@@ -128,3 +129,22 @@ def test_no_weights_to_start_from_is_one_sentence(full: _Trained) -> None:
         assert status == 2
         assert sentence in log
         assert "Traceback" not in log
+
+
+def test_a_checkpoint_named_by_its_file_changes_no_option(full: _Trained) -> None:
+    whole = full.folder / "first" / "checkpoints" / "last.ckpt"
+    status, log, _ = full.go_on("--ckpt_path", str(whole), "--model.warmup_ratio=0.25")
+    assert status == 0, log[-2000:]
+    written = yaml.safe_load((full.folder / "next" / "config.yaml").read_text())
+    assert written["model"]["warmup_ratio"] == 0.25
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+def test_a_damaged_checkpoint_named_by_its_file_is_one_sentence(full: _Trained, damage: str) -> None:
+    whole = (full.folder / "first" / "checkpoints" / "last.ckpt").read_bytes()
+    file = full.folder / "damaged.ckpt"
+    file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"{}"}[damage])
+    status, log, _ = full.go_on("--ckpt_path", str(file))
+    assert status == 2, log[-2000:]
+    assert "damaged.ckpt" in log.splitlines()[-1]
+    assert "Traceback" not in log
