@@ -198,12 +198,11 @@ class DistillationModule(L.LightningModule):
         self._load_teachers(student_space.head.weight.device)
         spaces: list[ModelSpace] = []
         for spec, teacher in zip(self.teacher_specs, self.teachers, strict=True):
-            space = teacher.space if isinstance(teacher, AbsentTeacher) else None
-            tokenizer_of = load_tokenizer(spec)
-            device = student_space.head.weight.device
-            spaces.append(
-                space(tokenizer_of, device) if space else model_space(cast("Any", teacher), tokenizer_of)
-            )
+            own = load_tokenizer(spec)
+            if isinstance(teacher, AbsentTeacher):
+                spaces.append(teacher.space(own, student_space.head.weight.device))
+            else:
+                spaces.append(model_space(cast("Any", teacher), own))
         if any(isinstance(spec, Loaded) for spec in (student, *self.teacher_specs)):
             named = {spec.source: space for spec, space in zip(self.teacher_specs, spaces, strict=True)}
             verify_devices(student.source, student_space.head.weight.device, named)
@@ -572,10 +571,9 @@ class DistillationModule(L.LightningModule):
         callbacks = () if self._trainer is None else cast("Any", self.trainer).callbacks
         if any(getattr(callback, "answers_prompts", False) for callback in callbacks):
             return []
-        here = batch.to("cpu")
         generator = Generator(self.student, self.tokenizer, self.generation)
-        indices = here.examples.tolist()
-        return generator.answers(prompts_of(here.student), seed=self.generation_seed, indices=indices)
+        prompts, indices = prompts_of(batch.student.to("cpu")), batch.examples.tolist()
+        return generator.answers(prompts, seed=self.generation_seed, indices=indices)
 
     def test_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self._evaluation_step(batch)

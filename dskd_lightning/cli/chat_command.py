@@ -17,7 +17,7 @@ from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.chat import Speaker
 from dskd_lightning.generation.generator import GenerationSettings, Generator
-from dskd_lightning.launch.arguments import read_yaml
+from dskd_lightning.launch.arguments import read_yaml, settings_of
 from dskd_lightning.launch.trained import load_trained, specs_of
 from dskd_lightning.models.loading import load_model, load_teacher
 from dskd_lightning.models.spec import ModelSpec, TeacherSpec
@@ -76,7 +76,7 @@ def _teacher(run: str) -> TeacherSpec:
 
 
 def _system(run: str) -> str | None:
-    return cast("str | None", (read_yaml(Path(run) / "config.yaml").get("data") or {}).get("system"))
+    return cast("str | None", settings_of(read_yaml(Path(run) / "config.yaml"), "data").get("system"))
 
 
 def chat(speakers: Sequence[Speaker], questions: Iterable[str], seed: int | None, console: Console) -> None:

@@ -58,11 +58,12 @@ class Collator:
         indices = [index for row in rows for index in row]
         only = None if self.teachers is None or filler else int(self.teachers[indices[0]])
         only = None if only == -1 else only
-        read = [only is None or model in (0, only + 1) for model in range(len(self.pad_ids))]
+        models = range(len(self.pad_ids))
+        read = models if only is None else (0, only + 1)
         batch = collate(
             [
-                [[self.dataset.rendered(index, model) for index in row] for row in rows] if answers else []
-                for model, answers in enumerate(read)
+                [[self.dataset.rendered(index, model) for index in row] for row in rows if model in read]
+                for model in models
             ],
             self.pad_ids,
             self.same_tokens,
@@ -75,8 +76,8 @@ class Collator:
         if not self.teacher_hidden:
             return batch
         hidden = tuple(
-            None if cache is None else _joined(cache, indices, filler or not answers)
-            for cache, answers in zip(self.teacher_hidden, read[1:], strict=True)
+            None if cache is None else _joined(cache, indices, filler or not batch.answers(teacher))
+            for teacher, cache in enumerate(self.teacher_hidden)
         )
         return replace(batch, teacher_hidden=hidden)
 
@@ -102,8 +103,10 @@ def collate(
         packing: rows hold several examples, told apart by position ids that restart.
         pad_to_multiple_of: round the rows' length up, for tensor cores.
         filler: nothing of the rows is learnt; the batch counts no examples.
-        teacher: the only teacher that answers; the others have no rows.
+        teacher: the only teacher that answers; rows of the others aren't looked at.
     """
+    if teacher is not None:
+        models = [rows if model in (0, teacher + 1) else [] for model, rows in enumerate(models)]
     tokens = [
         _tokens(rows, pad, packing, pad_to_multiple_of, filler) if rows else _no_tokens(pad)
         for rows, pad in zip(models, pad_ids, strict=True)

@@ -106,7 +106,7 @@ class DistillationCollator:
         name = named.pop()
         only = self.teacher_names.index(name) if name else None
         batch = collate(
-            [side if only is None or index in (0, only + 1) else [] for index, side in enumerate(models)],
+            models,
             [pad_token_id(renderer.tokenizer) for renderer in self.renderers],
             [renderer.fingerprint == student.fingerprint for renderer in teachers],
             kept,

@@ -137,22 +137,22 @@ class PreparedDataset:
 
     def sources(self) -> tuple[list[str], npt.NDArray[np.intp]]:
         """Names of the files, and ``[examples]``, which of them each example is from."""
+        return self._coded("source")
+
+    def _coded(self, column: str) -> tuple[list[str], npt.NDArray[np.intp]]:
+        """The texts in a column of the examples, and ``[examples]``, which of them each has."""
         names: dict[str, int] = {}
-        rows: list[int] = []
+        rows = [np.zeros(0, np.intp)]
         for chunk in self._examples.chunks():
-            found = chunk.column("source").dictionary_encode()
+            found = chunk.column(column).dictionary_encode()
             numbers = [names.setdefault(name, len(names)) for name in found.dictionary.to_pylist()]
-            rows += [numbers[index] for index in found.indices.to_pylist()]
-        return list(names), np.array(rows, np.intp)
+            rows.append(np.array(numbers, np.intp)[found.indices.to_numpy()])
+        return list(names), np.concatenate(rows)
 
     def first_document(self, rows: npt.NDArray[np.intp]) -> int | None:
         """The first of ``rows``, all with a response, that is a text without a prompt; or None."""
-        turns = [
-            length
-            for chunk in self._examples.chunks()
-            for length in chunk.column("messages").value_lengths().to_pylist()
-        ]
-        found = rows[np.array(turns, np.intp)[rows] == 1]
+        turns = [chunk.column("messages").value_lengths().to_numpy() for chunk in self._examples.chunks()]
+        found = rows[np.concatenate(turns)[rows] == 1]
         return int(found[0]) if len(found) else None
 
     def teachers(self, names: Sequence[str | None]) -> npt.NDArray[np.int16] | None:
@@ -163,12 +163,8 @@ class PreparedDataset:
         if not any(names):
             return None
         numbers = {name: number for number, name in enumerate(names) if name}
-        found = [
-            numbers.get(name, -1)
-            for chunk in self._examples.chunks()
-            for name in chunk.column("teacher").to_pylist()
-        ]
-        routes = np.array(found, np.int16)
+        found, codes = self._coded("teacher")
+        routes = np.array([numbers.get(name, -1) for name in found], np.int16)[codes]
         return routes if (routes >= 0).any() else None
 
     def answered_by(self, teacher: int, names: Sequence[str | None]) -> npt.NDArray[np.bool_]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,20 @@ from jsonargparse import ArgumentParser
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["check_configs", "option", "read_yaml", "run_function"]
+__all__ = ["check_configs", "option", "read_yaml", "run_function", "settings_of"]
 
 
 def option(key: str, value: object) -> str:
     """``--key=value`` as a parser reads ``value`` back; JSON's quotes would become part of a text."""
     return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def settings_of(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What a config says under ``model`` or ``data``, of a class of the user's own too; empty for nothing."""
+    value = config.get(key)
+    if isinstance(value, dict) and "class_path" in value:
+        value = value.get("init_args")
+    return value if isinstance(value, dict) else {}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

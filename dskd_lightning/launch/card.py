@@ -11,7 +11,7 @@ import yaml
 from dskd_lightning import __version__
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object
-from dskd_lightning.launch.arguments import read_yaml
+from dskd_lightning.launch.arguments import read_yaml, settings_of
 from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.text import visible
 
@@ -49,7 +49,7 @@ def model_card(run: str | Path, comparison: str | Path | None = None) -> str | N
     if not path.is_file():
         return None
     config = read_yaml(path)
-    model, data = _section(config, "model"), _section(config, "data")
+    model, data = settings_of(config, "model"), settings_of(config, "data")
     student, teachers = _section(model, "student"), _teachers(model.get("teacher"))
     parts = [
         _front_matter(student, teachers),
@@ -200,8 +200,6 @@ def _is_hub_id(source: object) -> bool:
 
 def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = config.get(key)
-    if key in ("model", "data") and isinstance(value, dict) and "class_path" in value:  # the user's own
-        value = value.get("init_args")
     return value if isinstance(value, dict) else {}
 
 

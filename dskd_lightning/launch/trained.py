@@ -10,7 +10,7 @@ import yaml
 
 from dskd_lightning.checkpoints import read_checkpoint, restored
 from dskd_lightning.errors import UserError
-from dskd_lightning.launch.arguments import option, read_yaml
+from dskd_lightning.launch.arguments import option, read_yaml, settings_of
 from dskd_lightning.models.spec import LoraSpec, ModelSpec, PruneSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
 
@@ -101,7 +101,7 @@ def load_student(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
 
 def specs_of(run: str | Path) -> tuple[ModelSpec, list[TeacherSpec]]:
     """What a run folder's config says of the student (weights and template alone) and of the teachers."""
-    model = read_yaml(Path(run) / "config.yaml").get("model") or {}
+    model = settings_of(read_yaml(Path(run) / "config.yaml"), "model")
     found = model.get("teacher") or []
     teachers = found if isinstance(found, list) else [found]
     return _spec(ModelSpec, model["student"]), [_spec(TeacherSpec, values) for values in teachers]

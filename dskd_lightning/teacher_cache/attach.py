@@ -268,12 +268,7 @@ def _builder(
         },
     )
     tokens = response_tokens(cache.dataset, cache.teacher + 1, cache.answered)
-    if rank == 0:
-        begin_cache(cache.folder, manifest, tokens)
-    barrier()
-    found = Manifest.read(cache.folder)
-    if not all(gathered(found is not None)) or found is None:
-        raise UserError(_own_disks(cache.root))
+    found = begin_cache(cache.folder, manifest, tokens)
     if found.weights != fingerprints[0]:
         raise UserError(
             f"The unfinished teacher cache '{cache.folder}' was begun with other weights of '{spec.source}': "
@@ -288,8 +283,27 @@ def _builder(
     )  # fmt: skip
 
 
-def begin_cache(folder: Path, manifest: Manifest, tokens: np.ndarray) -> None:
-    """Write manifest and index of a cache, unless they are there."""
+def begin_cache(folder: Path, manifest: Manifest, tokens: np.ndarray) -> Manifest:
+    """The manifest of a cache, which the first rank writes with its index, unless they are there.
+
+    Args:
+        folder: of the cache.
+        manifest: to write.
+        tokens: ``[examples]``, response tokens of each.
+
+    Raises:
+        UserError: it can't be written, or not every rank sees it.
+    """
+    if rank_and_world()[0] == 0:
+        _write_manifest(folder, manifest, tokens)
+    barrier()
+    found = Manifest.read(folder)
+    if not all(gathered(found is not None)) or found is None:
+        raise UserError(_own_disks(folder.parent))
+    return found
+
+
+def _write_manifest(folder: Path, manifest: Manifest, tokens: np.ndarray) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if Manifest.read(folder) is None:

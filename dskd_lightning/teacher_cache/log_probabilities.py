@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
-from dskd_lightning.ranks import barrier, gathered, rank_and_world
+from dskd_lightning.ranks import gathered, rank_and_world
 from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.structures import IGNORE_INDEX, LogProbabilities
 from dskd_lightning.teacher_cache.attach import begin_cache, cache_root
 from dskd_lightning.teacher_cache.endpoint import CompletionsEndpoint
 from dskd_lightning.teacher_cache.identity import Memory, response_tokens
 from dskd_lightning.teacher_cache.manifest import VERSION, Layout, Manifest, cache_key
-from dskd_lightning.teacher_cache.shards import check_shard, open_shard, shard_name, write_shard
-from dskd_lightning.teacher_cache.store import read_layout
+from dskd_lightning.teacher_cache.shards import shard_name, write_shard
+from dskd_lightning.teacher_cache.store import ShardStore, read_layout
 from dskd_lightning.teacher_cache.told import (
     Vocabulary,
     WrongVocabulary,
@@ -49,44 +50,14 @@ _FIELD_ENTRIES = 64  # of a position, besides the observed one
 Ask = Callable[[int], LogProbabilities]
 
 
-class TeacherLogProbabilities:
-    """A complete cache of log-probabilities, memory-mapped.
+class TeacherLogProbabilities(ShardStore[LogProbabilities]):
+    """A teacher's log-probabilities at response positions, memory-mapped; a `TeacherHidden`."""
 
-    Args:
-        folder: of the cache.
-    """
+    main = "ids"
 
-    def __init__(self, folder: Path) -> None:
-        manifest = Manifest.read(folder)
-        assert manifest is not None
-        self.folder, self.manifest, self.layout = folder, manifest, read_layout(folder, manifest)
-        self._shards: dict[int, LogProbabilities] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_shards": {}}  # each worker maps the files itself
-
-    def verify(self, *, content: bool = True) -> None:
-        """Check every shard, and with ``content`` its checksum.
-
-        Raises:
-            UserError: one is absent or damaged.
-        """
-        for shard in range(self.layout.shards):
-            path = self.folder / shard_name(shard)
-            check_shard(path, self.manifest.key, content=content)
-            if len(self._shard(shard)) != self.layout.tokens(shard):
-                raise UserError(f"The teacher cache shard '{path}' has the wrong size: delete that file.")
-
-    def get(self, examples: Sequence[int]) -> list[LogProbabilities]:
-        """What is known of each example's response positions."""
-        places = [self.layout.place(example) for example in examples]
-        return [self._shard(shard)[rows] for shard, rows in places]
-
-    def _shard(self, shard: int) -> LogProbabilities:
-        if shard not in self._shards:
-            tensors = open_shard(self.folder / shard_name(shard))
-            self._shards[shard] = LogProbabilities(tensors["ids"].long(), tensors["log_probs"])
-        return self._shards[shard]
+    def read(self, shard: dict[str, Tensor], rows: slice) -> LogProbabilities:
+        """What is known of ``rows``."""
+        return LogProbabilities(shard["ids"][rows].long(), shard["log_probs"][rows])
 
 
 class Estimate:
@@ -211,11 +182,7 @@ def _begun(
         notes={"source": spec.source, "torch": version("torch"), "transformers": version("transformers")},
     )  # fmt: skip
     folder = root / cache_key(parts)
-    if rank_and_world()[0] == 0:
-        begin_cache(folder, manifest, tokens)
-    barrier()
-    found = Manifest.read(folder)
-    assert found is not None
+    found = begin_cache(folder, manifest, tokens)
     return folder, read_layout(folder, found), found.key
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from dskd_lightning.teacher_cache.codecs import decode
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest
 from dskd_lightning.teacher_cache.shards import check_shard, open_shard, shard_name
 
-__all__ = ["TeacherStates", "is_complete"]
+__all__ = ["ShardStore", "TeacherStates", "is_complete", "read_layout"]
+
+_T = TypeVar("_T")
 
 
 def read_layout(folder: Path, manifest: Manifest) -> Layout:
@@ -45,15 +48,18 @@ def is_complete(folder: Path) -> bool:
     return manifest is not None and not read_layout(folder, manifest).missing(folder)
 
 
-class TeacherStates:
-    """A teacher's last hidden states at response positions, memory-mapped; a `TeacherHidden`.
+class ShardStore(ABC, Generic[_T]):
+    """What a complete cache holds of each example, memory-mapped; a `TeacherHidden`.
 
     Args:
-        folder: of a complete cache.
+        folder: of the cache.
 
     Raises:
         UserError: there is none, or its index is damaged.
     """
+
+    main: str
+    """Name of the tensor ``[tokens, hidden_size]`` of every shard."""
 
     def __init__(self, folder: Path) -> None:
         manifest = Manifest.read(folder)
@@ -61,7 +67,6 @@ class TeacherStates:
             raise UserError(f"'{folder}' holds no teacher cache: make one with `dskd cache`.")
         self.folder, self.manifest = folder, manifest
         self.layout = read_layout(folder, manifest)
-        self._dtype: torch.dtype = getattr(torch, manifest.teacher_dtype)
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,16 +86,30 @@ class TeacherStates:
         for shard in range(rank, self.layout.shards, ranks):
             path = self.folder / shard_name(shard)
             check_shard(path, self.manifest.key, content=content)
-            shape = tuple(open_shard(path)["hidden"].shape)
+            shape = tuple(open_shard(path)[self.main].shape)
             if shape != (self.layout.tokens(shard), self.manifest.hidden_size):
                 raise UserError(f"The teacher cache shard '{path}' has the wrong size: delete that file.")
 
-    def get(self, examples: Sequence[int]) -> list[Tensor]:
-        """Hidden states ``[m, hidden]`` of each example's response positions, in the teacher's type."""
-        states = []
+    @abstractmethod
+    def read(self, shard: dict[str, Tensor], rows: slice) -> _T:
+        """What the tensors of a shard hold in ``rows``."""
+
+    def get(self, examples: Sequence[int]) -> list[_T]:
+        """What is kept of each example's response positions."""
+        found = []
         for example in examples:
             shard, rows = self.layout.place(example)
             if shard not in self._shards:
                 self._shards[shard] = open_shard(self.folder / shard_name(shard))
-            states.append(decode(self._shards[shard], rows, self._dtype))
-        return states
+            found.append(self.read(self._shards[shard], rows))
+        return found
+
+
+class TeacherStates(ShardStore[Tensor]):
+    """A teacher's last hidden states at response positions, in its own type."""
+
+    main = "hidden"
+
+    def read(self, shard: dict[str, Tensor], rows: slice) -> Tensor:
+        """Hidden states ``[m, hidden]`` of ``rows``."""
+        return decode(shard, rows, getattr(torch, self.manifest.teacher_dtype))

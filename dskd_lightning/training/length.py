@@ -21,17 +21,17 @@ def total_steps(trainer: L.Trainer) -> float:
     Lightning's `estimated_stepping_batches` refuses a `GradientAccumulationScheduler` of several factors.
     """
     scheduler = _scheduler(trainer)
-    if scheduler is None or trainer.max_epochs is None or trainer.max_epochs < 0:
-        if scheduler is not None:
-            return trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if scheduler is None:
         return float(trainer.estimated_stepping_batches)
+    end = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return end
     trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
     if math.isinf(batches):
-        return trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        return end
     factors = map(scheduler.get_accumulate_grad_batches, range(trainer.max_epochs))
-    steps = sum(math.ceil(batches / factor) for factor in factors)
-    return min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
+    return min(end, sum(math.ceil(batches / factor) for factor in factors))
 
 
 def follow_accumulation(trainer: L.Trainer) -> None:

@@ -89,7 +89,7 @@ def config(folder: Path, model_folder: Any, package: str, **changes: Any) -> Pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_own_module_and_data_train_resume_and_are_tested(tmp_path, model_folder, package) -> None:
+def test_own_module_and_data_train_resume_and_are_tested(tmp_path, model_folder, package, capsys) -> None:
     from theirs_of_a_user import Module  # type: ignore[import-not-found]
 
     path = config(tmp_path, model_folder, package, **{"trainer.logger": None})
@@ -114,6 +114,23 @@ def test_own_module_and_data_train_resume_and_are_tested(tmp_path, model_folder,
     card = model_card(tmp_path / "run")
     assert card is not None
     assert "DSKDObjective" in card
+    assert (
+        main(
+            [
+                "chat",
+                str(tmp_path / "run"),
+                "teacher",
+                "--ckpt_path",
+                "last",
+                "--prompt",
+                "hello",
+                "--max_new_tokens",
+                "2",
+            ]
+        )
+        == 0
+    )
+    assert "teacher: " in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")
