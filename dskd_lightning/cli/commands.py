@@ -205,14 +205,16 @@ def export(
     from dskd_lightning.files import write_atomic
     from dskd_lightning.launch.card import model_card
     from dskd_lightning.launch.push import hub_token, push_folder
-    from dskd_lightning.launch.trained import load_trained
+    from dskd_lightning.launch.run_files import EXPORTED
+    from dskd_lightning.launch.trained import load_identified
     from dskd_lightning.models.export import export_student
 
     if push is not None:
         hub_token()  # before anything is loaded
-    model, tokenizer = load_trained(run, ckpt_path)
+    model, tokenizer, identity = load_identified(run, ckpt_path)
     card = model_card(run, comparison)
     folder = export_student(model, tokenizer, target, merge=merge, overwrite=overwrite)
+    write_atomic(folder / EXPORTED, dumps({"run": str(run), **identity}, indent=1) + "\n")
     if card is None:
         print(f"no model card: {run} has no config.yaml")
     else:

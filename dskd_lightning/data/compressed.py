@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TextIO, cast
 
+from dskd_lightning.data.examples import InvalidRecord
 from dskd_lightning.errors import UserError
 
-__all__ = ["PACKED", "kind_of", "open_text"]
+__all__ = ["PACKED", "kind_of", "not_utf8", "open_text"]
 
 PACKED = (".gz", ".zst")
 
@@ -24,10 +25,10 @@ def kind_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """The file's text, unpacked as it is read.
+    """The file's text, unpacked as it is read; of bytes that aren't UTF-8 `not_utf8` tells.
 
     Raises:
-        UserError: it isn't UTF-8, or can't be unpacked.
+        UserError: it can't be unpacked.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -38,10 +39,29 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
                 import pyarrow as pa
 
                 raw = stack.enter_context(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
-            yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline))
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' isn't UTF-8 text ({error.reason}): save it as UTF-8.") from error
+            yield stack.enter_context(io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline))
     except (EOFError, zlib.error, OSError) as error:
         if path.suffix not in PACKED or getattr(error, "errno", None) is not None:
             raise
         raise UserError(f"'{path}' can't be unpacked ({error}): pack or copy it again.") from error
+
+
+def not_utf8(path: Path, line: int, text: str) -> InvalidRecord | None:
+    """The error of a file's text that isn't UTF-8.
+
+    Args:
+        path: the file.
+        line: on which the text begins there.
+        text: of `open_text`.
+    """
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte, line = ord(text[error.start]) - 0xDC00, line + text.count("\n", 0, error.start)
+        return InvalidRecord(
+            f"{path}:{line} isn't UTF-8 text (it holds the byte 0x{byte:02x}): save the file as UTF-8.",
+            "not UTF-8",
+        )
+    return None

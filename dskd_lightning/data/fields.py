@@ -30,6 +30,7 @@ _ROLES: dict[str, Role] = {
     "tool_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+_LEARNT_KEYS = ("train", "loss")  # axolotl's and ms-swift's
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value")
@@ -113,6 +114,13 @@ class RecordReader:
             raise self.error(f"has a '{key}' that isn't a list of messages", f"'{key}' is no list")
         return [self._message(key, turn) for turn in turns]
 
+    def reasoned(self, response: str) -> str:
+        """A response behind the record's own reasoning, unless it holds its own."""
+        key = next((key for key in _REASONING_KEYS if _holds(self.record.get(key))), None)
+        if key is None or "</think>" in response or not isinstance(self.record[key], str):
+            return response
+        return _reasoned(self.text(key), response)
+
     def history(self) -> list[Message]:
         """Earlier turns: ``history``, a list of pairs of prompt and response."""
         pairs = self.get("history") or []
@@ -156,11 +164,13 @@ class RecordReader:
                 if weight not in (0, 1):
                     raise self.error(f"has the message weight {weight!r}, neither 0 nor 1", "message weight")
                 learnt = bool(weight)
+            switches = {key for key in _LEARNT_KEYS if isinstance(turn.get(key), bool)}
+            learnt = learnt and all(turn[key] for key in switches)
             reasoning = next((key for key in _REASONING_KEYS if _holds(turn.get(key))), None)
             if reasoning is not None and "</think>" not in content:
-                content = f"<think>\n{self._content(turn[reasoning])}\n</think>\n\n{content}"
+                content = _reasoned(self._content(turn[reasoning]), content)
                 used.add(reasoning)
-            used |= {"tool_calls", "weight"}
+            used |= {"tool_calls", "weight", *switches}
         elif _ROLES[role] == "tool":
             extra = {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
             used |= extra.keys()
@@ -213,6 +223,10 @@ class RecordReader:
         if not isinstance(value, str):
             raise self.error("has a message whose content isn't text", "content is not text")
         return sanitize_text(value)
+
+
+def _reasoned(reasoning: str, response: str) -> str:
+    return f"<think>\n{reasoning}\n</think>\n\n{response}"
 
 
 def _without_none(value: Any) -> Any:

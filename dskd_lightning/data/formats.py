@@ -103,6 +103,10 @@ def _parsed(
         if needs_response:
             raise reader.error(f"has no response (its fields: {', '.join(map(str, record))})", "no response")
         references = []
+    elif not messages[-1].empty:
+        content = reader.reasoned(messages[-1].content)
+        references = [content if text == messages[-1].content else text for text in references]
+        messages = [*messages[:-1], replace(messages[-1], content=content)]
     for message in messages[:-1]:
         if message.role == "assistant" and message.empty:
             raise reader.error("has an empty assistant turn", "no response")

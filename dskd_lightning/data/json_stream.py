@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from dskd_lightning.data.compressed import kind_of, open_text
+from dskd_lightning.data.compressed import kind_of, not_utf8, open_text
 from dskd_lightning.data.examples import InvalidRecord
 from dskd_lightning.errors import UserError
 
@@ -26,7 +26,8 @@ def iter_json(path: Path, skip: Skip | None = None) -> Iterator[tuple[int, Any]]
 
     Args:
         path: the file.
-        skip: called with the error of a malformed line, which is then left out; None raises it.
+        skip: called with the error of a line or an item that is malformed or isn't UTF-8, which is then
+            left out; None raises it. Malformed JSON in an array is raised: what follows it can't be found.
 
     Raises:
         UserError: malformed JSON, with its line.
@@ -40,7 +41,7 @@ def iter_json(path: Path, skip: Skip | None = None) -> Iterator[tuple[int, Any]]
             yield from _object(path, file.read())
         return
     with open_text(path) as file:  # from its beginning; packed ones can't go back
-        yield from _array(path, file) if first == "[" else _lines(path, file, skip)
+        yield from _array(path, file, skip) if first == "[" else _lines(path, file, skip)
 
 
 def _is_one_object(path: Path) -> bool:
@@ -69,16 +70,23 @@ def _lines(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, A
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if skip is None:
+            if (foreign := not_utf8(path, number, line)) is not None:
+                raise foreign
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise _malformed(path, number, error) from error
-            skip(_malformed(path, number, error))
+        except InvalidRecord as error:
+            if skip is None:
+                raise
+            skip(error)
             continue
         yield number, value
 
 
 def _object(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    if (foreign := not_utf8(path, 1, text)) is not None:
+        raise foreign
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -90,7 +98,7 @@ def _object(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         yield 1, value
 
 
-def _array(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+def _array(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, Any]]:
     """Decode item after item from a buffer that is refilled where an item isn't complete."""
     decoder = json.JSONDecoder()
     buffer, line, ended, expected = file.read(_CHUNK).lstrip("\ufeff"), 1, False, "["
@@ -119,7 +127,12 @@ def _array(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
             more = file.read(max(_CHUNK, len(buffer) - position))
             buffer, position, ended = buffer[position:] + more, 0, not more
             continue
-        yield line, value
+        if (foreign := not_utf8(path, line, buffer[position:end])) is None:
+            yield line, value
+        elif skip is None:
+            raise foreign
+        else:
+            skip(foreign)
         line += buffer.count("\n", position, end)
         position, expected = end, ","
 

@@ -30,7 +30,7 @@ from dskd_lightning.runs.heartbeat import Progress
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples", "render_example"]
 
 _log = logging.getLogger(__name__)
-_VERSION = 6  # of the files' layout and of the rendering
+_VERSION = 7  # of the files' layout and of the rendering
 _CHUNK = 512
 
 

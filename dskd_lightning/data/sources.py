@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dskd_lightning.data.compressed import PACKED, kind_of, open_text
+from dskd_lightning.data.compressed import PACKED, kind_of, not_utf8, open_text
 from dskd_lightning.data.examples import InvalidRecord
 from dskd_lightning.data.json_stream import Skip, iter_json
 from dskd_lightning.demo import DATASET
@@ -224,13 +224,11 @@ def _csv(path: Path, skip: Skip | None) -> Iterator[tuple[int, Any]]:
     try:
         with open_text(path, newline="") as file:
             reader = csv.DictReader(file)
+            if (foreign := not_utf8(path, 1, "".join(reader.fieldnames or ()))) is not None:
+                raise foreign
             for row in reader:
-                if None in row or any(value is None for value in row.values()):
-                    error = InvalidRecord(
-                        f"{path}:{reader.line_num} has another number of columns than the header: quote its "
-                        "commas.",
-                        "another number of columns",
-                    )
+                error = _csv_fault(path, reader.line_num, row)
+                if error is not None:
                     if skip is None:
                         raise error
                     skip(error)
@@ -238,6 +236,15 @@ def _csv(path: Path, skip: Skip | None) -> Iterator[tuple[int, Any]]:
                 yield reader.line_num, {key: _cell(key, value) for key, value in row.items()}
     except csv.Error as error:
         raise UserError(f"'{path}' is no readable CSV file: {error}.") from error
+
+
+def _csv_fault(path: Path, line: int, row: Mapping[str | None, Any]) -> InvalidRecord | None:
+    if None in row or any(value is None for value in row.values()):
+        return InvalidRecord(
+            f"{path}:{line} has another number of columns than the header: quote its commas.",
+            "another number of columns",
+        )
+    return not_utf8(path, line, "".join(row.values()))
 
 
 def _cell(key: str, value: str) -> Any:

@@ -36,8 +36,9 @@ from dskd_lightning.checkpoints import restored
 from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
+from dskd_lightning.launch.arguments import settings_of
 from dskd_lightning.launch.own_classes import OwnClasses, OwnClassesParser
-from dskd_lightning.launch.run_files import clear_run, trained_checkpoint
+from dskd_lightning.launch.run_files import clear_run, is_exported, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
@@ -254,6 +255,14 @@ class DistillationCLI(LightningCLI):
             raise UserError(f"--ckpt_path: {name} does not exist; give best, last or a checkpoint's path.")
         elif name is None and evaluates:
             found = trained_checkpoint(folder)
+            source = settings_of(config.as_dict(), "model").get("student", {}).get("source")
+            if found is None and not (folder.parent / "config.yaml").exists() and is_exported(source):
+                logger.warning(
+                    "evaluating the exported student '%s' itself: there is no run in %s",
+                    source,
+                    folder.parent,
+                )
+                return
             if found is None:
                 raise UserError(
                     f"There is no checkpoint in {folder}: train first, give --ckpt_path, or evaluate the "

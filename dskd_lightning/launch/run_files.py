@@ -8,7 +8,10 @@ from pathlib import Path
 
 from dskd_lightning.checkpoints import restored
 
-__all__ = ["clear_run", "trained_checkpoint"]
+__all__ = ["EXPORTED", "clear_run", "is_exported", "trained_checkpoint"]
+
+EXPORTED = "distillation.json"
+"""In an exported folder: which checkpoint of which run it is of."""
 
 _FOLDERS = ("checkpoints", "predictions", "alignments", "tensorboard")
 _FILES = (
@@ -33,3 +36,8 @@ def trained_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The best checkpoint of a folder of them; the last one where no validation chose a best."""
     paths = [restored(Path(folder) / f"{name}.ckpt") for name in ("best", "last")]
     return next((path for path in paths if path.exists()), None)
+
+
+def is_exported(source: object) -> bool:
+    """Whether a model's source is a folder that ``dskd export`` wrote."""
+    return isinstance(source, str) and (Path(source).expanduser() / EXPORTED).is_file()

@@ -13,12 +13,14 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import option, read_yaml, settings_of
 from dskd_lightning.models.spec import LoraSpec, ModelSpec, PruneSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
+from dskd_lightning.runs.identity import model_identity
 
 if TYPE_CHECKING:
     from dskd_lightning.launch.lightning_cli import DistillationCLI
 
 __all__ = [
     "find_checkpoint",
+    "load_identified",
     "load_student",
     "load_trained",
     "open_run",
@@ -122,6 +124,11 @@ def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
     Raises:
         UserError: there is no such checkpoint or it was not written by `DistillationModule`.
     """
+    return load_identified(run, ckpt_path)[:2]
+
+
+def load_identified(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any, dict[str, Any]]:
+    """What `load_trained` gives, and which model that is (`model_identity`)."""
     path = find_checkpoint(run, ckpt_path)
     checkpoint = read_checkpoint(path)
     if "student_spec" not in checkpoint:
@@ -136,4 +143,4 @@ def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
         if key.startswith("student.")
     }
     model.load_state_dict(weights, strict=False)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, model_identity(run, path, checkpoint["global_step"])

@@ -145,3 +145,21 @@ def test_a_run_knows_its_best_again_where_its_folder_was_moved(tmp_path, moved) 
     assert second.best_model_score == second.kth_value == 2.0
     assert second.best_k_models == {str(folder / "best.ckpt"): 2.0}
     assert second.best_model_path == second.kth_best_model_path == str(folder / "best.ckpt")
+
+
+def test_an_exported_student_is_evaluated_as_it_is_where_there_is_no_run(tmp_path, model_folder) -> None:
+    runs = Runs(tmp_path, model_folder)
+    runs("fit")
+    runs("test", "--ckpt_path", "last")
+    score, digest = runs.result()["nll_per_token"], runs.result()["model"]["digest"]
+    folder = tmp_path / "student"
+    assert dskd_forked("export", str(runs.run), str(folder), "--ckpt_path", "last", log=runs.log) == 0
+    named = json.loads((folder / "distillation.json").read_text())
+    assert (named["digest"], named["run"]) == (digest, str(runs.run))
+    assert named["step"] > 0
+    runs.run = tmp_path / "elsewhere"
+    student = ["--model.student.source", str(folder)]
+    assert f"evaluating the exported student '{folder}' itself" in runs("test", *student)
+    assert runs.result()["nll_per_token"] == pytest.approx(score, rel=1e-6)
+    (runs.run / "config.yaml").write_text("seed_everything: 1")  # a run that hasn't saved anything yet
+    assert "--untrained true" in runs("test", *student, expected=2)

@@ -290,3 +290,79 @@ def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
         (source,) = resolve_sources(entry)
         assert [record.value["prompt"] for record in source.records()] == ["a"]
         assert source.name.endswith("/a\ufffd\ufffd.jsonl")
+
+
+FOREIGN = b'{"prompt": "a", "response": "caf\xe9"}'  # Latin-1
+FILES = {
+    "d.jsonl": b'{"prompt": "a", "response": "b"}\n' + FOREIGN + b'\n{"prompt": "c", "response": "d"}\n',
+    "d.json": b'[{"prompt": "a", "response": "b"},\n' + FOREIGN + b',\n{"prompt": "c", "response": "d"}]',
+    "d.csv": b"prompt,response\na,caf\xe9\nc,d\na,b\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_line_that_is_not_utf8_is_named_or_skipped(tmp_path: Path, name: str, packed: bool) -> None:
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(FILES[name]) if packed else FILES[name])
+    (source,) = resolve_sources(str(path))
+    with pytest.raises(UserError, match=rf"{name}.*:2 isn't UTF-8 text \(it holds the byte 0xe9\)"):
+        list(source.records())
+    errors: list[InvalidRecord] = []
+    values = [record.value for record in source.records(errors.append)]
+    assert sorted(value["response"] for value in values) == ["b", "d"]
+    assert [error.reason for error in errors] == ["not UTF-8"]
+
+
+def test_a_wholly_foreign_file_is_named_at_its_first_line(tmp_path: Path) -> None:
+    for name, content in {
+        "a.json": '{"data": [\n{"prompt": "a", "response": "é"}]}'.encode("latin-1"),
+        "b.json": '{"prompt": "a", "response": "b"}'.encode("utf-16"),
+        "c.csv": "prompt,réponse\na,b\n".encode("latin-1"),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        line = 2 if name == "a.json" else 1
+        with pytest.raises(UserError, match=rf"{name}:{line} isn't UTF-8"):
+            list(resolve_sources(str(tmp_path / name))[0].records())
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "1 + 1?", "output": "2"},
+        {"prompt": "1 + 1?", "responses": ["2", "two"]},
+        {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]},
+    ],
+)
+def test_the_record_s_own_reasoning_is_the_answer_s(key: str, record: dict) -> None:
+    unused: Counter[str] = Counter()
+    example = parse_record({**record, key: "One more."}, detect_format(record, "f"), "f", 1, unused=unused)
+    thought = "<think>\nOne more.\n</think>\n\n2"
+    assert example.response == thought
+    assert example.references == ((thought, "two") if "responses" in record else (thought,))
+    assert not unused
+    assert not example.fields
+
+
+def test_an_answer_with_reasoning_of_its_own_keeps_it_and_the_other_is_named() -> None:
+    unused: Counter[str] = Counter()
+    record = {"prompt": "a", "response": "<think>x</think>b", "reasoning": "y"}
+    assert parse_record(record, "prompt", "f", 1, unused=unused).response == "<think>x</think>b"
+    assert unused == {"reasoning": 1}
+    record = {"prompt": "a", "response": "b", "reasoning": {"effort": "low"}}
+    assert parse_record(record, "prompt", "f", 1, unused=unused).response == "b"
+    assert unused == {"reasoning": 2}
+
+
+@pytest.mark.parametrize("key", ["train", "loss"])
+def test_a_turn_says_under_other_names_that_it_is_not_learnt(key: str) -> None:
+    turns = [
+        {"role": role, "content": role, **switch}
+        for switch in ({key: False}, {key: True})
+        for role in ("user", "assistant")
+    ]
+    unused: Counter[str] = Counter()
+    example = parse_record({"messages": turns}, "messages", "f", 1, unused=unused)
+    assert [message.learnt for message in example.messages if message.role == "assistant"] == [False, True]
+    assert unused == {f"messages.{key}": 1}  # the users' own, which no one reads
