@@ -41,6 +41,7 @@ class Collator:
         teacher_hidden: per teacher, cached hidden states, log-probabilities or None; empty for none at all.
         teachers: ``[examples]``, the only teacher that answers for each, -1 for all; None where all answer
             for all. Those of a batch are alike.
+        tokenizers: fingerprints of those that cut the texts, the student's first, for the batches.
     """
 
     dataset: PreparedDataset
@@ -50,6 +51,7 @@ class Collator:
     pad_to_multiple_of: int = 1
     teacher_hidden: Sequence[TeacherHidden | None] = ()
     teachers: npt.NDArray[np.int16] | None = None
+    tokenizers: tuple[str, ...] = ()
 
     def __call__(self, rows: Batch) -> DistillationBatch:
         """The batch of ``rows``; of no rows, one without examples (a row without response positions)."""
@@ -73,6 +75,7 @@ class Collator:
             filler=filler,
             teacher=only,
         )
+        batch = replace(batch, tokenizers=self.tokenizers)
         if not self.teacher_hidden:
             return batch
         hidden = tuple(

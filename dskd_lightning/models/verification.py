@@ -35,13 +35,13 @@ def verify_tokenizers(batch: DistillationBatch, student: Any, teachers: Sequence
     if len(batch.tokenizers) <= len(teachers):
         raise UserError(
             f"The batch was made for {len(batch.tokenizers) - 1} teachers, and the module learns from "
-            f"{len(teachers)}: give DistillationCollator the module's own models."
+            f"{len(teachers)}: give the collator or the InstructionDataModule the module's own models."
         )
     for name, found, tokenizer in zip(names, batch.tokenizers, (student, *teachers), strict=False):
         if found != tokenizer_fingerprint(tokenizer):
             raise UserError(
-                f"The batch was cut by another tokenizer than the {name}'s "
-                f"('{tokenizer.name_or_path}'): give DistillationCollator the module's own models."
+                f"The batch was cut by another tokenizer than the {name}'s ('{tokenizer.name_or_path}'): "
+                "give the collator or the InstructionDataModule the module's own models."
             )
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import datasets
+import lightning as L
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,3 +115,30 @@ def test_a_collator_of_other_models_is_one_sentence_before_the_first_step(model_
     alone.configure_model()
     assert alone.training_step(dl.DistillationCollator(student, other)(ROWS), 0).isfinite()
     assert module.training_step(dl.DistillationCollator(student, teacher)(ROWS), 0).isfinite()
+
+
+def test_data_of_other_models_are_one_sentence_before_anything_is_learnt(
+    model_folder, folders, tmp_path
+) -> None:
+    student, teacher = (loaded(folder) for folder in folders)
+    other = loaded(model_folder(tokenizer="unigram"))
+    for models, message in (
+        ((other, teacher), "another tokenizer than the student's"),
+        ((student, student), "another tokenizer than the teacher's"),
+        ((student,), "for 0 teachers, and the module learns from 1"),
+        ((student, teacher), None),
+    ):
+        module = dl.DistillationModule(student, dl.DSKDTokenAlignmentObjective(), teacher)
+        data = dl.InstructionDataModule(
+            ROWS * 4, student=models[0], teacher=list(models[1:]), batch_size=2, cache_dir=str(tmp_path)
+        )
+        trainer = L.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        if message is None:
+            trainer.fit(module, data)
+        else:
+            with pytest.raises(dl.UserError, match=message):
+                trainer.fit(module, data)
+        assert trainer.global_step == (message is None)
