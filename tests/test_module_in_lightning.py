@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from forked_ranks import in_ranks
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 import dskd_lightning as dl
 from dskd_lightning.callbacks import TrainingMonitor
 from dskd_lightning.checkpoints import WholeCheckpointIO, digest_of
+from dskd_lightning.training.on_policy import OnPolicySettings
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -104,6 +106,45 @@ def test_a_tuner_finds_the_learning_rate(model_folder, tmp_path):
     assert rates["student"] == pytest.approx(module.lr)
     assert rates["projector"] == module.projector_lr
     assert trainer.global_step == 4
+
+
+def test_a_tuner_finds_the_learning_rate_on_the_student_s_own_samples(model_folder, tmp_path):
+    spec = dl.StudentSpec(model_folder(seed=1))
+    settings = OnPolicySettings(fraction=0.5, max_new_tokens=4, buffer_steps=2)
+    module = dl.DistillationModule(spec, dl.LogitKDObjective(), spec, on_policy=settings)
+    rows = [{"prompt": f"Say {n}.", "response": f"{n}"} for n in range(12)]
+    data = dl.InstructionDataModule(rows, student=spec, teacher=spec, batch_size=2, cache_dir=str(tmp_path))
+    trainer = L.Trainer(
+        **QUIET, max_steps=3, default_root_dir=tmp_path, enable_checkpointing=False, limit_val_batches=0
+    )
+    found = Tuner(trainer).lr_find(module, datamodule=data, num_training=20, early_stop_threshold=None)
+    assert found.suggestion()
+    assert module.lr == found.suggestion()
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 3
+
+
+def test_ranks_find_one_learning_rate(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    options = {**QUIET, "enable_checkpointing": False, "limit_val_batches": 0, "default_root_dir": tmp_path}
+
+    def run(rank: int) -> None:
+        trainer = L.Trainer(**options, max_steps=3, devices=2, strategy="ddp")
+        Tuner(trainer).lr_find(module, datamodule=data, num_training=20, early_stop_threshold=None)
+        (tmp_path / f"found {rank}").write_text(str(module.lr))
+        with pytest.raises(ValueError, match="batch size is currently not supported with distributed"):
+            Tuner(trainer).scale_batch_size(module, datamodule=data)
+
+    in_ranks(run, folder=tmp_path / "logs")
+    rates = [float((tmp_path / f"found {rank}").read_text()) for rank in (0, 1)]
+    assert rates[0] == rates[1] != module.lr
+
+
+def test_a_search_in_processes_of_the_trainer_s_own_is_refused(model_folder, tmp_path):
+    module, data = make(model_folder, tmp_path)
+    trainer = L.Trainer(**QUIET, max_steps=3, devices=2, strategy="ddp_fork", default_root_dir=tmp_path)
+    with pytest.raises(Exception, match="UserError: A search inside of processes that the Trainer forks"):
+        Tuner(trainer).lr_find(module, datamodule=data)
 
 
 @pytest.mark.parametrize("finder", [LearningRateFinder(), BatchSizeFinder()])

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from dskd_lightning.errors import UserError
 
@@ -26,6 +27,11 @@ def check_tuning(trainer: L.Trainer) -> None:
             raise UserError(
                 f"trainer.callbacks: {type(callback).__name__} searches when the schedule is made already: "
                 f"call lightning.pytorch.tuner.Tuner(trainer).{search}(module, datamodule=data) before fit."
+            )
+        if isinstance(cast("Any", trainer.strategy).launcher, _MultiProcessingLauncher):
+            raise UserError(
+                "A search inside of processes that the Trainer forks or spawns can't tell what it found: "
+                "search with one device, or start the ranks with torchrun."
             )
         limit = getattr(cast("Any", trainer).datamodule, "max_tokens_per_batch", None)
         if isinstance(callback, BatchSizeFinder) and limit is not None:
