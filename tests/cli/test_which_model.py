@@ -163,3 +163,21 @@ def test_an_exported_student_is_evaluated_as_it_is_where_there_is_no_run(tmp_pat
     assert runs.result()["nll_per_token"] == pytest.approx(score, rel=1e-6)
     (runs.run / "config.yaml").write_text("seed_everything: 1")  # a run that hasn't saved anything yet
     assert "--untrained true" in runs("test", *student, expected=2)
+
+
+def test_a_model_checkpoint_of_the_user_s_own_takes_the_place_of_ours(tmp_path, model_folder) -> None:
+    own = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            "dirpath": str(tmp_path / "own"), "filename": "chosen", "monitor": "val/accuracy", "mode": "max",
+        },
+    }  # fmt: skip
+    runs = Runs(tmp_path, model_folder, **{"trainer.callbacks": [own]})
+    refused = runs("fit", "--best.monitor", "val/accuracy", expected=2)
+    assert "best.monitor: val/accuracy would choose nothing" in refused
+    assert "a ModelCheckpoint of your own is among trainer.callbacks" in refused
+    runs("fit")
+    assert not (runs.run / "checkpoints").exists()
+    assert "--untrained true" in runs("test", expected=2)
+    runs("test", "--ckpt_path", str(tmp_path / "own" / "chosen.ckpt"))
+    assert runs.result()["model"]["checkpoint"] == "chosen.ckpt"

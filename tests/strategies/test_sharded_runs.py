@@ -19,6 +19,7 @@ from tiny_runs import write_config
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.module import DistillationModule
+from dskd_lightning.runs.metrics_file import read_rows
 
 STRATEGY = "dskd_lightning.strategies.DSKDModelParallelStrategy"
 CROSS_ATTENTION = "DSKDCrossAttentionObjective"
@@ -71,6 +72,7 @@ def test_sharded_run_is_tested_resumed_and_exported_as_another(
         "data.test_split": 5,  # shares of 3 and 2 prompts
         "trainer.max_epochs": 1,
         "samples.prompts": 5,
+        "validation": {"prompts": 3, "seeds": [1, 2], "max_new_tokens": 12},
     }
     if not folder:
         changes["model.objective"] = {"class_path": f"dskd_lightning.objectives.{CROSS_ATTENTION}"}
@@ -91,6 +93,11 @@ def test_sharded_run_is_tested_resumed_and_exported_as_another(
     for name, spectrum in one["representation"]["projectors"].items():
         values = two["representation"]["projectors"][name]["singular_values"]
         assert values == pytest.approx(spectrum["singular_values"], rel=1e-3)
+    if not folder:
+        alone("validate", *given, *ONE, log=tmp_path / "one.log")
+        rows = [row for row in read_rows(run / "metrics.csv") if row.get("val/response_tokens")]
+        two, one = [{name: float(row[name]) for name in row if "val/" in name} for row in rows]
+        assert two == pytest.approx(one, rel=1e-4)
     if folder:
         last = ("--ckpt_path", "last")
         data = ("--data.predict", str(tmp_path / "data.jsonl"), "--responses.limit", "5")
