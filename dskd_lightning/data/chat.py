@@ -219,15 +219,6 @@ class ChatRenderer:
         closing, _ = self._split_end(texts[-1])
         return int(self.tokenizer.eos_token_id if closing is None else closing)
 
-    def prompt_text(self, messages: Sequence[Message], place: str = "", *, tools: str = "") -> str:
-        """The text of `generation_prompt`, for people to read."""
-        example = Example(self._with_answer(messages, None), source=place, tools=tools)
-        messages = self.template.spelled_out(example).messages
-        texts, written = self._around(messages, tools, place)
-        responses = [m.content.strip() for m in messages[:-1] if m.role == "assistant"]
-        text = "".join(text for pair in zip(texts, [*responses, ""], strict=False) for text in pair)
-        return _restore(text, written)
-
     def _with_answer(self, messages: Sequence[Message], reasoning: bool | None) -> tuple[Message, ...]:
         if reasoning is None:
             reasoning = bool(self.template.options["enable_thinking"])

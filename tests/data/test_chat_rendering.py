@@ -55,7 +55,6 @@ def test_tokens_are_those_of_the_template() -> None:
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     assert ChatRenderer(tokenizer).generation_prompt(example.prompt) == list(prompt)
     assert tokens.response[0] == len(prompt) - 1
-    assert ChatRenderer(tokenizer).prompt_text(example.prompt) == tokenizer.decode(prompt)
 
 
 def test_trimming_template_special_end_and_thinking() -> None:
@@ -88,8 +87,8 @@ def test_system_goes_to_the_user_where_a_template_refuses_it() -> None:
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
     )
     renderer = ChatRenderer(tokenizer)
-    text = renderer.prompt_text(conversation(USER, "x", system="Be brief.").prompt)
-    assert text == f"<|user|>\nBe brief.\n\n{USER}<|end|>\n<|assistant|>\n"
+    prompt = renderer.generation_prompt(conversation(USER, "x", system="Be brief.").prompt)
+    assert tokenizer.decode(prompt) == f"<|user|>\nBe brief.\n\n{USER}<|end|>\n<|assistant|>\n"
 
 
 def test_template_errors() -> None:
