@@ -109,23 +109,6 @@ def machine(device: str) -> str:
     return environment()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu", "pretended"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no check after this long")
-    parser.add_argument("--each", type=int, default=120, help="most seconds of one check")
-    parser.add_argument("--only", default="", help="checks whose names this regular expression finds")
-    parser.add_argument("--json", type=Path, help="write the results here, after every check")
-    a = parser.parse_args(arguments)
-    if a.device != "pretended":
-        with quiet():
-            return run_all(a)
-    from pretended_gpu import PretendedGpu
-
-    with PretendedGpu(), quiet():
-        return run_all(a)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Errors alone are logged."""
@@ -140,6 +123,23 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu", "pretended"), default="cuda")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin no check after this long")
+    parser.add_argument("--each", type=int, default=120, help="most seconds of one check")
+    parser.add_argument("--only", default="", help="checks whose names this regular expression finds")
+    parser.add_argument("--json", type=Path, help="write the results here, after every check")
+    a = parser.parse_args(arguments)
+    if a.device != "pretended":
+        return run_all(a)
+    from pretended_gpu import PretendedGpu
+
+    with PretendedGpu():
+        return run_all(a)
+
+
+@quiet()
 def run_all(a: argparse.Namespace) -> int:
     """Run the checks, print them, and return the exit status."""
     begin, results = time.perf_counter(), []

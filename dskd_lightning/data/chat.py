@@ -121,12 +121,17 @@ class ChatRenderer:
         )  # fmt: skip
 
     @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """That of the tokenizer, which takes a while where the vocabulary is large."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for renderers that give every conversation the same tokens, and so the same tokens of a
         response, whatever ``system`` is in front of it."""
         template = self.prompt_template if self.prompt_template is not None else self.tokenizer.chat_template
         parts = [
-            tokenizer_fingerprint(self.tokenizer),
+            self.tokenizer_fingerprint,
             template,
             self.tokenizer.special_tokens_map,
             self.bos_ids,

@@ -74,8 +74,8 @@ class Collator:
             pad_to_multiple_of=self.pad_to_multiple_of,
             filler=filler,
             teacher=only,
+            tokenizers=self.tokenizers,
         )
-        batch = replace(batch, tokenizers=self.tokenizers)
         if not self.teacher_hidden:
             return batch
         hidden = tuple(
@@ -95,6 +95,7 @@ def collate(
     pad_to_multiple_of: int = 1,
     filler: bool = False,
     teacher: int | None = None,
+    tokenizers: tuple[str, ...] = (),
 ) -> DistillationBatch:
     """The batch of rendered examples, with which every source of data ends.
 
@@ -107,6 +108,7 @@ def collate(
         pad_to_multiple_of: round the rows' length up, for tensor cores.
         filler: nothing of the rows is learnt; the batch counts no examples.
         teacher: the only teacher that answers; rows of the others aren't looked at.
+        tokenizers: `DistillationBatch.tokenizers`.
     """
     if teacher is not None:
         models = [rows if model in (0, teacher + 1) else [] for model, rows in enumerate(models)]
@@ -130,6 +132,7 @@ def collate(
         teacher_hidden=(None,) * (len(tokens) - 1),
         padding_share=1.0 - sum(map(len, flat[0])) / tokens[0].input_ids.numel(),
         teacher=teacher,
+        tokenizers=tokenizers,
     )
 
 

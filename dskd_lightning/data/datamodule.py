@@ -34,7 +34,6 @@ from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_name
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
 from dskd_lightning.structures import TokenBatch
-from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 __all__ = ["InstructionDataModule", "Stage"]
 
@@ -382,7 +381,7 @@ class InstructionDataModule(pl.LightningDataModule):
             pad_to_multiple_of=self.pad_to_multiple_of,
             teacher_hidden=self.teacher_hidden.get(stage, ()),
             teachers=view.dataset.teachers(self.teacher_names),
-            tokenizers=tuple(tokenizer_fingerprint(renderer.tokenizer) for renderer in self.renderers),
+            tokenizers=tuple(renderer.tokenizer_fingerprint for renderer in self.renderers),
         )
         size = self.batch_size if training else self.eval_batch_size or self.batch_size
         return DistillationLoader(

@@ -116,8 +116,8 @@ class RecordReader:
 
     def reasoned(self, response: str) -> str:
         """A response behind the record's own reasoning, unless it holds its own."""
-        key = next((key for key in _REASONING_KEYS if _holds(self.record.get(key))), None)
-        if key is None or "</think>" in response or not isinstance(self.record[key], str):
+        key = _reasoning_key(self.record, response)
+        if key is None or not isinstance(self.record[key], str):
             return response
         return _reasoned(self.text(key), response)
 
@@ -166,8 +166,8 @@ class RecordReader:
                 learnt = bool(weight)
             switches = {key for key in _LEARNT_KEYS if isinstance(turn.get(key), bool)}
             learnt = learnt and all(turn[key] for key in switches)
-            reasoning = next((key for key in _REASONING_KEYS if _holds(turn.get(key))), None)
-            if reasoning is not None and "</think>" not in content:
+            reasoning = _reasoning_key(turn, content)
+            if reasoning is not None:
                 content = _reasoned(self._content(turn[reasoning]), content)
                 used.add(reasoning)
             used |= {"tool_calls", "weight", *switches}
@@ -223,6 +223,13 @@ class RecordReader:
         if not isinstance(value, str):
             raise self.error("has a message whose content isn't text", "content is not text")
         return sanitize_text(value)
+
+
+def _reasoning_key(holder: Mapping[str, Any], response: str) -> str | None:
+    """Where ``holder`` keeps the reasoning of a response that holds none of its own."""
+    if "</think>" in response:
+        return None
+    return next((key for key in _REASONING_KEYS if _holds(holder.get(key))), None)
 
 
 def _reasoned(reasoning: str, response: str) -> str:

@@ -103,7 +103,7 @@ def _parsed(
         if needs_response:
             raise reader.error(f"has no response (its fields: {', '.join(map(str, record))})", "no response")
         references = []
-    elif not messages[-1].empty:
+    else:
         content = reader.reasoned(messages[-1].content)
         references = [content if text == messages[-1].content else text for text in references]
         messages = [*messages[:-1], replace(messages[-1], content=content)]

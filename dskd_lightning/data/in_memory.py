@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from dskd_lightning.data.chat import ChatRenderer, Learn
@@ -19,7 +17,6 @@ from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.spec import ModelSpec, teacher_names
 from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
 from dskd_lightning.structures import DistillationBatch
-from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 __all__ = ["DistillationCollator"]
 
@@ -105,19 +102,15 @@ class DistillationCollator:
             )
         name = named.pop()
         only = self.teacher_names.index(name) if name else None
-        batch = collate(
+        return collate(
             models,
             [pad_token_id(renderer.tokenizer) for renderer in self.renderers],
             [renderer.fingerprint == student.fingerprint for renderer in teachers],
             kept,
             pad_to_multiple_of=self.pad_to_multiple_of,
             teacher=only,
+            tokenizers=tuple(renderer.tokenizer_fingerprint for renderer in self.renderers),
         )
-        return replace(batch, tokenizers=self._tokenizers)
-
-    @functools.cached_property
-    def _tokenizers(self) -> tuple[str, ...]:
-        return tuple(tokenizer_fingerprint(renderer.tokenizer) for renderer in self.renderers)
 
     def _example(self, row: Mapping[str, Any] | Example, number: int) -> Example:
         if isinstance(row, Example):

@@ -11,11 +11,18 @@ from dskd_lightning.data.compressed import kind_of, not_utf8, open_text
 from dskd_lightning.data.examples import InvalidRecord
 from dskd_lightning.errors import UserError
 
-__all__ = ["Skip", "iter_json"]
+__all__ = ["Skip", "iter_json", "leave_out"]
 
 _CHUNK = 1 << 20
 
 Skip = Callable[[InvalidRecord], None]
+
+
+def leave_out(error: InvalidRecord, skip: Skip | None) -> None:
+    """Tell ``skip`` of a record that can't be read; None raises its error."""
+    if skip is None:
+        raise error
+    skip(error)
 
 
 def iter_json(path: Path, skip: Skip | None = None) -> Iterator[tuple[int, Any]]:
@@ -69,17 +76,13 @@ def _lines(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, A
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
+        if (foreign := not_utf8(path, number, line)) is not None:
+            leave_out(foreign, skip)
+            continue
         try:
-            if (foreign := not_utf8(path, number, line)) is not None:
-                raise foreign
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _malformed(path, number, error) from error
-        except InvalidRecord as error:
-            if skip is None:
-                raise
-            skip(error)
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            leave_out(_malformed(path, number, error), skip)
             continue
         yield number, value
 
@@ -129,10 +132,8 @@ def _array(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, A
             continue
         if (foreign := not_utf8(path, line, buffer[position:end])) is None:
             yield line, value
-        elif skip is None:
-            raise foreign
         else:
-            skip(foreign)
+            leave_out(foreign, skip)
         line += buffer.count("\n", position, end)
         position, expected = end, ","
 

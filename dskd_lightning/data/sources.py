@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dskd_lightning.data.compressed import PACKED, kind_of, not_utf8, open_text
 from dskd_lightning.data.examples import InvalidRecord
-from dskd_lightning.data.json_stream import Skip, iter_json
+from dskd_lightning.data.json_stream import Skip, iter_json, leave_out
 from dskd_lightning.demo import DATASET
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.text import visible
@@ -228,12 +228,10 @@ def _csv(path: Path, skip: Skip | None) -> Iterator[tuple[int, Any]]:
                 raise foreign
             for row in reader:
                 error = _csv_fault(path, reader.line_num, row)
-                if error is not None:
-                    if skip is None:
-                        raise error
-                    skip(error)
-                    continue
-                yield reader.line_num, {key: _cell(key, value) for key, value in row.items()}
+                if error is None:
+                    yield reader.line_num, {key: _cell(key, value) for key, value in row.items()}
+                else:
+                    leave_out(error, skip)
     except csv.Error as error:
         raise UserError(f"'{path}' is no readable CSV file: {error}.") from error
 

@@ -23,7 +23,7 @@ def option(key: str, value: object) -> str:
 
 
 def settings_of(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What a config says under ``model`` or ``data``, of a class of the user's own too; empty for nothing."""
+    """What a config says under ``key``, also where it names a class for it; empty for nothing."""
     value = config.get(key)
     if isinstance(value, dict) and "class_path" in value:
         value = value.get("init_args")

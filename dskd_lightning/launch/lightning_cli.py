@@ -254,23 +254,25 @@ class DistillationCLI(LightningCLI):
         elif name is not None and not Path(name).exists():
             raise UserError(f"--ckpt_path: {name} does not exist; give best, last or a checkpoint's path.")
         elif name is None and evaluates:
-            found = trained_checkpoint(folder)
-            source = settings_of(config.as_dict(), "model").get("student", {}).get("source")
-            if found is None and not (folder.parent / "config.yaml").exists() and is_exported(source):
-                logger.warning(
-                    "evaluating the exported student '%s' itself: there is no run in %s",
-                    source,
-                    folder.parent,
-                )
-                return
-            if found is None:
-                raise UserError(
-                    f"There is no checkpoint in {folder}: train first, give --ckpt_path, or evaluate the "
-                    "student as it is before training with `--untrained true`."
-                )
+            self._choose_checkpoint(config, folder)
+
+    def _choose_checkpoint(self, config: Any, folder: Path) -> None:
+        """What is evaluated where nobody says it."""
+        found = trained_checkpoint(folder)
+        if found is not None:
             config.ckpt_path = str(found)
             why = "" if found.stem == "best" else ", since no validation has chosen a best one"
             logger.info("evaluating %s%s", found, why)
+            return
+        source = settings_of(settings_of(config.as_dict(), "model"), "student").get("source")
+        if (folder.parent / "config.yaml").exists() or not is_exported(source):
+            raise UserError(
+                f"There is no checkpoint in {folder}: train first, give --ckpt_path, or evaluate the "
+                "student as it is before training with `--untrained true`."
+            )
+        logger.warning(
+            "evaluating the exported student '%s' itself: there is no run in %s", source, folder.parent
+        )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         outer = self.config[self.subcommand] if self.subcommand else self.config

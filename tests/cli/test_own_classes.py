@@ -114,22 +114,8 @@ def test_own_module_and_data_train_resume_and_are_tested(tmp_path, model_folder,
     card = model_card(tmp_path / "run")
     assert card is not None
     assert "DSKDObjective" in card
-    assert (
-        main(
-            [
-                "chat",
-                str(tmp_path / "run"),
-                "teacher",
-                "--ckpt_path",
-                "last",
-                "--prompt",
-                "hello",
-                "--max_new_tokens",
-                "2",
-            ]
-        )
-        == 0
-    )
+    asked = ["--ckpt_path", "last", "--prompt", "hello", "--max_new_tokens", "2"]
+    assert main(["chat", str(tmp_path / "run"), "teacher", *asked]) == 0
     assert "teacher: " in capsys.readouterr().out
 
 
