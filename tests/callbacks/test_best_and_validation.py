@@ -8,6 +8,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rouge_score.rouge_scorer import RougeScorer
 from test_distillation_module import fit, make
 
@@ -114,6 +115,27 @@ def test_the_best_is_the_highest_where_higher_is_better(model_folder, tmp_path):
     checkpoint = torch.load(tmp_path / "kept" / "best.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
     assert float(best.best_model_score) == 30
+
+
+@pytest.mark.parametrize("monitor", ["val/rougeL", "val/kl"])
+def test_a_checkpoint_callback_of_the_user_s_own_stands_beside_the_best(model_folder, tmp_path, monitor):
+    measured = [ValidationResponses(prompts=2, max_new_tokens=4)] if monitor == "val/rougeL" else []
+    kept = {}
+    for run in ("alone", "beside"):
+        torch.manual_seed(3)
+        module, data = make(model_folder, tmp_path)
+        best = BestCheckpoint(tmp_path / run, monitor)
+        own = ModelCheckpoint(tmp_path / "own", "{step}", monitor="val/accuracy", mode="max", save_top_k=-1)
+        added = [own] if run == "beside" else []
+        L.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            max_epochs=2, limit_train_batches=2, limit_val_batches=1, callbacks=[*added, *measured, best],
+        ).fit(module, datamodule=data)  # fmt: skip
+        checkpoint = torch.load(tmp_path / run / "best.ckpt", weights_only=True)
+        kept[run] = checkpoint["global_step"], float(best.best_model_score)
+        assert [path.name for path in (tmp_path / run).iterdir()] == ["best.ckpt"]
+    assert kept["alone"] == kept["beside"]
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
 
 
 def test_what_others_promised_and_did_not_log_is_one_sentence(model_folder, tmp_path):

@@ -335,26 +335,45 @@ def test_composed_configs_and_printed_config(tmp_path, model_folder):
     assert values["model"]["teacher"]["source"] == model_folder(hidden=24, seed=2)
 
 
-def test_study_compares_variants(tmp_path, model_folder):
-    config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2))
+def test_study_compares_variants(tmp_path, model_folder, monkeypatch, capsys):
+    config = write_config(
+        tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2),
+        **{"trainer.enable_progress_bar": True},
+    )  # fmt: skip
     sft = {"model": {"objective": {"class_path": "dskd_lightning.objectives.SFTObjective"}}}
+    before = "before_any_training_at_all"  # with which all columns are wider than 80
     study = {
         "output": str(tmp_path / "study"),
         "base": [config.name],
         "variants": {
-            "before": {"train": False},
+            before: {"train": False},
             "sft": {"config": sft},
             "dskd": None,
         },
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    dskd("study", str(tmp_path / "study.yaml"))
+    said = dskd("study", str(tmp_path / "study.yaml"))
+    assert [int(step) for step in re.findall(r"^fit: step (\d+) of 8, ", said.stderr, re.M)] == [1, 8, 1, 8]
+    assert "\r" not in said.stdout + said.stderr
     rows = json.loads((tmp_path / "study/table.json").read_text())
-    assert list(rows) == ["before", "sft", "dskd"]
-    assert rows["before"]["perplexity_per_token"] > rows["dskd"]["perplexity_per_token"]
-    assert "training_seconds" not in rows["before"]
+    assert list(rows) == [before, "sft", "dskd"]
+    assert rows[before]["perplexity_per_token"] > rows["dskd"]["perplexity_per_token"]
+    assert "training_seconds" not in rows[before]
     assert (tmp_path / "study/curves.png").stat().st_size > 1000
     assert (tmp_path / "study/report/report.html").is_file()
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    assert main(["study", str(tmp_path / "study.yaml")]) == 0
+    shown = capsys.readouterr().out
+    tables, paths = shown.split("Report: ")[0], shown.split("Report: ")[1]
+    tables += paths.split("\n", 1)[1].split("table, curves and report are in")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert "…" not in tables
+    words = tables.split()
+    for word in ("difference", "win/tie/loss", "perplexity", "agreement", "ROUGE-L", "GiB"):
+        assert word in words
+    for values in rows.values():
+        assert f"{values['perplexity_per_token']:.2f}" in words
 
 
 def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import lightning as L
@@ -200,7 +201,9 @@ def test_the_command_builds_and_training_needs_no_more(model_folder, tmp_path, c
     assert main(["fit", "--config", str(config)]) == 2
     assert "dskd cache" in capsys.readouterr().err
     assert main(["cache", str(config)]) == 0
-    assert "teacher cache complete in" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "teacher cache complete in" in said.out
+    assert re.search(r"^Teacher cache: ([\d,]+) of \1 response tokens \(100%\), ", said.err, re.M)
     assert main(["fit", "--config", str(config)]) == 0
     other = tmp_path / "elsewhere"
     assert main(["cache", str(config), "--output", str(other), "--dtype", "int8"]) == 0
