@@ -175,6 +175,11 @@ class InstructionDataModule(pl.LightningDataModule):
         return self._renderers
 
     @property
+    def student_tokenizer(self) -> Any:
+        """The student's fast tokenizer."""
+        return self.renderers[0].tokenizer
+
+    @property
     def teacher_tokenizers(self) -> list[Any]:
         """One fast tokenizer per teacher."""
         return [renderer.tokenizer for renderer in self.renderers[1:]]

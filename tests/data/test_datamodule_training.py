@@ -68,7 +68,7 @@ def test_batches_hold_the_same_responses_aligned(make, mode: dict) -> None:
         assert isinstance(batch, DistillationBatch)
         seen += batch.examples.tolist()
         student, (teacher,), (alignment,) = batch.student, batch.teachers, batch.alignments
-        for side, tokenizer in ((student, dm.renderers[0].tokenizer), (teacher, dm.teacher_tokenizers[0])):
+        for side, tokenizer in ((student, dm.student_tokenizer), (teacher, dm.teacher_tokenizers[0])):
             assert side.input_ids.shape[1] % 8 == 0
             assert (side.attention_mask is None) == bool(mode.get("packing"))
             labels = side.select(side.labels)
@@ -86,7 +86,7 @@ def test_batches_hold_the_same_responses_aligned(make, mode: dict) -> None:
         pairs = alignment.pairs
         assert (student.sequence[pairs[:, 0]] == teacher.sequence[pairs[:, 1]]).all()
         assert (alignment.student_end[pairs[:, 0]] == alignment.teacher_end[pairs[:, 1]]).all()
-        last = student.select(student.labels) == dm.renderers[0].tokenizer.eos_token_id
+        last = student.select(student.labels) == dm.student_tokenizer.eos_token_id
         assert torch.equal(alignment.student_end[last], batch.response_bytes + 1)
         assert set(last.nonzero().flatten().tolist()) <= set(pairs[:, 0].tolist())
         assert 0 <= batch.padding_share < 1
