@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 __all__ = ["DeviceTensor", "PretendedGpu"]
 
 _ROOT = f"{Path(__file__).resolve().parents[1]}/"
+_INSTALLED = f"{sys.prefix}/"  # may lie in the root, and is nobody's own code
 _DEVICE = torch.device("cuda", 0)
 _INNER = torch.device("lazy", 0)
 """What C++ takes it for: autograd in builds without CUDA has no streams of that, and needs none of this."""
@@ -174,7 +175,7 @@ class PretendedGpu:
         while frame.f_back is not None:
             frame = frame.f_back
             name = frame.f_code.co_filename
-            if name.startswith(_ROOT) and name != __file__:
+            if name.startswith(_ROOT) and not name.startswith(_INSTALLED) and name != __file__:
                 place = f"{name.removeprefix(_ROOT)}:{frame.f_lineno}"
                 break
         self.stalls[kind, place] += 1
