@@ -70,6 +70,7 @@ from dskd_lightning.training.origin import (
     parts_of,
     weight_sample,
 )
+from dskd_lightning.training.processor import warn_of_slow_bfloat16
 from dskd_lightning.training.resuming import settle_progress
 from dskd_lightning.training.tuning import check_tuning
 from dskd_lightning.training.whole_steps import (
@@ -282,6 +283,7 @@ class DistillationModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Let a Trainer that has no way of its own write checkpoints that are whole or absent."""
         check_tuning(self.trainer)
+        warn_of_slow_bfloat16(self.trainer, (self.student_spec, *self.teacher_specs))
         use_whole_checkpoints(self.trainer)
 
     # --- steps --------------------------------------------------------------------------------

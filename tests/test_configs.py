@@ -45,7 +45,7 @@ OWN_DATA = ("demo_to_gpt2", "qwen2.5_coder_to_smollm2")
 """Pairs whose models or data a reader brings himself: read here, trained elsewhere."""
 FRAGMENTS = sorted(
     path
-    for folder in ("objective", "on_policy", "strategy", "logger", "teacher", "validation")
+    for folder in ("objective", "on_policy", "precision", "strategy", "logger", "teacher", "validation")
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 ON_POLICY = [path for path in FRAGMENTS if path.parent.name == "on_policy"]
@@ -180,7 +180,8 @@ def test_study_reads_and_its_variants_parse(path, tmp_path) -> None:
 
 def test_every_folder_is_covered() -> None:
     assert {path.parent.name for path in SHIPPED} == {
-        "configs", "objective", "on_policy", "strategy", "logger", "teacher", "validation", *OWN_DATA, *PAIRS,
+        "configs", "objective", "on_policy", "precision", "strategy", "logger", "teacher", "validation",
+        *OWN_DATA, *PAIRS,
     }  # fmt: skip
     assert len(FRAGMENTS) + len(METHODS) + len(PAIRS) + len(OWN_DATA) + 1 == len(SHIPPED)
 

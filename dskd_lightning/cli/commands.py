@@ -391,14 +391,17 @@ def judge(
 def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None:
     """Train three small students of SmolLM2 on two CPU cores and compare them with a report.
 
-    Takes about ten minutes where the processor computes in bfloat16 (AVX-512 or AMX), and hours where it
-    doesn't; needs the packages of ``dskd-lightning[demo]``. Interrupted, it goes on where it stopped.
+    Takes about ten minutes where the processor computes in bfloat16 (AVX-512 or AMX); elsewhere it computes
+    in float32 and takes several times as long. Needs the packages of ``dskd-lightning[demo]``. Interrupted,
+    it goes on where it stopped.
 
     Args:
         output: folder of the runs, the table and the report.
         overwrite: start over; without it, finished variants are kept.
     """
-    study("dskd:quickstart.study", output, overwrite)
+    from dskd_lightning.study.quickstart import quickstart_study
+
+    quickstart_study(output).run(overwrite=overwrite)
 
 
 def study(

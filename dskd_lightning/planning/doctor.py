@@ -17,6 +17,7 @@ from dskd_lightning.planning.estimate import Estimate, estimate
 from dskd_lightning.planning.machine import Machine, free_disk
 from dskd_lightning.planning.sizes import ModelSize, model_size
 from dskd_lightning.runs.heartbeat import duration
+from dskd_lightning.training.processor import FLOAT32_CONFIG
 from dskd_lightning.vocab.analysis import analyze_vocabularies
 from dskd_lightning.vocab.recommendation import recommend
 
@@ -145,7 +146,7 @@ def _budget(run: DistillationCLI, sizes: Sequence[ModelSize]) -> Iterator[Findin
     )
     if short and machine.prefers_32_bits:
         text = f"float32 is {machine.flops / machine.flops16:.1f} times as fast here"
-        remedy = "set `trainer.precision: 32-true` and the teacher's `dtype: float32`"
+        remedy = f"lay `--config {FLOAT32_CONFIG}` over yours"
         yield Finding("look", "precision", f"{text}: {remedy}.")
 
 

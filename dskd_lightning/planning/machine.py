@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
+from dskd_lightning.training.processor import SLOW
+
 __all__ = ["Machine", "free_disk"]
 
 _WIDTH = {"cuda": 4096, "cpu": 768}
@@ -52,7 +54,7 @@ class Machine:
     @property
     def prefers_32_bits(self) -> bool:
         """Whether 16 bits would cost time instead of saving it."""
-        return self.flops > 1.2 * self.flops16
+        return self.flops > SLOW * self.flops16
 
 
 @torch.inference_mode()

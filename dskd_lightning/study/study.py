@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ class Study:
             select=values.get("select") or cls.select,
             report=values.get("report") is not False,
         )
+
+    def over(self, name: str) -> Study:
+        """This study with one more config, a file or ``dskd:NAME``, laid over all of its base."""
+        return replace(self, base=(*self.base, config_path(name).resolve()))
 
     def run(self, overwrite: bool = False, only: Sequence[str] | None = None) -> None:
         """Run what is not finished yet, each variant in a process of its own, then summarise.

@@ -246,10 +246,18 @@ def test_shipped_studies_and_configs_go_by_name(tmp_path, monkeypatch) -> None:
         Study.read("dskd:quickstat.study")
 
 
-def test_quickstart_is_the_shipped_study(tmp_path, monkeypatch) -> None:
-    ran: list[tuple[Path, int, bool]] = []
+@pytest.mark.parametrize(("slowdown", "over"), [(0.3, []), (20.0, ["float32.yaml"])])
+def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
+    slowdown, over, tmp_path, monkeypatch
+) -> None:
+    ran: list[tuple[Path, list[str], int, bool]] = []
     monkeypatch.setattr(
-        Study, "run", lambda self, overwrite, only: ran.append((self.output, len(self.variants), overwrite))
+        Study,
+        "run",
+        lambda self, overwrite: ran.append(
+            (self.output, [file.name for file in self.base], len(self.variants), overwrite)
+        ),
     )
+    monkeypatch.setattr("dskd_lightning.study.quickstart.bfloat16_slowdown", lambda: slowdown)
     assert main(["quickstart", "--output", str(tmp_path)]) == 0
-    assert ran == [(tmp_path, 4, False)]
+    assert ran == [(tmp_path, ["quickstart.yaml", *over], 4, False)]
