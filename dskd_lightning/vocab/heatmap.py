@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dskd_lightning.alignment.exact import ExampleAlignment, group_overlap
 from dskd_lightning.files import write_atomic
+from dskd_lightning.runs.token_map import draw_token_map
 
 if TYPE_CHECKING:
     from matplotlib.ft2font import FT2Font
@@ -62,8 +63,16 @@ def save_heatmap(
     figure = Figure(figsize=(2.2 + 0.24 * shown[1], 1.8 + 0.24 * shown[0]), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    top = values[: shown[0], : shown[1]]
-    image = axes.imshow(top, cmap="Blues", vmin=0, vmax=max(float(top.max(initial=0)), 1e-9), aspect="auto")
+    font = get_font(findfont("DejaVu Sans"))
+    draw_token_map(
+        axes,
+        values[: shown[0], : shown[1]],
+        student_tokens[: shown[0]],
+        teacher_tokens[: shown[1]],
+        lambda token: _drawable(token, font),
+        labels=limit,
+        scale=None if attention is None else "attention",
+    )
     for group in range(alignment.groups):
         rows = np.flatnonzero(alignment.student_group[: shown[0]] == group)
         columns = np.flatnonzero(alignment.teacher_group[: shown[1]] == group)
@@ -72,18 +81,9 @@ def save_heatmap(
             axes.add_patch(
                 Rectangle(corner, len(columns), len(rows), fill=False, edgecolor="C1", linewidth=1)
             )
-    font = get_font(findfont("DejaVu Sans"))
-    axes.set_xticks(range(shown[1]), [_drawable(t, font) for t in teacher_tokens[: shown[1]]], rotation=90)
-    axes.set_yticks(range(shown[0]), [_drawable(t, font) for t in student_tokens[: shown[0]]])
-    axes.set_xlabel("teacher")
-    axes.set_ylabel("student")
     cut = "" if shown == sizes else f" (first {shown[0]} x {shown[1]} of {sizes[0]} x {sizes[1]} tokens)"
     axes.set_title(_drawable(title, font) + cut, fontsize=9)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title):
-        label.set_parse_math(False)
-        label.set_fontsize(8)
-    if attention is not None:
-        figure.colorbar(image, ax=axes, label="attention", shrink=0.6)
+    axes.title.set_parse_math(False)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     write_atomic(path, buffer.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, MaxN
 from dskd_lightning.comparison.compare import Comparison
 from dskd_lightning.runs.run_folder import AlignmentMap
 from dskd_lightning.runs.text import shorten, visible
+from dskd_lightning.runs.token_map import draw_token_map
 
 __all__ = ["INK", "RULE", "Plot", "curve_plot", "difference_plot", "heatmap", "quality_cost_plot"]
 
@@ -130,18 +130,7 @@ def heatmap(name: str, alignment: AlignmentMap) -> Plot:
     """Alignment weights, the student's tokens down and the teacher's across."""
 
     def draw(axes: Any) -> None:
-        image = axes.imshow(alignment.weights, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-        axes.grid(visible=False)
-        for set_ticks, tokens, rotation in (
-            (axes.set_xticks, alignment.teacher, 90),
-            (axes.set_yticks, alignment.student, 0),
-        ):
-            every = math.ceil(len(tokens) / 40)
-            labels = [_label(token.replace("\n", "↵").replace(" ", "␣"), 12) for token in tokens[::every]]
-            set_ticks(range(0, len(tokens), every), labels, rotation=rotation, fontsize=7)
-        axes.set_xlabel("teacher")
-        axes.set_ylabel("student")
-        axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+        draw_token_map(axes, alignment.weights, alignment.student, alignment.teacher, _tick, scale="weight")
 
     height = min(7.0, 1.6 + 0.16 * min(len(alignment.student), 40))
     return _plot(name, f"Alignment weights: {visible(alignment.title)}.", draw, height=height)
@@ -191,6 +180,10 @@ def _legend(axes: Any) -> None:
 
 def _style(index: int) -> tuple[str, str]:
     return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+
+
+def _tick(token: str) -> str:
+    return _label(token.replace("\n", "↵").replace(" ", "␣"), 12)
 
 
 def _label(text: str, limit: int) -> str:
