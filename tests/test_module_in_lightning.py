@@ -108,7 +108,7 @@ def test_a_tuner_finds_the_learning_rate(model_folder, tmp_path):
     assert trainer.global_step == 4
 
 
-def test_a_tuner_finds_the_learning_rate_on_the_student_s_own_samples(model_folder, tmp_path):
+def test_a_tuner_searches_on_the_student_s_own_samples(model_folder, tmp_path):
     spec = dl.StudentSpec(model_folder(seed=1))
     settings = OnPolicySettings(fraction=0.5, max_new_tokens=4, buffer_steps=2)
     module = dl.DistillationModule(spec, dl.LogitKDObjective(), spec, on_policy=settings)
@@ -117,6 +117,8 @@ def test_a_tuner_finds_the_learning_rate_on_the_student_s_own_samples(model_fold
     trainer = L.Trainer(
         **QUIET, max_steps=3, default_root_dir=tmp_path, enable_checkpointing=False, limit_val_batches=0
     )
+    Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=2, init_val=2)
+    assert data.batch_size == 4
     found = Tuner(trainer).lr_find(module, datamodule=data, num_training=20, early_stop_threshold=None)
     assert found.suggestion()
     assert module.lr == found.suggestion()
