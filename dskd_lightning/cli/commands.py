@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from json import dumps
+from pathlib import Path
 from typing import Literal
 
 from dskd_lightning.errors import UserError
@@ -214,7 +215,7 @@ def export(
     model, tokenizer, identity = load_identified(run, ckpt_path)
     card = model_card(run, comparison)
     folder = export_student(model, tokenizer, target, merge=merge, overwrite=overwrite)
-    write_atomic(folder / EXPORTED, dumps({"run": str(run), **identity}, indent=1) + "\n")
+    write_atomic(folder / EXPORTED, dumps({"run": Path(run).resolve().name, **identity}, indent=1) + "\n")
     if card is None:
         print(f"no model card: {run} has no config.yaml")
     else:
