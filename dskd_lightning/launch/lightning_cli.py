@@ -112,7 +112,9 @@ class DistillationCLI(LightningCLI):
 
     def __init__(self, args: Any = None, run: bool = True, **kwargs: Any) -> None:
         configure_output()  # again: importing Lightning has added its own handlers
-        self.own_classes = OwnClasses(sys.argv[1:] if args is None else args)
+        given = sys.argv[1:] if args is None else args
+        self._called = given[0] if isinstance(given, list) and given else None
+        self.own_classes = OwnClasses(given)
         super().__init__(
             self.own_classes.chosen["model"],
             self.own_classes.chosen["data"],
@@ -131,6 +133,11 @@ class DistillationCLI(LightningCLI):
             },
             **kwargs,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that is called, where that is known: parsers of the others take half a second."""
+        known = LightningCLI.subcommands()
+        return {self._called: known[self._called]} if self._called in known else known
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a run is what its config and options say, whatever a checkpoint that is named says."""
