@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from compared_runs import ComparedRun
+from compared_runs import COUNTED, ComparedRun
 
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
 GROWING = {
@@ -34,6 +34,16 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "max_steps": {"trainer.max_epochs": -1, "trainer.max_steps": 11, "save_every_n_steps": 2},
     "weight averaging, accumulation that grows": {"trainer.callbacks": [EMA, GROWING]},
+    "an end that moves after a test": {
+        "trainer.max_epochs": 2,
+        "longer": ("--trainer.max_epochs", "3"),
+    },
+    "the student's own samples, 8-bit states": {
+        "model.objective": {"class_path": "dskd_lightning.objectives.DSKDObjective"},
+        "model.on_policy": {"fraction": 0.6, "buffer_steps": 2, "max_new_tokens": 8},
+        "model.optimizer": {"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"lr": 0.01}},
+        "samples": {"prompts": 0},
+    },
     "two ranks": {"trainer.devices": 2, "trainer.strategy": "ddp_fork", "data.batch_size": 3},
     "best by sampled responses, two ranks": {
         "best": {"monitor": "val/response_tokens", "mode": "min"},
@@ -64,6 +74,8 @@ POINTS: dict[str, list[list[tuple[str, float]]]] = {
     ],
     "max_steps": [[("epoch end", 1), ("step", 3), ("before save", 4)]],
     "weight averaging, accumulation that grows": [[("after save", 3), ("step", 4), ("call", 0.3)]],
+    "an end that moves after a test": [[("validation", 3), ("step", 2)]],
+    "the student's own samples, 8-bit states": [[("step", 4), ("before save", 3)]],
     "two ranks": [[("step", 3), ("validation", 2)]],
     "best by sampled responses, two ranks": [[("step", 3), ("validation", 2), ("validation", 2)]],
     "sharded": [],
@@ -72,10 +84,17 @@ POINTS: dict[str, list[list[tuple[str, float]]]] = {
 """Chains of kills, each of the run that resumes after the one before; see `Kill`. A share counts calls."""
 
 
+def _needs(name: str) -> None:
+    if "8-bit" in name:
+        pytest.importorskip("bitsandbytes")
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [name for name in RUNS if POINTS[name]])
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path, model_folder, name) -> None:
-    run = ComparedRun(tmp_path, model_folder, **RUNS[name])
+    _needs(name)
+    counted = {point for chain in POINTS[name] for point, _ in chain}
+    run = ComparedRun(tmp_path, model_folder, counted, **RUNS[name])
     for number, chain in enumerate(POINTS[name]):
         assert run.survives(chain, f"cut {number}") == len(chain)
 
@@ -83,9 +102,11 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path, model_folder, name) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_killed_everywhere(tmp_path, model_folder, name) -> None:
-    """Some 34 kills of each kind of run, at random points."""
-    run, draw, kills = ComparedRun(tmp_path, model_folder, **RUNS[name]), random.Random(name), 0
-    while kills < 34:
+    """Some 24 kills of each kind of run, at random points: more than 250 in all."""
+    _needs(name)
+    run = ComparedRun(tmp_path, model_folder, COUNTED, **RUNS[name])
+    draw, kills = random.Random(name), 0
+    while kills < 24:
         points = {
             "step": draw.randint(1, 8),
             "validation": draw.randint(1, 3),
