@@ -20,6 +20,7 @@ __all__ = [
     "harness",
     "init",
     "judge",
+    "prune",
     "quickstart",
     "study",
     "vocab",
@@ -387,6 +388,45 @@ def judge(
     from dskd_lightning.cli.judge_command import judge_runs
 
     return judge_runs(baseline, candidate, url, model, output, api_key_variable, max_requests, max_tokens)
+
+
+def prune(
+    source: str,
+    data: str,
+    output: str | None = None,
+    layers: int | None = None,
+    sizes: list[int] | None = None,
+    by: Literal["influence", "perplexity", "even"] = "influence",
+    intermediate_size: int | None = None,
+    examples: int = 64,
+    max_length: int = 512,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Show how large, fast and good a model is with fewer decoder layers, and write one of the sizes.
+
+    Half of the examples choose the layers, the others measure. The folder is a student to train: cut like
+    this, a model has lost much that distillation must give back.
+
+    Args:
+        source: a Hub id, a local folder, a GGUF file, or demo.
+        data: of what the student will be trained for: files, a Hub dataset, or demo.
+        output: folder to write; without one the table is all.
+        layers: how many decoder layers what is written there keeps.
+        sizes: numbers of layers in the table; six from all to a third without.
+        by: keep those of largest influence, those without which perplexity would suffer most (slower), or
+            evenly spaced ones.
+        intermediate_size: also narrow the feed-forward layers to so many units.
+        examples: of the data, to choose and to measure.
+        max_length: most tokens of an example.
+        dtype: type of the weights.
+        overwrite: replace a folder that is not empty.
+    """
+    from dskd_lightning.cli.prune_command import run_prune
+    from dskd_lightning.planning.pruned_sizes import PruningStudy
+
+    study = PruningStudy(source, data, by, intermediate_size, examples, max_length, dtype)
+    run_prune(study, output, layers, sizes, overwrite)
 
 
 def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None:

@@ -26,6 +26,7 @@ _USAGE = """usage: dskd COMMAND [options]
   doctor     check a config's run without training, estimate its memory and time
   data       show how each model reads a config's data, before training
   config     list the configs that come with the package, or show one
+  prune      how good, large and fast a model is with fewer layers; write one size
   fit        train a student:            dskd fit --config FILE.yaml [--config dskd:NAME] [--key value]
   validate   likelihood and closeness to the teacher on the validation set
   test       the same on the test set, and generated responses scored with ROUGE-L

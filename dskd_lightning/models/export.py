@@ -23,7 +23,7 @@ from dskd_lightning.models.effective_weight import effective_weight
 from dskd_lightning.models.output import base_model
 from dskd_lightning.models.progress import no_progress_bars
 
-__all__ = ["export_student"]
+__all__ = ["check_export", "export_student"]
 
 
 def export_student(
@@ -58,11 +58,7 @@ def export_student(
     Raises:
         UserError: the folder is in use, or can't be written.
     """
-    target = Path(folder).expanduser().absolute()
-    if target.exists() and not target.is_dir():
-        raise UserError(f"Cannot export to '{target}': it is a file; name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(f"Cannot export to '{target}': the folder isn't empty; name another or overwrite it.")
+    target = check_export(folder, overwrite)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
@@ -80,6 +76,20 @@ def export_student(
         raise UserError(f"Cannot export to '{target}': {error}; nothing was written.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def check_export(folder: str | Path, overwrite: bool = False) -> Path:
+    """The absolute path of ``folder``, where a model can be written.
+
+    Raises:
+        UserError: it is a file, or holds something that ``overwrite`` doesn't give up.
+    """
+    target = Path(folder).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"Cannot export to '{target}': it is a file; name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"Cannot export to '{target}': the folder isn't empty; name another or overwrite it.")
     return target
 
 

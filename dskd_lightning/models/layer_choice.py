@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from dskd_lightning.structures import TokenBatch
 if TYPE_CHECKING:
     from dskd_lightning.models.spec import ModelSpec, StudentSpec
 
-__all__ = ["Calibration", "block_influence", "choose_layers", "decide_layers", "response_loss"]
+__all__ = ["Calibration", "LayerRanking", "block_influence", "decide_layers", "rank_layers", "response_loss"]
 
 _log = logging.getLogger(__name__)
 
@@ -77,32 +77,52 @@ def response_loss(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> floa
     return total / max(tokens, 1)
 
 
-def choose_layers(
-    model: PreTrainedModel, count: int, by: str, batches: Sequence[TokenBatch]
-) -> tuple[list[int], list[float]]:
-    """Indices of the ``count`` layers to keep, and a score of each layer.
+@dataclass(frozen=True)
+class LayerRanking:
+    """The layers of a model in the order in which a smaller student does without them.
+
+    Args:
+        dropped: indices, the first to go first; those that were never dropped are missing.
+        scores: of each layer: its influence, or the loss (nats per token) that dropping it led to,
+            infinite for those that were kept.
+    """
+
+    dropped: tuple[int, ...]
+    scores: tuple[float, ...]
+
+    def kept(self, count: int) -> list[int]:
+        """Ascending indices of the ``count`` layers that stay.
+
+        Raises:
+            UserError: ``count`` is out of range.
+        """
+        total = len(self.scores)
+        evenly_spaced(count, total)  # the same limits
+        return sorted(set(range(total)).difference(self.dropped[: total - count]))
+
+
+def rank_layers(
+    model: PreTrainedModel, by: str, batches: Sequence[TokenBatch], smallest: int = 1
+) -> LayerRanking:
+    """Rank the decoder layers by what they do on ``batches``.
 
     Args:
         model: the whole model, in eval mode.
-        count: layers to keep.
-        by: ``influence`` drops the layers of least `block_influence`, all at once; ``perplexity`` drops one
-            layer after the other, each time the one without which the responses are likeliest.
+        by: ``influence`` drops the layers of least `block_influence`; ``perplexity`` drops one layer after
+            the other, each time the one without which the responses are likeliest.
         batches: calibration text on the model's device.
-
-    Returns:
-        Ascending indices; per layer its influence, or the loss (nats per token) that dropping it led
-        to, infinite for those that were kept.
+        smallest: layers that are left at least; fewer needn't be ranked.
 
     Raises:
-        UserError: ``count`` is out of range.
+        UserError: ``smallest`` is out of range.
     """
     total = len(decoder_layers(model))
-    evenly_spaced(count, total)  # the same limits
+    evenly_spaced(smallest, total)
     if by == "influence":
         scores = block_influence(model, batches)
-        return sorted(sorted(range(total), key=lambda i: (-scores[i], i))[:count]), scores
-    kept, losses = list(range(total)), [float("inf")] * total
-    while len(kept) > count:
+        return LayerRanking(tuple(sorted(range(total), key=lambda i: (scores[i], -i))), tuple(scores))
+    kept, dropped, losses = list(range(total)), [], [float("inf")] * total
+    while len(kept) > smallest:
         trials = {}
         for index in kept:
             with _only(model, [i for i in kept if i != index]):
@@ -110,8 +130,9 @@ def choose_layers(
         worst = min(kept, key=lambda i: (trials[i], i))
         losses[worst] = trials[worst]
         kept.remove(worst)
+        dropped.append(worst)
         _log.info("Without layer %d: %.3f nats per token, %d layers left.", worst, trials[worst], len(kept))
-    return kept, losses
+    return LayerRanking(tuple(dropped), tuple(losses))
 
 
 def decide_layers(spec: StudentSpec, calibration: Calibration | None) -> StudentSpec:
@@ -135,7 +156,8 @@ def decide_layers(spec: StudentSpec, calibration: Calibration | None) -> Student
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     model = load_model(spec).to(device).eval()  # type: ignore[arg-type]
     batches = [batch.to(device) for batch in calibration(spec, prune.calibration)]
-    kept, scores = choose_layers(model, prune.layers, prune.by, batches)
+    ranking = rank_layers(model, prune.by, batches, prune.layers)
+    kept, scores = ranking.kept(prune.layers), ranking.scores
     before = response_loss(model, batches)
     with _only(model, kept):
         after = response_loss(model, batches)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from dskd_lightning import PruneSpec, StudentSpec, UserError
-from dskd_lightning.models.layer_choice import block_influence, choose_layers, decide_layers, response_loss
+from dskd_lightning.models.layer_choice import block_influence, decide_layers, rank_layers, response_loss
 from dskd_lightning.models.output import decoder_layers
 from dskd_lightning.models.pruning import prune_feed_forward, prune_layers
 from dskd_lightning.models.student import build_student
@@ -82,7 +82,8 @@ def test_response_loss_is_the_models_own(model) -> None:
 
 @pytest.mark.parametrize("by", ["influence", "perplexity"])
 def test_layers_that_do_nothing_go_first(model, by: str) -> None:
-    kept, scores = choose_layers(model, 4, by, [batch()])
+    ranking = rank_layers(model, by, [batch()], smallest=4)
+    kept, scores = ranking.kept(4), ranking.scores
     if by == "influence":
         assert kept == [0, 2, 3, 5]
         assert scores[2] == max(scores)
@@ -112,7 +113,7 @@ def test_the_choice_is_written_into_the_spec_and_logged(model_folder, caplog) ->
 
     with caplog.at_level(logging.INFO, logger="dskd_lightning"):
         decided = decide_layers(spec, calibration)
-    assert decided.prune.layers == choose_layers(model, 3, "influence", [batch()])[0]
+    assert decided.prune.layers == rank_layers(model, "influence", [batch()]).kept(3)
     assert asked == [(folder, 32)]
     assert "perplexity of 32 calibration responses" in caplog.text
     assert spec.prune.layers == 3
