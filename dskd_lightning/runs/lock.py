@@ -1,14 +1,18 @@
-"""One process at a time works in a run folder."""
+"""One process at a time works in a run folder, or on one variant of a study."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
+from multiprocessing import reduction
 from pathlib import Path
+from typing import Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["lock_run"]
+__all__ = ["HeldLocks", "lock_run", "locked"]
 
 logger = logging.getLogger(__name__)
 _held: dict[Path, int] = {}
@@ -20,22 +24,62 @@ def lock_run(folder: str | os.PathLike[str]) -> None:
     Raises:
         UserError: another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
     Path(folder).mkdir(parents=True, exist_ok=True)  # not through a link that leads nowhere
     path = Path(folder).resolve() / ".lock"
-    if path in _held:
-        return
+    if path not in _held and not _take(path, folder):
+        raise UserError(
+            f"--output: another process works in {folder}: wait until it has ended, or name another folder."
+        )
+
+
+@contextlib.contextmanager
+def locked(path: Path, held_elsewhere: str) -> Iterator[None]:
+    """Hold a lock, which processes that are started meanwhile hold too, see `HeldLocks`.
+
+    Args:
+        path: the lock's file.
+        held_elsewhere: what to say then.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()
+    if not _take(path, path.parent):
+        raise UserError(held_elsewhere)
+    try:
+        yield
+    finally:
+        if (handle := _held.pop(path, None)) is not None:
+            os.close(handle)
+
+
+class HeldLocks:
+    """The locks of this process as an argument of one that it spawns: that one holds them until it ends."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, tuple(map(reduction.DupFd, _held.values()))
+
+
+def _receive(*handles: Any) -> HeldLocks:
+    for handle in handles:
+        handle.detach()  # open until the process ends
+    return HeldLocks()
+
+
+def _take(path: Path, folder: str | os.PathLike[str]) -> bool:
+    """Whether this process has the lock now; without locks, nobody else has it."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return True
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except BlockingIOError:
         os.close(handle)
-        raise UserError(
-            f"--output: another process works in {folder}: wait until it has ended, or name another folder."
-        ) from error
+        return False
     except OSError as error:  # a file system without locks
         logger.warning("%s can't be locked (%s): start no second run in it", folder, error.strerror)
     _held[path] = handle
+    return True

@@ -8,13 +8,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.runs.lock import HeldLocks, locked
 from dskd_lightning.study.worker import run_variant
 
-__all__ = ["run_process"]
+__all__ = ["run_process", "variant_lock"]
 
 
 def run_process(
@@ -26,7 +28,7 @@ def run_process(
         UserError: it failed, or was told to stop.
     """
     process = multiprocessing.get_context("spawn").Process(
-        target=run_variant, args=(list(arguments), str(folder), settings, train, test)
+        target=run_variant, args=(list(arguments), str(folder), settings, train, test, HeldLocks())
     )
     process.start()
     with _passed_on(process):
@@ -35,6 +37,19 @@ def run_process(
         raise UserError(
             f"study: variant {name!r} failed with exit status {process.exitcode}; its messages are above."
         )
+
+
+def variant_lock(output: Path, name: str) -> AbstractContextManager[None]:
+    """One study at a time runs a variant.
+
+    Raises:
+        UserError: another process does.
+    """
+    return locked(
+        output / ".locks" / name,  # not in the variant's folder, which may be removed
+        f"study: another process runs the variant {name!r} in {output}: wait until it has ended, choose "
+        "others with --only, or another folder with --output.",
+    )
 
 
 @contextlib.contextmanager

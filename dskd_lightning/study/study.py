@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,7 +22,7 @@ from dskd_lightning.launch.arguments import option, read_yaml
 from dskd_lightning.launch.configs import config_path
 from dskd_lightning.runs.validation_metrics import KNOWN
 from dskd_lightning.study.names import check_name
-from dskd_lightning.study.process import run_process
+from dskd_lightning.study.process import run_process, variant_lock
 from dskd_lightning.study.reading import mapping, read_values, texts
 from dskd_lightning.study.summary import summarise
 from dskd_lightning.study.worker import read_result
@@ -115,8 +116,8 @@ class Study:
         """Run what is not finished yet, each variant in a process of its own, then summarise.
 
         Raises:
-            UserError: ``only`` names no variant, a finished variant was trained with other settings,
-                or a variant failed.
+            UserError: ``only`` names no variant, another process runs one, a finished variant was trained
+                with other settings, or a variant failed.
         """
         known = {variant.name for variant in self.variants}
         if unknown := sorted(set(only or ()) - known):
@@ -124,9 +125,12 @@ class Study:
                 f"--only: there is no variant {unknown[0]!r}; there are {', '.join(sorted(known))}."
             )
         chosen = [variant for variant in self.variants if only is None or variant.name in only]
-        for number, variant in enumerate(chosen, 1):
-            logger.info("--- variant %d of %d: %s", number, len(chosen), variant.name)
-            self._run_variant(variant, overwrite)
+        with contextlib.ExitStack() as locks:
+            for variant in chosen:
+                locks.enter_context(variant_lock(self.output, variant.name))
+            for number, variant in enumerate(chosen, 1):
+                logger.info("--- variant %d of %d: %s", number, len(chosen), variant.name)
+                self._run_variant(variant, overwrite)
         finished = {
             v.name: self.output / v.name for v in self.variants if self._is_finished(v, self.output / v.name)
         }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,8 @@ from dskd_lightning.runs.text import visible
 
 if TYPE_CHECKING:
     from lightning import Trainer
+
+    from dskd_lightning.runs.lock import HeldLocks
 
 __all__ = ["DONE", "read_result", "run_variant"]
 
@@ -48,7 +53,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
 
 
-def run_variant(arguments: list[str], folder: str, settings: str, train: bool, test: bool) -> None:
+def run_variant(
+    arguments: list[str],
+    folder: str,
+    settings: str,
+    train: bool,
+    test: bool,
+    locks: HeldLocks | None = None,
+) -> None:
     """Train and test as ``dskd fit`` and ``dskd test`` would.
 
     What ``variant.json`` in the folder says to be trained already is only tested.
@@ -59,6 +71,8 @@ def run_variant(arguments: list[str], folder: str, settings: str, train: bool, t
         settings: digest of all settings, kept with the result.
         train: False evaluates the student as it is before training.
         test: False stops after training.
+        locks: the study's, which this process holds too: where the study is killed, no other runs the
+            variant before this one has ended, as it then does.
 
     Raises:
         SystemExit: 2 on a user's mistake, 143 after SIGTERM.
@@ -66,6 +80,7 @@ def run_variant(arguments: list[str], folder: str, settings: str, train: bool, t
     from dskd_lightning.runs.console import configure_output
 
     configure_output()
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
     try:
         _run(arguments, Path(folder), settings, train, test)
     except UserError as error:
@@ -73,6 +88,12 @@ def run_variant(arguments: list[str], folder: str, settings: str, train: bool, t
         sys.exit(2)
     except SystemExit as stop:  # after SIGTERM Lightning ends training with the status of success
         sys.exit(stop.code or 128 + signal.SIGTERM)
+
+
+def _end_with_the_study() -> None:
+    if (study := multiprocessing.parent_process()) is not None:
+        study.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: bool) -> None:

@@ -19,6 +19,7 @@ from dskd_lightning.cli.main import main
 from dskd_lightning.errors import UserError
 from dskd_lightning.study import Study, Variant, worker
 from dskd_lightning.study import study as study_module
+from dskd_lightning.study.process import variant_lock
 
 METRIC = "val/nll_per_byte"
 
@@ -230,6 +231,68 @@ def test_sigterm_to_a_study_ends_its_worker(tmp_path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert multiprocessing.active_children() == []
+
+
+def test_a_variant_runs_in_one_study_at_a_time(tmp_path, recorder) -> None:
+    variants = {"a": {"config": {"lr": 0.1}}, "b": {"config": {"lr": 0.2}}}
+    reader, writer = os.pipe()
+    if not (process := os.fork()):
+
+        def wait(*_: object, **__: object) -> None:
+            os.write(writer, b"x")
+            signal.pause()
+
+        Study._process = wait  # type: ignore[method-assign]
+        read(tmp_path, variants=variants).run(only=["b"])
+        os._exit(0)
+    os.read(reader, 1)
+    try:
+        for options in ({}, {"overwrite": True}, {"only": ["b"]}):
+            with pytest.raises(UserError, match=r"another process runs the variant 'b'.*--only"):
+                read(tmp_path, variants=variants).run(**options)
+        assert recorder.trained == []  # not even the first, of which nothing is wrong
+        read(tmp_path, variants=variants).run(only=["a"])
+        assert recorder.table == {"a": 0.1}
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    read(tmp_path, variants=variants).run()
+    assert recorder.table == {"a": 0.1, "b": 0.2}
+
+
+def test_a_killed_study_ends_its_worker_which_keeps_others_out_until_then(tmp_path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from dskd_lightning.study import process, worker\n"
+        "def end(*_):\n"
+        "    time.sleep(2)\n"
+        "    os._exit(143)\n"
+        "def run(*_):\n"
+        "    signal.signal(signal.SIGTERM, end)\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "def work(*arguments):\n"
+        "    worker._run = run\n"
+        "    worker.run_variant(*arguments)\n"
+        "if __name__ == '__main__':\n"
+        "    process.run_variant = work\n"
+        "    with process.variant_lock(Path(sys.argv[1]), 'a'):\n"
+        "        process.run_process('a', [], Path('x'), '', True, True)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout is not None
+        child = int(study.stdout.readline())
+        study.kill()
+        study.wait()
+        with pytest.raises(UserError, match="another process runs"), variant_lock(tmp_path, "a"):
+            pass
+        os.kill(child, 0)  # it was there
+        assert study.stdout.read() == ""  # until its end, which closes the pipe
+    with variant_lock(tmp_path, "a"):
+        pass
 
 
 def test_shipped_studies_and_configs_go_by_name(tmp_path, monkeypatch) -> None:
