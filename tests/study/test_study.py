@@ -272,7 +272,7 @@ def test_a_killed_study_ends_its_worker_which_keeps_others_out_until_then(tmp_pa
         "def run(*_):\n"
         "    signal.signal(signal.SIGTERM, end)\n"
         "    print(os.getpid(), flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(30)\n"
         "def work(*arguments):\n"
         "    worker._run = run\n"
         "    worker.run_variant(*arguments)\n"
@@ -286,11 +286,13 @@ def test_a_killed_study_ends_its_worker_which_keeps_others_out_until_then(tmp_pa
         assert study.stdout is not None
         child = int(study.stdout.readline())
         study.kill()
+        killed = time.monotonic()
         study.wait()
         with pytest.raises(UserError, match="another process runs"), variant_lock(tmp_path, "a"):
             pass
         os.kill(child, 0)  # it was there
         assert study.stdout.read() == ""  # until its end, which closes the pipe
+        assert time.monotonic() < killed + 20
     with variant_lock(tmp_path, "a"):
         pass
 
