@@ -196,14 +196,14 @@ def made(name: str, folder: Path, trained: Path, model_folder: Any) -> Killed:
 
 
 CHAINS = {
-    "cache": (0.1, 0.5),
+    "cache": (0.0, 0.5),
     "test": (0.5, 0.3),
     "predict": (0.3, 0.6),
     "generate": (0.3, 0.6, 0.3),
     "compare": (0.3, 0.7),
     "study": (0.2, 0.5, 0.3, 0.2),
 }
-"""Data are prepared by the cache too."""
+"""The cache's first write is of prepared data."""
 
 
 @pytest.mark.parametrize("name", CHAINS)
