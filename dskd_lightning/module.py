@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dskd_lightning.assembly.arguments import check_arguments, plain_arguments
-from dskd_lightning.assembly.figures import forget_other_figures, gradient_norms
+from dskd_lightning.assembly.figures import forget_other_figures, gradient_norms, on_host
 from dskd_lightning.assembly.teachers import (
     ask_absent_teachers,
     build_teacher,
@@ -35,6 +35,7 @@ from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.samples import BatchOfSamples, prompts_of
 from dskd_lightning.described import described, restored
 from dskd_lightning.errors import UserError
+from dskd_lightning.functional.precision import cast_once
 from dskd_lightning.generation.generator import Generation, GenerationSettings, Generator
 from dskd_lightning.generation.samples import Sample
 from dskd_lightning.models.absent import AbsentTeacher
@@ -162,6 +163,7 @@ class DistillationModule(L.LightningModule):
         self._shared_tokens: tuple[Tensor, Tensor] | None = None
         self._checked_tokenizers: tuple[str, ...] = ()
         self._meter = RatioMeter()
+        self._losses: list[tuple[Tensor, Tensor, int]] = []  # since the last look: loss, examples, batch
         self._evaluation_meter = RatioMeter()
         check_arguments(self.teacher_specs, self._objectives(), on_policy)
         self.save_hyperparameters(self._described())
@@ -339,6 +341,7 @@ class DistillationModule(L.LightningModule):
         student = self.student_side(batch.student)
         return student.head.logits(student.hidden)
 
+    @cast_once()
     def distil(self, batch: DistillationBatch) -> ObjectiveOutput:
         """The objective on one batch: teachers' outputs are averaged by their weights."""
         self._check_batch(batch)
@@ -463,7 +466,9 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
         """This batch's part of the step's mean loss; what subclasses add is a mean over them."""
         output = self.distil(batch)
-        self._check_finite(output.loss.detach(), batch, batch_idx)
+        self._losses.append((output.loss.detach(), batch.examples, batch_idx))
+        if self._trainer is None:
+            self._check_finite(sum_over_ranks(output.loss.detach().clone()))
         loss = Ratio(output.loss.detach(), output.tokens)
         padding = Ratio(loss.total.new_full((), batch.padding_share), loss.count.new_ones(()))
         parts = {**output.terms, **output.metrics}
@@ -473,17 +478,23 @@ class DistillationModule(L.LightningModule):
         self._meter.update({"loss": loss, **parts, "padding_share": padding})
         return self.mean_over_step(output.loss, batch)
 
-    def _check_finite(self, loss: Tensor, batch: DistillationBatch, batch_idx: int) -> None:
-        """All ranks end with the sentence of the first whose loss isn't a number."""
-        finite = torch.isfinite(loss)
-        if not sum_over_ranks((~finite).long()):
+    def _check_finite(self, total: Tensor) -> None:
+        """All ranks end with the sentence of the first of whose losses one isn't a number.
+
+        Args:
+            total: of the losses since the last call, on all ranks.
+        """
+        losses, self._losses = self._losses, []
+        if torch.isfinite(total):
             return
-        sentence = (
-            f"The loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx} "
-            f"(examples {batch.examples.tolist()}); lower the learning rate, clip gradients with "
+        found = (
+            f"The loss is {loss.item()} at epoch {self.current_epoch}, batch {number} "
+            f"(examples {examples.tolist()}); lower the learning rate, clip gradients with "
             "trainer.gradient_clip_val, or train in bf16 instead of fp16."
+            for loss, examples, number in losses
+            if not torch.isfinite(loss)
         )
-        raise UserError(next(s for s in gathered(None if finite else sentence) if s is not None))
+        raise UserError(next(s for s in gathered(next(found, None)) if s is not None))
 
     def mean_over_step(self, total: Tensor, batch: DistillationBatch) -> Tensor:
         """Make a sum over this batch's response tokens its part of the mean over the optimiser step.
@@ -501,15 +512,21 @@ class DistillationModule(L.LightningModule):
         self._look_ahead()  # loaders may be made anew for every epoch
 
     def _log_step(self) -> None:
-        """Means over all the step's response tokens; gradients are whole and not clipped yet."""
+        """Means over all the step's response tokens; gradients are whole and not clipped yet.
+
+        The backward pass is under way while the host waits here, once for all figures.
+        """
         ratios = self._meter.reduce(self._all_reduce)
         if not ratios:
             return
-        values = {f"train/{name}": ratio.value.float() for name, ratio in ratios.items()}
+        values = {f"train/{name}": ratio.value for name, ratio in ratios.items()}
         values |= gradient_norms(self.student, self.objectives)
+        values["train/tokens"] = ratios["loss"].count
+        values = on_host(values)
+        self._check_finite(values["train/loss"])
         if self.on_policy is not None:
             forget_other_figures(self.trainer, values)
-        self.log_dict(values | {"train/tokens": ratios["loss"].count.float()}, batch_size=1)
+        self.log_dict(values, batch_size=1)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
@@ -528,12 +545,16 @@ class DistillationModule(L.LightningModule):
         verify_tokenizers(batch, self.tokenizer, teachers)
         self._checked_tokenizers = batch.tokenizers
 
+    @cast_once()
     def _evaluation_step(self, batch: DistillationBatch) -> None:
         self._check_batch(batch)
         student = self.student_side(batch.student)
         teacher, alignment = None, None
         if self.teachers and batch.teachers and not isinstance(self.teachers[0], AbsentTeacher):
             teacher, alignment = self.answer_of(0, batch), batch.alignments[0]
+        if self._shared_tokens is not None:  # once, rather than for every batch
+            first, second = self._shared_tokens
+            self._shared_tokens = first.to(student.labels.device), second.to(student.labels.device)
         ratios = fidelity(
             student, teacher, alignment, batch.response_bytes, self._shared_tokens, batch.answers(0)
         )
@@ -541,7 +562,7 @@ class DistillationModule(L.LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         ratios = self._evaluation_meter.reduce(self._all_reduce)
-        values = {f"{stage}/{name}": ratio.value.float() for name, ratio in ratios.items()}
+        values = on_host({f"{stage}/{name}": ratio.value for name, ratio in ratios.items()})
         for kind in ("token", "byte"):
             if (key := f"{stage}/nll_per_{kind}") in values:
                 values[f"{stage}/perplexity_per_{kind}"] = values[key].exp()

@@ -7,6 +7,7 @@ token. Prompt and padding positions never reach an objective.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -56,14 +57,60 @@ class _Movable:
         return replace(self, **changes)  # type: ignore[type-var]
 
     def to(self: _T, *args: Any, **kwargs: Any) -> _T:
-        """A copy with every tensor moved, as `torch.Tensor.to`; one to a GPU alone isn't waited for."""
-        if len(args) == 1 and isinstance(args[0], torch.device) and args[0].type == "cuda":
-            kwargs.setdefault("non_blocking", True)
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[attr-defined]
+        """A copy with every tensor moved, as `torch.Tensor.to`; one to a GPU alone isn't waited for.
+
+        What `pin_memory` has put together goes there in one piece.
+        """
+        only_moves = len(args) == 1 and isinstance(args[0], torch.device) and args[0].type == "cuda"
+        if not only_moves:
+            return self._map(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[attr-defined]
+        kwargs.setdefault("non_blocking", True)
+        asked: Counter[int] = Counter()
+
+        def counted(tensor: Tensor) -> Tensor:
+            asked[tensor.untyped_storage().data_ptr()] += _room(tensor)
+            return tensor
+
+        self._map(counted)  # type: ignore[attr-defined]
+        pieces: dict[int, Tensor] = {}
+
+        def moved(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr()
+            if 2 * asked[place] < storage.nbytes() or not (tensor.is_pinned() and tensor.is_contiguous()):
+                return tensor.to(*args, **kwargs)
+            if place not in pieces:
+                piece = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+                pieces[place] = piece.to(*args, **kwargs)
+            return _part(pieces[place], int(tensor.storage_offset()) * tensor.element_size(), tensor)
+
+        return self._map(moved)  # type: ignore[attr-defined]
 
     def pin_memory(self: _T) -> _T:
-        """A copy with every tensor in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())  # type: ignore[attr-defined]
+        """A copy with every tensor in one piece of page-locked memory."""
+        ends = [0]
+
+        def measured(tensor: Tensor) -> Tensor:
+            ends.append(ends[-1] + _room(tensor))
+            return tensor
+
+        self._map(measured)  # type: ignore[attr-defined]
+        piece = torch.empty(ends[-1], dtype=torch.uint8).pin_memory()
+        begins = iter(ends)
+        return self._map(lambda tensor: _part(piece, next(begins), tensor).copy_(tensor))  # type: ignore[attr-defined]
+
+
+_ALIGNMENT = 256
+"""Bytes at whose multiples a GPU's own allocations begin."""
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _part(piece: Tensor, begin: int, like: Tensor) -> Tensor:
+    """The bytes of ``piece`` from ``begin`` on, of the type and shape of another tensor."""
+    return piece[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from unittest import mock
 import peft  # noqa: F401  # bitsandbytes, which it imports, asks a real device for its stream
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -63,6 +64,9 @@ _PRODUCTS = frozenset(
         torch.nn.functional.scaled_dot_product_attention,
     }
 )  # fmt: skip
+
+_PINNED: dict[int, StorageWeakRef] = {}
+"""Storages in page-locked memory, by their place."""
 
 
 class DeviceTensor(Tensor):
@@ -305,12 +309,14 @@ def _check_devices(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> N
 
 
 def _is_pinned(tensor: Tensor) -> bool:
-    return getattr(tensor, "_pretended_pinned", False)
+    storage = tensor.untyped_storage()
+    pinned = _PINNED.get(storage.data_ptr())
+    return pinned is not None and not pinned.expired()
 
 
 def _pin(tensor: Tensor, *_: Any) -> Tensor:
     pinned = tensor.detach().clone()
-    pinned._pretended_pinned = True  # type: ignore[attr-defined]
+    _PINNED[pinned.untyped_storage().data_ptr()] = StorageWeakRef(pinned.untyped_storage())
     return pinned
 
 

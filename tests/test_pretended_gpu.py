@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from pretended_gpu import PretendedGpu
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dskd_lightning.structures import DistillationBatch, TokenBatch
 
 
 def kinds(gpu: PretendedGpu) -> Counter[str]:
@@ -80,6 +84,32 @@ def test_waits_are_counted() -> None:
         "item": 1, "copy to the host": 1, "boolean mask": 1, "copy to the device": 1, "nonzero": 1,
     }  # fmt: skip
     assert {place.rpartition(":")[0] for _, place in gpu.stalls} == {"tests/test_pretended_gpu.py"}
+
+
+def test_a_pinned_batch_moves_in_one_piece() -> None:
+    ids = torch.arange(12).view(3, 4)
+    tokens = TokenBatch(
+        ids, ids + 1, ids > 5, torch.arange(4).expand(3, 4), ids.flatten()[:0], ids.flatten().int()
+    )
+    batch = DistillationBatch(
+        tokens, ids[0], ids[1], (replace(tokens, attention_mask=None),),
+        teacher_hidden=(torch.randn(5, 3, dtype=torch.bfloat16),), step_tokens=torch.tensor(7),
+    )  # fmt: skip
+    with PretendedGpu() as gpu:
+        pinned = batch.pin_memory()
+        there = pinned.to(torch.device("cuda", 0))
+        assert gpu.uploads == 1
+        replace(pinned, examples=ids[2].pin_memory()).to(torch.device("cuda", 0))
+        assert gpu.uploads == 3
+        assert not gpu.stalls
+        for back in (pinned, there.to("cpu")):
+            expected = tree_leaves(list(map(asdict, (batch, batch.student))))
+            found = tree_leaves(list(map(asdict, (back, back.student))))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert type(ours) is type(theirs)
+                if isinstance(ours, Tensor):
+                    assert ours.dtype == theirs.dtype
+                    assert torch.equal(ours, theirs)
 
 
 def test_a_device_may_lack_float64_and_sparse_tensors() -> None:

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_to", "float64_place", "has_sparse", "summable", "wide", "widest"]
+__all__ = ["autocast_to", "cast_once", "float64_place", "has_sparse", "summable", "wide", "widest"]
+
+_casts: dict[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+
+
+@contextmanager
+def cast_once() -> Iterator[None]:
+    """Several losses share the casts of the heads that they read; nothing may change a head meanwhile."""
+    global _casts
+    outer = _casts
+    _casts = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _casts = outer
 
 
 def autocast_to(tensor: Tensor) -> Tensor:
     """``tensor`` in the dtype of its products under autocast; itself outside it or in float64.
 
-    Cast once in front of many chunks, it isn't cast in each.
+    Cast once in front of many chunks, it isn't cast in each; see also `cast_once`.
     """
     device = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    dtype = torch.get_autocast_dtype(device)
+    if _casts is None or tensor.dtype == dtype:
+        return tensor.to(dtype)
+    # Detached aliases are other objects at the same place, which the tensor that is kept holds.
+    key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, dtype)
+    if key not in _casts:
+        _casts[key] = tensor, tensor.detach().to(dtype)
+    cast: Tensor = _Cast.apply(tensor, _casts[key][1])
+    return cast
+
+
+class _Cast(torch.autograd.Function):
+    """A tensor whose cast is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0].to(ctx.dtype), None
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -76,16 +76,13 @@ def fidelity(
         student_ids, teacher_ids = (ids.to(pairs.device) for ids in shared_tokens)
         closeness = _closeness(
             student.hidden[pairs[:, 0]],
-            student.head.restrict(student_ids),
+            student.head,
             teacher.hidden[pairs[:, 1]],
-            teacher.head.restrict(teacher_ids),
+            teacher.head,
+            (student_ids, teacher_ids),
         )
         aligned = Ratio(count.new_full((), len(pairs)), count)
         return ratios | {f"aligned_{k}": r for k, r in closeness.items()} | {"alignment_ratio": aligned}
-
-
-def _logits(head: Head, parameters: tuple[Any, ...], hidden: Tensor) -> Tensor:
-    return replace(head, weight=parameters[0], bias=parameters[1]).logits(hidden).float()
 
 
 def likelihood(student: Side) -> dict[str, Tensor]:
@@ -93,7 +90,7 @@ def likelihood(student: Side) -> dict[str, Tensor]:
 
     def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, labels = chunk
-        logits = _logits(student.head, parameters, hidden)
+        logits = replace(student.head, weight=parameters[0], bias=parameters[1]).logits(hidden).float()
         gold = logits.gather(-1, labels[:, None]).squeeze(-1)
         nll = summable(logits.logsumexp(-1) - gold).sum()
         return nll, {"nll": nll, "correct": (logits.argmax(-1) == labels).sum()}
@@ -104,13 +101,24 @@ def likelihood(student: Side) -> dict[str, Tensor]:
 
 
 def _closeness(
-    student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor, teacher_head: Head
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    shared: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Ratio]:
-    vocabulary = min(student_head.vocab_size, teacher_head.vocab_size)  # padding differs in some families
+    vocabulary = max(student_head.vocab_size, teacher_head.vocab_size)
+    common = min(student_head.vocab_size, teacher_head.vocab_size)  # padding differs in some families
+
+    def log_probabilities(number: int, head: Head, hidden: Tensor, parameters: tuple[Any, ...]) -> Tensor:
+        logits = replace(head, weight=parameters[0], bias=parameters[1]).logits(hidden)
+        # Of the logits rather than the head, of which each batch would make a copy.
+        logits = logits[:, :common] if shared is None else logits.index_select(1, shared[number])
+        return logits.float().log_softmax(-1)
 
     def step(chunk: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        q = _logits(student_head, parameters[:2], chunk[0])[:, :vocabulary].log_softmax(-1)
-        p = _logits(teacher_head, parameters[2:], chunk[1])[:, :vocabulary].log_softmax(-1)
+        q = log_probabilities(0, student_head, chunk[0], parameters[:2])
+        p = log_probabilities(1, teacher_head, chunk[1], parameters[2:])
         kl = summable((p.exp() * (p - q)).sum(-1)).sum()
         back = summable((q.exp() * (q - p)).sum(-1)).sum()
         return kl, {"kl": kl, "reverse_kl": back, "agree": (p.argmax(-1) == q.argmax(-1)).sum()}

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dskd_lightning.functional.spectrum import effective_rank
@@ -61,7 +62,8 @@ class TrainingMonitor(L.Callback):
             "monitor/tokens_per_second": self._tokens / max(now - self._since, 1e-9),
             "monitor/memory_gib": peak_memory_bytes() / 2**30,
         }
-        pl_module.log_dict(values, batch_size=1)
+        # Tensors: Lightning would bring numbers to the device, and wait for them there.
+        pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, batch_size=1)
         self._tokens, self._since = 0, now
         self._check_entropy(trainer)
 

@@ -74,13 +74,25 @@ class Setup:
         objective: str = "DSKD",
         *,
         cached: bool = False,
+        cache: str | None = None,
         lora: bool = False,
         student: dict[str, Any] | None = None,
         teacher: dict[str, Any] | None = None,
         optimizer: Any = None,
         **data: Any,
     ) -> tuple[dl.DistillationModule, dl.InstructionDataModule]:
-        """A seeded module and its data; nothing of them is built yet."""
+        """A seeded module and its data; nothing of them is built yet.
+
+        Args:
+            objective: one of `OBJECTIVES`.
+            cached: read the teacher's states from a cache.
+            cache: its folder; None builds one for this run alone.
+            lora: train adapters.
+            student: more of its spec.
+            teacher: more of its spec.
+            optimizer: made of the parameters; plain gradient descent unless told.
+            data: more of the data module's arguments.
+        """
         kind, same = OBJECTIVES[objective]
         L.seed_everything(0, verbose=False)
         ours = dl.StudentSpec(
@@ -90,9 +102,7 @@ class Setup:
         if kind.needs_teacher:
             tokenizer = "bpe" if same else "sentencepiece"
             theirs = dl.TeacherSpec(self.source(tokenizer, 24, 2), **(teacher or {}))
-        settings = TeacherCacheSettings(
-            folder=tempfile.mkdtemp(dir=self.folder), dtype="float32"
-        )  # each run builds its own
+        settings = TeacherCacheSettings(folder=cache or tempfile.mkdtemp(dir=self.folder), dtype="float32")
         module = dl.DistillationModule(
             ours, kind(), theirs, optimizer or (lambda p: torch.optim.SGD(p, lr=0.05))
         )
