@@ -22,6 +22,8 @@ from dskd_lightning.structures import DistillationBatch
 
 __all__ = ["DistillationLoader"]
 
+_SAMPLES = 512  # examples whose tokens tell data apart
+
 
 class DistillationLoader:
     """Yields the `DistillationBatch`\\ es of one rank.
@@ -155,6 +157,11 @@ class DistillationLoader:
                 content.update(np.ascontiguousarray(array).tobytes())
         if self._teachers is not None:
             content.update(self._teachers.tobytes())
+        for index in self.indices[:: max(1, len(self.indices) // _SAMPLES)].tolist():
+            # Of other texts or templates, too, which may be as long.
+            example = self.collator.dataset.rendered(index)
+            content.update(np.ascontiguousarray(example.input_ids).tobytes())
+            content.update(np.ascontiguousarray(example.labels).tobytes())
         what = (PLAN_VERSION, astuple(self.settings), self.shuffle, self.seed, self.ranks)
         content.update(repr(what).encode())
         return content.hexdigest()[:16]

@@ -373,13 +373,36 @@ def test_resume_with_workers_and_from_epoch_end_and_exception(make, tmp_path: Pa
     assert resumed.seen == whole.seen[8:]
 
 
-def test_resume_with_other_batches_is_refused(make, tmp_path: Path) -> None:
+OTHER_DATA: dict[str, dict] = {
+    "batch size": {"batch_size": 3},
+    "seed": {"seed": 5},
+    "truncation": {"max_length": 40, "max_prompt_length": 20},
+    "packing": {"packing": True},
+    "split": {"val_split": 3},
+    "content": {},
+}
+
+
+@pytest.mark.parametrize("what", [*OTHER_DATA, "ranks"])
+def test_resume_with_other_batches_is_refused(make, tmp_path: Path, what: str) -> None:
     saver = ModelCheckpoint(tmp_path / "c", "last", every_n_train_steps=2)
     trainer(tmp_path, saver, max_steps=2).fit(Recorder(), datamodule=make())
+    path = tmp_path / "c" / "last.ckpt"
+    if what == "ranks":
+        state = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+        loader = make().train_dataloader()
+        loader.load_state_dict(state)
+        loader.ranks = 2
+        del loader._key
+        with pytest.raises(UserError, match="place in the epoch"):
+            loader.load_state_dict(state)
+        return
+    if what == "content":
+        before, data = make().examples("train").dataset.lengths, Path(make().sources["train"])
+        data.write_text(data.read_text().replace("Say 7.", "Say 8."))
+        assert (make().examples("train").dataset.lengths == before).all()
     with pytest.raises(UserError, match="place in the epoch"):
-        trainer(tmp_path).fit(
-            Recorder(), datamodule=make(batch_size=3), ckpt_path=tmp_path / "c" / "last.ckpt"
-        )
+        trainer(tmp_path).fit(Recorder(), datamodule=make(**OTHER_DATA[what]), ckpt_path=path)
 
 
 def test_overfitting_repeats_the_same_batches(make, tmp_path: Path) -> None:
