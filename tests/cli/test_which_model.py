@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from forked_runs import dskd_forked
+from forked_runs import Kill, arm, dskd_forked
 from tiny_runs import write_config
 
 from dskd_lightning.callbacks import BestCheckpoint
@@ -54,7 +55,16 @@ def test_a_run_without_validation_is_tested_at_its_last_checkpoint(tmp_path, mod
     assert untrained["model"]["step"] == 0
 
     (runs.run / "mine.txt").touch()
+    checkpoints = runs.run / "checkpoints"
+    checkpoints.mkdir()
+    for name in ("best", "last"):
+        (checkpoints / f"{name}.ckpt").write_bytes(b"another run's")
+    start_over = ("fit", "--config", str(runs.config), "--output", str(runs.run), "--overwrite", "true")
+    killed = partial(arm, Kill("step", 1))
+    assert dskd_forked(*start_over, log=runs.log, prepare=killed) == -signal.SIGKILL
+    assert "last.ckpt does not exist" in runs("fit", "--ckpt_path", "last", expected=2)
     runs("fit", "--overwrite", "true")
+    assert [path.name for path in checkpoints.iterdir()] == ["last.ckpt"]
     assert not (runs.run / "predictions").exists()
     assert not (runs.run / "metrics.json").exists()
     assert (runs.run / "mine.txt").exists()
@@ -157,6 +167,13 @@ def test_an_exported_student_is_evaluated_as_it_is_where_there_is_no_run(tmp_pat
     named = json.loads((folder / "distillation.json").read_text())
     assert (named["digest"], named["run"]) == (digest, runs.run.name)  # the folder may be uploaded
     assert named["step"] > 0
+    best = runs.run / "checkpoints" / "best.ckpt"
+    best.write_bytes(best.read_bytes()[:-1000])
+    named = f"give the one beside it, --ckpt_path {best.with_name('last.ckpt')}"
+    assert named in runs("test", expected=2)
+    assert dskd_forked("export", str(runs.run), str(tmp_path / "none"), log=runs.log) == 2
+    assert named in " ".join(runs.log.read_text().split())
+    assert "Traceback" not in runs.log.read_text()
     runs.run = tmp_path / "elsewhere"
     student = ["--model.student.source", str(folder)]
     assert f"evaluating the exported student '{folder}' itself" in runs("test", *student)

