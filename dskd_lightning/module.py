@@ -28,7 +28,12 @@ from dskd_lightning.assembly.teachers import (
     cached_heads,
     make_followers,
 )
-from dskd_lightning.assembly.trained_state import drop_untrained, miss_trained_alone, trained_names
+from dskd_lightning.assembly.trained_state import (
+    alike_on_all_ranks,
+    drop_untrained,
+    miss_trained_alone,
+    trained_names,
+)
 from dskd_lightning.checkpoints.checks import read_checkpoint
 from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.data.chat import ChatRenderer
@@ -270,6 +275,11 @@ class DistillationModule(L.LightningModule):
         """Whether whole teachers are loaded, as generation needs, not their heads alone."""
         partly = (TeacherHead, AbsentTeacher)
         return len(self.teachers) > 0 and not any(isinstance(t, partly) for t in self.teachers)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel needn't send, neither at first nor in every forward pass."""
+        return alike_on_all_ranks(self, self.teacher_specs)
 
     def train(self, mode: bool = True) -> DistillationModule:
         """As `nn.Module.train`, but teachers always stay in eval mode."""

@@ -32,7 +32,7 @@ sys.path[:0] = [
 ]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-MODULES = ("losses", "training", "features", "speed", "compiled")
+MODULES = ("losses", "training", "features", "speed", "peers", "compiled")
 
 
 @dataclass
@@ -126,7 +126,7 @@ def quiet() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu", "pretended"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no check after this long")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no check after this long")
     parser.add_argument("--each", type=int, default=120, help="most seconds of one check")
     parser.add_argument("--only", default="", help="checks whose names this regular expression finds")
     parser.add_argument("--json", type=Path, help="write the results here, after every check")

@@ -54,6 +54,29 @@ def test_teacher_stays_frozen_and_in_eval_mode(model_folder, tmp_path):
     assert not any("teacher" in name for name in wrapped)
 
 
+def test_a_teacher_never_goes_between_ranks(model_folder, tmp_path, monkeypatch):
+    module, data = make(model_folder, tmp_path)
+    module.configure_model()
+    data.setup("fit")
+    sent, send = [], torch.distributed._broadcast_coalesced
+
+    def counted(group, tensors, *rest):
+        sent.append(sum(t.numel() for t in tensors))
+        send(group, tensors, *rest)
+
+    monkeypatch.setattr(torch.distributed, "_broadcast_coalesced", counted)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(module)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        assert sum(sent) == trained
+        sent.clear()
+        wrapped(next(iter(data.train_dataloader())))
+        assert not sent
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_full_training_checkpoints_the_whole_student(model_folder, tmp_path):
     module, _ = make(model_folder, tmp_path)
     module.configure_model()

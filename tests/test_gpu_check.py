@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from gpu_checks.features import fitted
 from gpu_checks.setup import OBJECTIVES, Setup
 from pretended_gpu import PretendedGpu
+from torch import Tensor
 
+from dskd_lightning.functional import JensenShannon
 from tests import gpu_check
 
+PARTS = ("^loss|^fused|^step|^JSD", "^train .*runs", "^train .*cached", "^(?!loss|fused|step|JSD|train)")
 
-@pytest.mark.parametrize(
-    "part", ["^loss|^fused|^step", "^train .*runs", "^train .*cached", "^(?!loss|fused|step|train)"]
-)
-def test_checks_run_on_the_pretended_gpu(part: str, tmp_path: Path) -> None:
+
+def liger(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+    """What Liger's fused divergence gives, a mean over tokens."""
+    return JensenShannon(0.5)(hidden @ weight.T, teacher_hidden @ teacher_weight.T).mean()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_checks_run_on_the_pretended_gpu(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = SimpleNamespace(LigerFusedLinearJSD=lambda jsd_beta: liger)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=peer))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", peer)
     path = tmp_path / "found.json"
     status = gpu_check.main(["--device", "pretended", "--only", part, "--json", str(path)])
     found = json.loads(path.read_text())["checks"]
     assert [f for f in found if f["outcome"] not in ("ok", "skipped")] == []
     assert status == 0
     assert found
+    if part is PARTS[0]:
+        assert any("Liger" in f["detail"] and "isn't installed" not in f["detail"] for f in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("part", PARTS)
+def test_checks_run_on_a_gpu(part: str) -> None:
+    assert gpu_check.main(["--only", part]) == 0
 
 
 def test_runs_without_float64_and_sparse_tensors() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
 
-__all__ = ["drop_untrained", "miss_trained_alone", "trained_names"]
+from dskd_lightning.models.loaded import Loaded
+from dskd_lightning.models.spec import TeacherSpec
+from dskd_lightning.projection import LinearProjector
+
+__all__ = ["alike_on_all_ranks", "drop_untrained", "miss_trained_alone", "trained_names"]
 
 
 def trained_names(module: Any) -> frozenset[str]:
@@ -17,6 +22,19 @@ def trained_names(module: Any) -> frozenset[str]:
     parts = ("objectives",) if adapter_only else ("objectives", "student")
     kept = {f"{part}.{name}" for part in parts for name in getattr(module, part).state_dict()}
     return frozenset(trained | kept)
+
+
+def alike_on_all_ranks(module: Any, teachers: Sequence[TeacherSpec | Loaded]) -> list[str]:
+    """Names of tensors that each rank has from the same files, or computes as all others do."""
+    read = [f"teachers.{i}." for i, spec in enumerate(teachers) if isinstance(spec, TeacherSpec)]
+    tensors = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    saved = module.checkpoint_names
+    computed = {f"student.{name}" for name, _ in module.student.named_buffers(remove_duplicate=False)} - saved
+    measured = {f"{name}.input_rms" for name, m in module.named_modules() if isinstance(m, LinearProjector)}
+    return [name for name, _ in tensors if name.startswith(tuple(read)) or name in computed | measured]
 
 
 def drop_untrained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
