@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from dskd_lightning.tokenizers import tokenizer_fingerprint
 __all__ = ["nearest_strings", "nearest_token_map"]
 
 _log = logging.getLogger(__name__)
+_BROKEN = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 _BLOCK = 1 << 26
 """Distances held at once."""
@@ -39,11 +43,12 @@ def nearest_token_map(
     """
     if cache_dir is None:
         return _nearest(source, target)
-    path = Path(cache_dir).expanduser() / f"nearest-{_key(source, target)}.npy"
+    path = Path(cache_dir).expanduser() / f"nearest-{_key(source, target)}.npz"  # with a checksum
     if path.is_file():
         try:
-            cached = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+                cached = archive["tokens"]
+        except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, *_BROKEN) as error:
             _log.warning("The cached token map %s cannot be read (%s) and is made anew.", path, error)
         else:
             if cached.dtype == np.int64 and cached.shape == (len(vocabulary_bytes(source)),):
@@ -51,7 +56,7 @@ def nearest_token_map(
             _log.warning("The cached token map %s has another shape than expected and is made anew.", path)
     mapped = _nearest(source, target)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, mapped)
+        np.savez(file, tokens=mapped)
     return mapped
 
 

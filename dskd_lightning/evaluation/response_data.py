@@ -31,6 +31,7 @@ __all__ = ["response_likelihoods", "write_response_data"]
 
 _log = logging.getLogger(__name__)
 _TOGETHER = 8
+_REMEDY = "delete it, which computes it anew"
 
 
 def write_response_data(
@@ -159,10 +160,17 @@ def _scored(
     scores: list[float | None] = [None] * len(answered)
     for other in range(world):
         file = path.with_suffix(f".{other}-{world}.json")
-        values = read_object(file, "delete it; it is computed again")["nll"]
-        for at, value in zip(range(other, len(answered), world), values, strict=True):
+        places = range(other, len(answered), world)
+        known = read_object(file, _REMEDY).get("nll")
+        if not isinstance(known, list) or len(known) != len(places) or not all(map(_is_score, known)):
+            raise UserError(f"{file}: holds no {len(places)} likelihoods; {_REMEDY}.")
+        for at, value in zip(places, known, strict=True):
             scores[at] = value
     return scores
+
+
+def _is_score(value: object) -> bool:
+    return value is None or isinstance(value, float)
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class RunFolder:
 
     def mixtures(self) -> list[str]:
         """What of the results is of different models, one sentence each."""
-        files = ("metrics.json", "efficiency.json", "representation.json")
+        files = ("metrics.json", "efficiency.json", "representation.json", "samples.json")
         models = {name: (_read_json(self.path / name) or {}).get(MODEL_KEY) for name in files}
         known = {name: model for name, model in models.items() if isinstance(model, dict)}
         shown = {name: _shown(model) for name, model in known.items()}

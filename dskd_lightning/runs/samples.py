@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.runs.identity import MODEL_KEY
 
 __all__ = ["SampledResponse", "read_samples", "write_samples"]
 
@@ -44,9 +46,13 @@ class SampledResponse:
         return found
 
 
-def write_samples(path: Path, samples: Iterable[SampledResponse]) -> None:
-    """Samples as JSON."""
-    values = {"samples": [asdict(sample) for sample in samples]}
+def write_samples(
+    path: Path, samples: Iterable[SampledResponse], model: dict[str, Any] | None = None
+) -> None:
+    """Samples as JSON, and which model has written them, see `identity`."""
+    values: dict[str, Any] = {"samples": [asdict(sample) for sample in samples]}
+    if model is not None:
+        values[MODEL_KEY] = model
     write_atomic(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -67,11 +67,16 @@ def test_the_map_is_read_back_from_its_cache(
     with monkeypatch.context() as patched:
         patched.setattr(nearest, "_nearest", lambda *_: pytest.fail("computed again"))
         assert np.array_equal(nearest_token_map(source, target, tmp_path), made)
-    file.write_bytes(b"broken")
-    with caplog.at_level(logging.WARNING):
-        assert np.array_equal(nearest_token_map(source, target, tmp_path), made)
-    assert "made anew" in caplog.text
-    assert np.array_equal(np.load(file), made)
+    good = file.read_bytes()
+    flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(200, len(good), 301)]
+    for damaged in (b"broken", b"", good[:-9], *flipped):
+        caplog.clear()
+        file.write_bytes(damaged)
+        with caplog.at_level(logging.WARNING):
+            assert np.array_equal(nearest_token_map(source, target, tmp_path), made)
+        assert "made anew" in caplog.text
+        with np.load(file) as archive:
+            assert np.array_equal(archive["tokens"], made)
     nearest_token_map(target, source, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -98,9 +98,14 @@ def test_validation_and_test_show_samples(model_folder, tmp_path):
     )  # fmt: skip
     fitted = dskd_fork("fit", "--config", str(config))
     assert "samples at step" in fitted.stdout
+    model = json.loads((tmp_path / "run" / "samples.json").read_text())["model"]
+    assert (model["checkpoint"], model["step"]) == (None, 4)
     assert "val/samples_reverse_kl" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
     dskd_fork("test", "--config", str(config))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for name in ("reverse_kl", "teacher_nll_per_byte", "nll_per_byte", "length", "finished", "repeated_4"):
         assert metrics[f"samples_{name}"] >= 0
     assert len(read_samples(tmp_path / "run" / "samples.json")) == 2
+    model = json.loads((tmp_path / "run" / "samples.json").read_text())["model"]
+    assert model == {name: value for name, value in metrics["model"].items() if name != "weights"}
+    assert model["checkpoint"] == "best.ckpt"

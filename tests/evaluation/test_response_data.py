@@ -133,6 +133,13 @@ def test_an_interrupted_call_goes_on(parts, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write("again.jsonl")
     assert not (tmp_path / "again.jsonl").exists()
+    (kept,) = (tmp_path / "again.jsonl.samples").glob("likelihoods_1.*")
+    good = kept.read_bytes()
+    for damaged in (b"", good[:-9], b"[1]", b"{}", b'{"nll": [1.0]}', good.replace(b"[", b'["x", ', 1)):
+        kept.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"likelihoods_1.*delete it"):
+            write("again.jsonl")
+    kept.write_bytes(good)
     assert write("again.jsonl") == whole
     assert len(calls) == 4  # the first seed's likelihoods were kept
 
