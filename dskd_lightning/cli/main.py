@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from dskd_lightning import __version__
 from dskd_lightning.cli.trainer_help import TRAINER_HELP
@@ -107,21 +110,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dskd {__version__}")
         return 0
     try:
-        return _run(arguments)
+        with _threads_complain():
+            return _run(arguments)
     except UserError as error:
         _complain(str(error))
         return 2
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-        _complain(f"cannot read or write{where}: {error.strerror}; {_STORAGE[error.errno]}.")
+        _complain(_unusable(error))
         return 3
     except Exception as error:
         # Ranks that this process forked were stopped by a signal, after which they end with 128 + signal.
         if type(error).__name__ != "ProcessExitedException" or getattr(error, "exit_code", 0) <= 128:
             raise
         return int(error.exit_code)  # type: ignore[attr-defined]
+
+
+def _unusable(error: OSError) -> str:
+    where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+    return f"cannot read or write{where}: {error.strerror}; {_STORAGE[error.errno or 0]}."
+
+
+@contextlib.contextmanager
+def _threads_complain() -> Iterator[None]:
+    """What a full disk does to a thread that writes, as TensorBoard's, is one message, too."""
+    previous = threading.excepthook
+
+    def tell(failure: Any) -> None:
+        error = failure.exc_value
+        if isinstance(error, OSError) and error.errno in _STORAGE:
+            _complain(_unusable(error))
+        else:
+            previous(failure)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
 
 
 def _complain(message: str) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -176,6 +177,24 @@ def test_an_unusable_place_is_one_sentence(monkeypatch, capsys, error):
     assert os.strerror(number) in message
     assert "place" in message
     assert "\x1b" not in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_thread_that_can_write_no_more_is_one_sentence(monkeypatch, capsys):
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "events.out")
+
+    def run(*_: object, **__: object) -> None:
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(sys.modules["dskd_lightning.cli.main"], "run_function", run)
+    before = threading.excepthook
+    assert main(["export", "a", "b"]) == 0
+    assert threading.excepthook is before
+    message = capsys.readouterr().err
+    assert message.startswith("dskd: error: cannot read or write events.out: No space left on device; free")
     assert len(message.splitlines()) == 1
 
 

@@ -83,6 +83,13 @@ def test_report_files_and_exit_codes(runs, tmp_path) -> None:
     assert (tmp_path / "out" / "plots" / "difference.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_results_of_different_models_are_warned_of(runs, tmp_path, caplog) -> None:
+    (runs[1] / "metrics.json").write_text('{"loss": 1.5, "model": {"weights": "a"}}')
+    (runs[1] / "predictions" / "settings.json").write_text('{"model": "b"}')
+    compare_runs(runs[:2], output=tmp_path / "out", resamples=100, console=quiet())
+    assert f"{runs[1]}: predictions are of another model than metrics.json" in caplog.text
+
+
 def test_named_runs(runs, tmp_path) -> None:
     compare_runs([f"A={runs[0]}", f"B={runs[1]}"], output=tmp_path / "out", resamples=100, console=quiet())
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["baseline"] == "A"
