@@ -21,7 +21,7 @@ __all__ = [
     "head_parameters",
 ]
 
-DEFAULT_BUDGET_MB = 1024.0
+DEFAULT_BUDGET_MB = 1536.0
 """Memory that the vocabulary-sized tensors of one chunk may take together."""
 
 OptionalTensors = Sequence[Tensor | None]
@@ -47,8 +47,8 @@ def chunk_tokens(
     Args:
         vocab_size: the (larger) vocabulary.
         budget_mb: MiB for one chunk.
-        copies: tensors of that size alive at once: two logits, and per divergence about
-            six of log-probabilities, probabilities and gradients.
+        copies: tensors of that size alive at once: logits of two heads and their gradients, and up to a
+            dozen of log-probabilities, probabilities and what a divergence makes of them.
         itemsize: bytes of an element, of float32 unless told.
         device: on a CPU, one tensor of a chunk is at most 24 MiB, as memory is reused up to
             that size.

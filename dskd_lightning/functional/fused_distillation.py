@@ -97,7 +97,7 @@ def fused_distillation(
     vocab = max(head.vocab_size for head in heads)
     if chunk_size is None:
         # On a CPU the float32 work happens in cache-sized tiles and only the logits fill the chunk.
-        copies = len(heads) if student_hidden.device.type == "cpu" else 8
+        copies = len(heads) if student_hidden.device.type == "cpu" else 8 if divergence is None else 16
         chunk_size = chunk_tokens(vocab, memory_budget_mb, copies=copies)
     losses = TileLosses(
         weights=LossWeights(ce_weight, teacher_ce_weight, kd_weight),

@@ -44,7 +44,7 @@ class CrossTokenizerObjective(DistillationObjective):
     reads_alignment: bool = True
     """Whether the loss depends on the alignment, rather than metrics alone."""
 
-    vocabulary_copies: int = 8
+    vocabulary_copies: int = 12
     """Float32 tensors of a chunk's vocabulary size alive at once, which the budget must hold."""
 
     student_to_teacher: Tensor | None

@@ -39,6 +39,7 @@ class ULDObjective(PairedObjective):
     """
 
     needs_vocabulary_map = False
+    vocabulary_copies = 16  # sorts of both sides
 
     def __init__(
         self, kd_ratio: float = 0.5, temperature: float = 1.0, memory_budget_mb: float = DEFAULT_BUDGET_MB

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
+from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
 from dskd_lightning.launch.configs import config_path
 from dskd_lightning.launch.lightning_cli import DistillationCLI
 from dskd_lightning.models.tokenizer import load_tokenizer
@@ -157,7 +158,7 @@ def estimate_run(run: DistillationCLI, sizes: Sequence[ModelSize], machine: Mach
     steps, epochs = run.trainer.max_steps, run.trainer.max_epochs or 1
     per_epoch = max(1, len(lengths) // (data.batch_size * run.trainer.accumulate_grad_batches))
     passes = steps / per_epoch if steps > 0 else float(max(epochs, 1))  # -1 goes on for ever
-    budgets = [getattr(o, "memory_budget_mb", 1024.0) for o in run.model.objectives]
+    budgets = [getattr(o, "memory_budget_mb", DEFAULT_BUDGET_MB) for o in run.model.objectives]
     return estimate(
         sizes[0],
         sizes[1:],

@@ -31,6 +31,7 @@ class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
     Args:
         replicas: keep so many copies, each sharded over its part of the devices, best over the GPUs of one
             node (HSDP): layers are gathered within a copy, gradients alone go between copies.
+        tensor_parallel_size: 1, for there is no tensor parallelism: heads are read whole.
         save_distributed_checkpoint: write a folder with one file per rank instead of a single file, which
             the first rank must hold in memory.
         process_group_backend: of `torch.distributed`; None takes the device's.
@@ -40,6 +41,7 @@ class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
     def __init__(
         self,
         replicas: int = 1,
+        tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -51,15 +53,20 @@ class DSKDModelParallelStrategy(WholeCheckpoints, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.replicas = replicas
+        self.replicas, self.tensor_parallel_size = replicas, tensor_parallel_size
         self.checkpoint_io = WholeCheckpointIO()
 
     def check(self) -> None:
         """Compare the number of copies with that of devices.
 
         Raises:
-            UserError: they don't divide.
+            UserError: they don't divide, or tensor parallelism is asked for.
         """
+        if self.tensor_parallel_size != 1:
+            raise UserError(
+                f"trainer.strategy: tensor_parallel_size={self.tensor_parallel_size} isn't supported, since "
+                "losses read whole heads; leave it out, and weights are sharded over all devices."
+            )
         world = self.num_nodes * self.num_processes
         if self.replicas < 1 or world % self.replicas:
             raise UserError(

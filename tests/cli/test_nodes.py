@@ -54,7 +54,6 @@ def test_nodes_without_a_shared_disk_say_so_instead_of_waiting(tmp_path: Path, m
     assert all("name a folder on a disk that they share" in log for log in ended.logs)
 
 
-@pytest.mark.slow
 def test_two_rendezvous_agents_train_as_one_process(tmp_path: Path, model_folder: Any) -> None:
     """`torchrun --nnodes 2` on the loopback: data are prepared and the cache is built by both at once."""
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **CACHED)

@@ -126,6 +126,10 @@ EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
         (["--trainer.strategy", "fsdp"], "fsdp shards models in a way"),
         (["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"], "or ddp"),
         ([*SHARDED, "--trainer.strategy.replicas", "4"], "2 devices can't hold replicas=4"),
+        (
+            [*SHARDED, "--trainer.strategy.tensor_parallel_size", "2"],
+            "tensor_parallel_size=2 isn't",
+        ),
         ([*SHARDED, "--model.teacher.quantization", "4bit"], "4bit weights can't be sharded"),
         ([*SHARDED, "--model.teacher.follow.decay", "0.9"], "can't follow the student's"),
         ([*SHARDED, f"--trainer.callbacks+={json.dumps(EMA)}"], "EMAWeightAveraging copies the module"),
