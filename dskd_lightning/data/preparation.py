@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,8 @@ __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples", "rend
 _log = logging.getLogger(__name__)
 _VERSION = 7  # of the files' layout and of the rendering
 _CHUNK = 512
+_UNFINISHED = ".preparing-"
+_ABANDONED_AFTER = 24 * 3600  # seconds without a write
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,9 @@ def prepare(
         raise damaged(folder / "report.json", "it is missing")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(cache_dir)
         with tempfile.TemporaryDirectory(
-            dir=cache_dir, prefix=".preparing-", ignore_cleanup_errors=True
+            dir=cache_dir, prefix=_UNFINISHED, ignore_cleanup_errors=True
         ) as new:
             with Progress(
                 "Preparing " + ", ".join(source.name for source in sources), None, "examples"
@@ -156,6 +161,15 @@ def prepare(
     dataset = PreparedDataset(folder)
     _announce(dataset, sources)
     return dataset
+
+
+def _remove_leftovers(cache_dir: Path) -> None:
+    """What preparations that were killed have left; another process may be at work on younger ones."""
+    for folder in cache_dir.glob(f"{_UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # another process was faster
+            written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - written > _ABANDONED_AFTER:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -212,6 +213,19 @@ def test_cache_is_reused_and_keyed_by_content(make, data_file: Path, monkeypatch
     assert make().examples("train").dataset.folder != first
     assert make(max_length=100).examples("train").dataset.folder != first
     assert not list(first.parent.glob(".preparing-*"))
+
+
+def test_what_killed_preparations_left_goes_after_a_day(make, tmp_path: Path) -> None:
+    cache, ago = tmp_path / "cache", time.time() - 25 * 3600
+    for name in ("dead", "written"):
+        folder = cache / f".preparing-{name}"
+        folder.mkdir(parents=True)
+        (folder / "examples.arrow").write_bytes(b"half")
+        if name == "dead":
+            os.utime(folder / "examples.arrow", (ago, ago))
+        os.utime(folder, (ago, ago))
+    make().examples("train")
+    assert [path.name for path in cache.glob(".preparing-*")] == [".preparing-written"]
 
 
 def test_failed_preparation_leaves_nothing(make, data_file: Path, tmp_path: Path) -> None:
