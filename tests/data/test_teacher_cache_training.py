@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import lightning as L
@@ -86,9 +87,27 @@ def test_training_is_the_same_with_and_without(model_folder, tmp_path, monkeypat
         assert torch.equal(value, results[2][1][name]), name
 
 
+class _Gone(L.Callback):
+    """Asserts that nothing keeps the teacher that built the cache once the student is there."""
+
+    def __init__(self) -> None:
+        self.layer: weakref.ref[torch.nn.Module] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.layer is not None
+        assert self.layer() is None
+
+
 def test_a_warm_cache_loads_no_decoder(model_folder, tmp_path, monkeypatch) -> None:
     cache = TeacherCacheSettings(dtype="float32")
-    fit(*make(model_folder, tmp_path, cache=cache))
+    gone, construct = _Gone(), StateBuilder.build
+
+    def watched(self, teacher, *ranks):
+        gone.layer = weakref.ref(teacher.model.layers[0])
+        return construct(self, teacher, *ranks)
+
+    monkeypatch.setattr(StateBuilder, "build", watched)
+    fit(*make(model_folder, tmp_path, cache=cache), callbacks=[gone])
 
     def forbidden(*_):
         raise AssertionError("a whole teacher was loaded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_head_map() -> None:
         torch.testing.assert_close(other(hidden, source, target), moved)
 
 
+class Behind(torch.optim.Optimizer):
+    """Writes behind a tensor's version counter, as 8-bit optimisers do."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(1.0)
+
+
 def test_head_map_follows_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
@@ -126,13 +136,20 @@ def test_head_map_follows_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
         projector(hidden, Head(weight), target), hidden @ (weight.T @ inverse).detach()
     )
     assert calls == 2
+    version = weight._version
+    Behind([weight], {}).step()
+    assert weight._version == version
+    torch.testing.assert_close(
+        projector(hidden, Head(weight), target), hidden @ (weight.T @ inverse).detach()
+    )
+    assert calls == 3
     # weights that are made anew each step, as under LoRA on the head
     for factor in (1.0, 2.0, 3.0):
         effective = weight * factor
         expected = hidden @ (effective.T @ inverse).detach()
         torch.testing.assert_close(projector(hidden, Head(effective), target), expected)
         del effective
-    assert calls == 5
+    assert calls == 6
 
 
 def test_head_map_survives_half_precision() -> None:
