@@ -139,11 +139,13 @@ def test_a_checkpoint_named_by_its_file_changes_no_option(full: _Trained) -> Non
     assert written["model"]["warmup_ratio"] == 0.25
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_checkpoint_named_by_its_file_is_one_sentence(full: _Trained, damage: str) -> None:
     whole = (full.folder / "first" / "checkpoints" / "last.ckpt").read_bytes()
     file = full.folder / "damaged.ckpt"
-    file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"{}"}[damage])
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    file.write_bytes({"cut": whole[:half], "flipped": flipped, "empty": b"", "other": b"{}"}[damage])
     status, log, _ = full.go_on("--ckpt_path", str(file))
     assert status == 2, log[-2000:]
     assert "damaged.ckpt" in log.splitlines()[-1]
