@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_atomic
 
-__all__ = ["ArrowRows", "Blocks", "blocks_of", "damaged", "read_array", "read_report", "write_report"]
+__all__ = ["ArrowRows", "Blocks", "damaged", "read_array", "read_report", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,6 @@ class Blocks:
     def __post_init__(self) -> None:
         if not len(self.starts) - 1 == len(self.crc32) == len(self.rows) + 1:
             raise ValueError("blocks and checksums don't agree in number")
-
-
-def blocks_of(path: Path, rows: Sequence[int]) -> Blocks:
-    """The blocks of a finished stream whose record batches have so many ``rows``."""
-    import pyarrow as pa
-
-    starts = [0]
-    with pa.memory_map(str(path)) as file:
-        for _ in pa.ipc.MessageReader.open_stream(file):
-            starts.append(file.tell())
-        file.seek(0)
-        content = file.read_buffer()
-        sums = [zlib.crc32(content.slice(start, stop - start)) for start, stop in itertools.pairwise(starts)]
-        return Blocks(content.size, tuple(starts), tuple(rows), tuple(sums))
 
 
 def damaged(path: Path, reason: object) -> UserError:

@@ -88,6 +88,8 @@ class InstructionDataModule(pl.LightningDataModule):
             ``system``.
         weights: how often an epoch reads the examples of an entry of ``train``, 1 where none is given:
             with 2 each is read twice, with 0.5 half of them, another half in the next epoch.
+        num_proc: processes that prepare the data, once; None for as many as the cores that this one may
+            use. The prepared data are the same for any number.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class InstructionDataModule(pl.LightningDataModule):
         teacher_cache: TeacherCacheSettings | None = None,
         weights: dict[str, float] | None = None,
         max_teacher_prompt_length: int | None = None,
+        num_proc: int | None = None,
     ) -> None:
         super().__init__()
         self.teacher_room = 0
@@ -128,7 +131,7 @@ class InstructionDataModule(pl.LightningDataModule):
         _check(max_length, max_prompt_length, max_tokens_per_batch, self.teacher_room)
         for name, value in {
             "batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit,
-            "pad_to_multiple_of": pad_to_multiple_of,
+            "pad_to_multiple_of": pad_to_multiple_of, "num_proc": num_proc,
         }.items():  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"`{name}: {value}` must be at least 1.")
@@ -150,6 +153,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.max_tokens_per_batch, self.packing = max_tokens_per_batch, packing
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
+        self.num_proc = num_proc
         self.cache_dir = default_folder("data") if cache_dir is None else Path(cache_dir).expanduser()
         self.teacher_cache, self.weights = teacher_cache, weights or {}
         self.teacher_hidden: dict[Stage, Sequence[TeacherHidden | None]] = {}
@@ -363,7 +367,7 @@ class InstructionDataModule(pl.LightningDataModule):
             teachers=tuple(name for name in self.teacher_names if name),
             max_teacher_prompt_length=self.max_prompt_length + self.teacher_room,
         )
-        return prepare(self._sources_of(stage), self.renderers, settings, self.cache_dir)
+        return prepare(self._sources_of(stage), self.renderers, settings, self.cache_dir, self.num_proc)
 
     def _prepare_stage(self, stage: Stage) -> None:
         if stage in self._views:

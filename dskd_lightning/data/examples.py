@@ -19,6 +19,9 @@ class InvalidRecord(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[InvalidRecord], tuple[str, str]]:
+        return type(self), (str(self), self.reason)  # from a process that prepares data
+
 
 @dataclass(frozen=True)
 class Message:

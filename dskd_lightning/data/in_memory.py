@@ -10,8 +10,8 @@ from dskd_lightning.data.chat import ChatRenderer, Learn
 from dskd_lightning.data.collate import collate
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format, detect_format, parse_record
-from dskd_lightning.data.preparation import PreparationSettings, render_example
 from dskd_lightning.data.prepared import rendered_example
+from dskd_lightning.data.rendering import PreparationSettings, render_example
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.spec import ModelSpec, teacher_names

@@ -15,6 +15,7 @@ RUNS = (
     ("teacher_cache.py",),
     ("alignment_speed.py",),
     ("dataset_size.py",),
+    ("preparation.py",),
     ("on_policy.py", "--rounds", "1"),
 )
 

@@ -18,6 +18,7 @@ import dataset_size
 import fused_loss
 import gold
 import on_policy
+import preparation
 import training_step
 from _measure import Measured
 from _training import tiny_source
@@ -100,3 +101,15 @@ def test_dataset_size_reads_every_example(capsys: pytest.CaptureFixture[str]) ->
     found = measure(lambda name, a: dataset_size.case(int(name)), "30", argparse.Namespace(), capsys)
     assert found.more["tokens"] > 30 * 20
     assert found.more["read"] > 0
+
+
+def test_preparation_beside_bare_tokenization(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = tiny_source(tmp_path)
+    words = ["--data", data, "--tokenizers", source, source, "--examples", "1100", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["preparation.py", *words])
+    preparation.main()
+    shown = capsys.readouterr().out
+    assert "1,100 conversations for two tokenizers" in shown
+    assert [line for line in shown.splitlines() if "prepared by 2 processes" in line]

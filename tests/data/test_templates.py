@@ -16,7 +16,7 @@ from public_templates import FAMILIES, public_tokenizer
 from dskd_lightning.data.chat import ChatRenderer, Learn
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.formats import InvalidRecord, parse_record
-from dskd_lightning.data.preparation import _as_models_read
+from dskd_lightning.data.rendering import _as_models_read
 from dskd_lightning.errors import UserError
 
 CHATML = (

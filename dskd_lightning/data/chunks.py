@@ -1,0 +1,135 @@
+"""Chunks of examples, and what each becomes: Arrow record batches as bytes, the same whoever makes them."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.examples import Example, InvalidRecord
+from dskd_lightning.data.rendering import PreparationSettings, render_example
+
+__all__ = ["RenderedChunk", "chunked", "file_names", "render_chunk", "schemas"]
+
+_EXAMPLES = 512
+_CHARACTERS = 2**21
+"""Where a chunk ends, whichever comes first: a few long documents are as much work as many conversations."""
+
+
+@dataclass(frozen=True)
+class RenderedChunk:
+    """What is written of one chunk.
+
+    Args:
+        messages: one per file of `file_names`, the record batch as a message of an Arrow stream; empty
+            where ``rows`` is 0.
+        rows: of each record batch.
+        lengths: ``rows * models`` tokens that each model reads of each row.
+        examples: that went into the chunk.
+        counts: what was cut and left out.
+    """
+
+    messages: tuple[bytes, ...]
+    rows: int
+    lengths: array[int]
+    examples: int
+    counts: Counter[str]
+
+
+def file_names(models: int) -> list[str]:
+    """The Arrow streams of a prepared dataset: the examples, then a file per model."""
+    return ["examples.arrow", *(f"model-{i}.arrow" for i in range(models))]
+
+
+def schemas(models: int) -> list[Any]:
+    """The schema of each of `file_names`."""
+    return [_example_schema(), *(_model_schema() for _ in range(models))]
+
+
+def chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Lists of consecutive examples, whose borders follow from the examples alone."""
+    chunk: list[Example] = []
+    characters = 0
+    for example in examples:
+        chunk.append(example)
+        characters += sum(len(message.content) for message in example.messages)
+        if len(chunk) >= _EXAMPLES or characters >= _CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def render_chunk(
+    examples: Sequence[Example], renderers: Sequence[ChatRenderer], settings: PreparationSettings
+) -> RenderedChunk:
+    """Render, cut and lay out the examples of a chunk.
+
+    Raises:
+        InvalidRecord: one of them can't be learnt from, unless ``skip_invalid``.
+    """
+    import pyarrow as pa
+
+    counts: Counter[str] = Counter()
+    lengths = array("i")  # 4 bytes a number
+    columns: list[list[dict[str, Any]]] = [[] for _ in file_names(len(renderers))]
+    for example in examples:
+        try:
+            pieces = list(render_example(example, renderers, settings, counts))
+        except InvalidRecord as error:
+            if not settings.skip_invalid:
+                raise
+            counts[f"skipped: {error.reason}"] += 1
+            continue
+        for piece, rows in pieces:
+            lengths.extend(len(row["tokens"]) - 1 for row in rows)
+            for column, row in zip(columns, [_example_row(piece), *rows], strict=True):
+                column.append(row)
+    messages = tuple(
+        pa.RecordBatch.from_pylist(rows, schema=schema).serialize().to_pybytes() if rows else b""
+        for rows, schema in zip(columns, schemas(len(renderers)), strict=True)
+    )
+    return RenderedChunk(messages, len(columns[0]), lengths, len(examples), counts)
+
+
+def _example_row(example: Example) -> dict[str, Any]:
+    """As `dataclasses.asdict`, which copies every text."""
+    messages = {name: list(map(vars, getattr(example, name))) for name in ("messages", "teacher_messages")}
+    return {**vars(example), **messages}
+
+
+def _example_schema() -> Any:
+    import pyarrow as pa
+
+    message = pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("learnt", pa.bool_()),
+            ("extra", pa.string()),
+            ("special", pa.bool_()),
+        ]
+    )
+    return pa.schema(
+        [
+            ("messages", pa.list_(message)),
+            ("references", pa.list_(pa.string())),
+            ("source", pa.string()),
+            ("line", pa.int64()),
+            ("tools", pa.string()),
+            ("fields", pa.string()),
+            ("teacher_messages", pa.list_(message)),
+            ("teacher", pa.string()),
+        ]
+    )
+
+
+def _model_schema() -> Any:
+    import pyarrow as pa
+
+    ints = pa.list_(pa.int32())
+    fields = dict.fromkeys(("tokens", "prompts", "responses", "ends"), ints)
+    return pa.schema({**fields, "flags": pa.list_(pa.uint8()), "bytes": ints, "normalized": pa.bool_()})

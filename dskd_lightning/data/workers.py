@@ -1,0 +1,119 @@
+"""Work on chunks in several processes, with the results in the order of the chunks."""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from dskd_lightning.errors import UserError
+
+__all__ = ["WorkerEnded", "usable_cores", "worked_in_order"]
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+_ALONE = 2
+"""Chunks that this process does itself before it starts others, which little work isn't worth."""
+_AHEAD = 2
+"""Chunks for each process that wait or are in work, so that memory doesn't grow with the data."""
+
+_work: Callable[[Any], Any]
+
+
+class WorkerEnded(UserError):
+    """A process that worked was ended from outside; nothing is wrong with what it worked on."""
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worked_in_order(work: Callable[[_In], _Out], chunks: Iterable[_In], processes: int) -> Iterator[_Out]:
+    """``work`` of every chunk, in their order, in this process or in ``processes`` others.
+
+    An error ends it as in one process: the first chunk that fails is the one that is told, also where
+    the source of the chunks has failed further on.
+
+    Args:
+        work: can be pickled, as can chunks and results.
+        chunks: read here, only as far ahead as keeps the others busy.
+        processes: 1 for none but this.
+
+    Raises:
+        WorkerEnded: the operating system has ended one of the processes.
+    """
+    chunks = iter(chunks)
+    yield from map(work, islice(chunks, None if processes < 2 or _may_not_fork() else _ALONE))
+    first = next(chunks, None)
+    if first is None:
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    waiting: collections.deque[Future[_Out]] = collections.deque()
+    failure: BaseException | None = None
+    pool = ProcessPoolExecutor(processes, context, _begin, (work,))
+    try:
+        more = _followed(first, chunks)
+        while True:
+            while failure is None and len(waiting) < _AHEAD * processes:
+                try:
+                    chunk = next(more)
+                except StopIteration:
+                    break
+                except Exception as error:  # told after what is in front of it
+                    failure = error
+                    break
+                waiting.append(pool.submit(_done, chunk))
+            if not waiting:
+                break
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerEnded(
+            f"data.num_proc: one of the {processes} processes that prepare the data was ended, most often "
+            "for want of memory: set a smaller number; what is finished is kept."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if failure is not None:
+        raise failure
+
+
+def _may_not_fork() -> bool:
+    return bool(multiprocessing.current_process().daemon)
+
+
+def _followed(first: _In, rest: Iterator[_In]) -> Iterator[_In]:
+    yield first
+    yield from rest
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """In a new process: what to do with chunks, and to end with the process that asked for it."""
+    global _work
+    _work = work
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends it to all; the first process ends the rest
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _done(chunk: Any) -> Any:
+    return _work(chunk)

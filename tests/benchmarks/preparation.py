@@ -1,0 +1,107 @@
+"""Preparing data by one process and by several, against tokenising the same texts in batches and no more.
+
+Run: ``python tests/benchmarks/preparation.py [--data FILE] [--tokenizers A B] [--examples N]
+[--processes 1 2]``; conversations for two tokenizers, by default SmolLM2's twice, in wall-clock seconds.
+The bare way calls each tokenizer on 1,000 texts at a time, in one thread; it formats, marks, cuts, aligns
+and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from _measure import environment, print_table  # noqa: E402
+
+import dskd_lightning as dl  # noqa: E402
+from dskd_lightning.data.preparation import PreparationSettings, read_examples  # noqa: E402
+from dskd_lightning.data.sources import resolve_sources  # noqa: E402
+from dskd_lightning.models.loading import load_tokenizer  # noqa: E402
+
+_BATCH = 1000
+
+
+def repeated(data: str, examples: int, folder: Path) -> tuple[str, list[str]]:
+    """A file of so many conversations, those of ``data`` again and again, and the texts in it."""
+    found = list(read_examples(resolve_sources(data), PreparationSettings(), Counter()))
+    rows = [found[i % len(found)] for i in range(examples)]
+    path = folder / "many.jsonl"
+    with path.open("w") as file:
+        for row in rows:
+            messages = [{"role": m.role, "content": m.content} for m in row.messages]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return str(path), ["\n".join(m.content for m in row.messages) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="demo")
+    parser.add_argument("--tokenizers", nargs=2, default=["demo", "demo"], metavar=("STUDENT", "TEACHER"))
+    parser.add_argument("--examples", type=int, default=20_000)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    a = parser.parse_args()
+    specs = [dl.StudentSpec(a.tokenizers[0]), dl.TeacherSpec(a.tokenizers[1])]
+    for spec in specs:
+        if load_tokenizer(spec).chat_template is None:
+            spec.prompt_template = "{prompt}\n\n"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, texts = repeated(a.data, a.examples, folder)
+
+        def bare() -> None:
+            for spec in specs:
+                tokenizer = load_tokenizer(spec)
+                for at in range(0, len(texts), _BATCH):
+                    tokenizer(texts[at : at + _BATCH])
+
+        def prepared(processes: int) -> Callable[[], None]:
+            def run() -> None:
+                dl.InstructionDataModule(
+                    data, student=specs[0], teacher=specs[1], num_proc=processes,
+                    cache_dir=str(folder / f"cache {time.monotonic_ns()}"),
+                ).prepare_data()  # fmt: skip
+
+            return run
+
+        ways = {"bare tokenization": bare}
+        ways |= {f"prepared by {n} process{'es' * (n > 1)}": prepared(n) for n in a.processes}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(a.rounds):  # by turns, so that what else the machine does falls on all
+            for way, run in ways.items():
+                begin = time.perf_counter()
+                run()
+                seconds[way].append(time.perf_counter() - begin)
+    taken = {way: median(values) for way, values in seconds.items()}
+    first = taken[f"prepared by {a.processes[0]} process{'es' * (a.processes[0] > 1)}"]
+    print(environment())
+    print_table(
+        f"{a.examples:,} conversations for two tokenizers",
+        ("way", "wall s", "conversations/s", "/ bare", "speed"),
+        [
+            (
+                way,
+                f"{value:.1f}",
+                f"{a.examples / value:,.0f}",
+                f"{value / taken['bare tokenization']:.2f}",
+                "" if way == "bare tokenization" else f"{first / value:.2f}",
+            )
+            for way, value in taken.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Preparation by several processes: the same bytes for any number of them, and for any kill in between."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec, UserError
+from dskd_lightning.data import chunks, preparation, workers
+from dskd_lightning.data.examples import InvalidRecord
+from dskd_lightning.data.partial import PartialDataset, only_one
+from dskd_lightning.data.sources import resolve_sources
+from dskd_lightning.data.workers import usable_cores, worked_in_order
+
+Build = Callable[..., InstructionDataModule]
+
+
+@pytest.fixture
+def build(model_folder, tmp_path: Path, monkeypatch) -> Build:
+    """Some sixty chunks of conversations, two documents of several windows among them."""
+    monkeypatch.setattr(chunks, "_EXAMPLES", 3)
+    rows = [{"prompt": f"Say {n}.", "response": f"{n} " * (n % 5 + 1)} for n in range(170)]
+    names = ["a.jsonl", "texts.jsonl", "b.jsonl"]
+    for name, part in zip(
+        names, (rows[:91], [{"text": "A text of words. " * 30}] * 2, rows[91:]), strict=True
+    ):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+
+    def make(cache: str, **options) -> InstructionDataModule:
+        return InstructionDataModule(
+            options.pop("train", [str(tmp_path / name) for name in names]),
+            student=StudentSpec(model_folder()),
+            teacher=TeacherSpec(model_folder(tokenizer="sentencepiece")),
+            cache_dir=str(tmp_path / cache),
+            **{"learn": "everything", "max_length": 64, "max_prompt_length": 32, **options},
+        )
+
+    return make
+
+
+def files(data: InstructionDataModule) -> dict[str, bytes]:
+    folder = data._prepared("train").folder
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fork(run: Callable[[], object]) -> int:
+    """The process that runs ``run`` and ends."""
+    if (child := os.fork()) == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_bytes_are_the_same_for_any_number_of_processes(build, caplog) -> None:
+    alone = files(build("alone", num_proc=1))
+    assert {"report.json", "lengths.npy", "examples.arrow", "model-0.arrow", "model-1.arrow"} == alone.keys()
+    assert files(build("two", num_proc=2)) == alone
+    assert files(build("three", num_proc=3)) == alone
+    data = build("three")
+    data.setup("fit")
+    assert len({data.examples("train")[i].place for i in range(len(data.examples("train")))}) == 172
+
+
+def test_processes_really_share_the_work(build, tmp_path, monkeypatch) -> None:
+    render = preparation.render_chunk
+
+    def told(examples, **options):
+        time.sleep(0.01)
+        (tmp_path / f"worker {os.getpid()}").touch()
+        return render(examples, **options)
+
+    monkeypatch.setattr(preparation, "render_chunk", told)
+    files(build("two", num_proc=2))
+    assert len(list(tmp_path.glob("worker *"))) == 3  # the first chunks are this process's own
+
+
+def test_work_can_be_sent_to_a_process_that_shares_nothing(build) -> None:
+    data = build("any")
+    settings = preparation.PreparationSettings(max_length=64, max_prompt_length=32)
+    examples = list(preparation.read_examples(resolve_sources(data.sources["train"]), settings, Counter()))
+    work = partial(chunks.render_chunk, renderers=data.renderers, settings=settings)
+    sent_work, sent_examples = pickle.loads(pickle.dumps((work, examples[18:30])))
+    assert pickle.loads(pickle.dumps(sent_work(sent_examples))) == work(examples[18:30])
+
+
+def test_the_first_bad_record_is_told_whoever_meets_it(build, tmp_path) -> None:
+    message = {"role": "user", "content": "Say it."}, {"role": "assistant", "content": "it"}
+    rows = [json.dumps({"messages": message, "id": n}) for n in range(40)]
+    rows[20] = json.dumps({"messages": message, "teacher_messages": message[:1]})  # met where it is rendered
+    rows[24] = "{"  # met where it is read, which is further ahead
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(rows))
+    with pytest.raises(InvalidRecord, match=r"bad\.jsonl:21 has 'teacher_messages'") as error:
+        files(build("bad", train=str(bad), num_proc=2))
+    assert error.value.reason == "'teacher_messages' under learn: everything"
+    rows[20] = rows[19]
+    bad.write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"bad\.jsonl:25"):
+        files(build("bad", train=str(bad), num_proc=2))
+    assert list((tmp_path / "bad").iterdir()) == []
+    counted = [files(build(f"bad {n}", train=str(bad), num_proc=n, skip_invalid=True)) for n in (1, 2)]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize(("killed_at", "processes"), [(7, 1), (3, 2), (40, 2)])
+def test_a_killed_preparation_is_gone_on_with(
+    build, tmp_path, monkeypatch, caplog, killed_at, processes
+) -> None:
+    monkeypatch.setattr("dskd_lightning.data.partial._EVERY", 4)
+    whole, append = files(build("whole", num_proc=1)), PartialDataset.append
+
+    def kill(made, chunk) -> None:
+        append(made, chunk)
+        if made.chunks == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        monkeypatch.setattr(PartialDataset, "append", kill)
+        files(build("killed", num_proc=processes))
+
+    _, status = os.waitpid(fork(killed), 0)
+    assert os.WIFSIGNALED(status)
+    (left,) = (tmp_path / "killed").glob(".preparing-*")
+    for path in (*left.iterdir(), left):  # leftovers of other data would go after a day
+        os.utime(path, (0, 0))
+    appended = []
+    monkeypatch.setattr(
+        PartialDataset, "append", lambda made, chunk: (appended.append(chunk), append(made, chunk))
+    )
+    with caplog.at_level(logging.INFO, logger="dskd_lightning"):
+        assert files(build("killed", num_proc=processes)) == whole
+    kept = killed_at // 4 * 4
+    assert len(appended) == 58 - kept
+    assert (f"Going on with {3 * kept} examples" in caplog.text) == bool(kept)
+    assert [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("damage", ["journal", "lengths.raw"])
+def test_what_a_killed_preparation_left_damaged_is_made_again(build, tmp_path, monkeypatch, damage) -> None:
+    monkeypatch.setattr("dskd_lightning.data.partial._EVERY", 4)
+    whole, append = files(build("whole", num_proc=1)), PartialDataset.append
+
+    def stop(made, chunk) -> None:
+        append(made, chunk)
+        if made.chunks == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialDataset, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            files(build("stopped", num_proc=2))
+    (folder,) = (tmp_path / "stopped").glob(".preparing-*")
+    path = folder / ("journal.json" if damage == "journal" else damage)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    assert files(build("stopped", num_proc=1)) == whole
+
+
+def test_processes_end_with_the_one_that_was_killed(build, tmp_path, monkeypatch) -> None:
+    render = preparation.render_chunk
+
+    def told(examples, **options):
+        (tmp_path / f"worker {os.getpid()}").touch()
+        time.sleep(0.05)
+        return render(examples, **options)
+
+    monkeypatch.setattr(preparation, "render_chunk", told)
+    child = fork(lambda: files(build("killed", num_proc=2)))
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("worker *"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    others = [int(path.name.split()[1]) for path in tmp_path.glob("worker *")]
+    while any(Path(f"/proc/{pid}").exists() for pid in others) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [pid for pid in others if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_process_that_the_system_ends_is_one_sentence(build, monkeypatch, caplog) -> None:
+    whole, render, own = files(build("whole", num_proc=1)), preparation.render_chunk, os.getpid()
+
+    def dies(examples, **options):
+        if os.getpid() != own and any("Say 119." in example.messages[0].content for example in examples):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return render(examples, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "render_chunk", dies)
+        patch.setattr("dskd_lightning.data.partial._EVERY", 4)
+        with pytest.raises(UserError, match=r"data\.num_proc: one of the 2 processes .* was ended"):
+            files(build("died", num_proc=2))
+    with caplog.at_level(logging.INFO, logger="dskd_lightning"):
+        assert files(build("died", num_proc=2)) == whole
+    assert "that an earlier process has prepared" in caplog.text
+
+
+def test_one_prepares_and_the_others_wait(build, tmp_path, monkeypatch, caplog) -> None:
+    """Whose turn comes when the first is done finds its work; where that was killed, it goes on with it."""
+    lock, entered = tmp_path / "lock", []
+
+    def enter() -> None:
+        with only_one(lock, "counts") as alone:
+            entered.append(alone and lock.exists())  # or those that come now would lock another file
+
+    with caplog.at_level(logging.INFO, logger="dskd_lightning"), only_one(lock, "counts") as alone:
+        assert alone
+        threads = [threading.Thread(target=enter) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 60
+        while (
+            caplog.text.count("Waiting for another process that counts") < 2 and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
+        assert entered == []
+    for thread in threads:
+        thread.join(60)
+    assert entered == [True, True]
+    assert not lock.exists()
+
+
+def test_results_come_in_order_and_no_further_ahead_than_needed() -> None:
+    taken = []
+
+    def source():
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    found = []
+    for square in worked_in_order(_square, source(), 2):
+        found.append(square)
+        assert len(taken) <= len(found) + workers._AHEAD * 2 + 1
+    assert found == [n * n for n in range(40)]
+    assert usable_cores() >= 1
+    with pytest.raises(UserError, match="`num_proc: 0` must be at least 1"):
+        InstructionDataModule("demo", num_proc=0)
+
+
+def _square(number: int) -> int:
+    return number * number
