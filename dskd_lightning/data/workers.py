@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from dskd_lightning.errors import UserError
@@ -20,8 +20,6 @@ __all__ = ["WorkerEnded", "usable_cores", "worked_in_order"]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-_ALONE = 2
-"""Chunks that this process does itself before it starts others, which little work isn't worth."""
 _AHEAD = 2
 """Chunks for each process that wait or are in work, so that memory doesn't grow with the data."""
 
@@ -53,29 +51,38 @@ def worked_in_order(work: Callable[[_In], _Out], chunks: Iterable[_In], processe
     Raises:
         WorkerEnded: the operating system has ended one of the processes.
     """
-    chunks = iter(chunks)
-    yield from map(work, islice(chunks, None if processes < 2 or _may_not_fork() else _ALONE))
-    first = next(chunks, None)
-    if first is None:
+    if processes < 2 or _may_not_fork():
+        yield from map(work, chunks)
         return
+    failures: list[Exception] = []
+    more = _until_failure(chunks, failures)
+    first = list(islice(more, 2))
+    if len(first) < 2:  # which isn't worth starting processes
+        yield from map(work, first)
+    else:
+        yield from _shared_out(work, chain(first, more), processes)
+    for failure in failures:
+        raise failure
+
+
+def _until_failure(chunks: Iterable[_In], failures: list[Exception]) -> Iterator[_In]:
+    """``chunks`` up to where reading them fails, which is told after what is in front of it."""
+    try:
+        yield from chunks
+    except Exception as error:
+        failures.append(error)
+
+
+def _shared_out(work: Callable[[_In], _Out], chunks: Iterator[_In], processes: int) -> Iterator[_Out]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: collections.deque[Future[_Out]] = collections.deque()
-    failure: BaseException | None = None
     pool = ProcessPoolExecutor(processes, context, _begin, (work,))
     try:
-        more = _followed(first, chunks)
         while True:
-            while failure is None and len(waiting) < _AHEAD * processes:
-                try:
-                    chunk = next(more)
-                except StopIteration:
-                    break
-                except Exception as error:  # told after what is in front of it
-                    failure = error
-                    break
+            for chunk in islice(chunks, _AHEAD * processes - len(waiting)):
                 waiting.append(pool.submit(_done, chunk))
             if not waiting:
-                break
+                return
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise WorkerEnded(
@@ -84,17 +91,10 @@ def worked_in_order(work: Callable[[_In], _Out], chunks: Iterable[_In], processe
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    if failure is not None:
-        raise failure
 
 
 def _may_not_fork() -> bool:
     return bool(multiprocessing.current_process().daemon)
-
-
-def _followed(first: _In, rest: Iterator[_In]) -> Iterator[_In]:
-    yield first
-    yield from rest
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
