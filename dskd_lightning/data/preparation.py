@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.checked_files import damaged
 from dskd_lightning.data.chunks import chunked, render_chunk
@@ -184,6 +185,8 @@ def _write(
                 "now; start again."
             )
         progress.done = done
+        for renderer in renderers:  # kept, and so made once for all processes that are forked
+            token_bytes(renderer.tokenizer)
         for chunk in worked_in_order(work, chunks, processes):
             made.append(chunk)
             progress.done += chunk.examples
