@@ -12,8 +12,6 @@ from rich.console import Console
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.models.export import check_export, export_student
-from dskd_lightning.models.spec import ModelSpec
-from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.planning.pruned_sizes import PrunedSize, PruningStudy
 from dskd_lightning.runs.tables import number_tables
 
@@ -35,7 +33,7 @@ def run_prune(
     if output is not None:
         check_export(output, overwrite)
     counts = sorted(
-        {study.total, *(sizes or study.usual_sizes()), *([layers] if layers else [])}, reverse=True
+        {study.total, *(sizes or study.usual_sizes()), *([] if layers is None else [layers])}, reverse=True
     )
     found: list[PrunedSize] = []
     written = None
@@ -43,9 +41,8 @@ def run_prune(
         found.append(size)
         print(f"{len(size.layers)} layers: perplexity {size.perplexity:,.2f}", flush=True)
         if output is not None and len(size.layers) == layers:
-            tokenizer = load_tokenizer(ModelSpec(source=study.source))
             model.to(study.stored_dtype)  # type: ignore[arg-type]
-            written = export_student(model, tokenizer, output, overwrite=overwrite)
+            written = export_student(model, study.tokenizer, output, overwrite=overwrite)
     _show(found)
     if written is None:
         print("write one of them with --output FOLDER --layers N")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
@@ -16,7 +16,7 @@ from dskd_lightning.models.layer_choice import rank_layers, response_loss
 from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_layers
 from dskd_lightning.models.pruning import evenly_spaced, prune
-from dskd_lightning.models.spec import PruneSpec, StudentSpec
+from dskd_lightning.models.spec import Dtype, PruneSpec, StudentSpec
 from dskd_lightning.structures import TokenBatch
 from dskd_lightning.training.processor import SLOW, bfloat16_slowdown
 
@@ -69,8 +69,9 @@ class PruningStudy:
     intermediate_size: int | None = None
     examples: int = 64
     max_length: int = 512
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     model: PreTrainedModel = field(init=False, repr=False)
+    tokenizer: PreTrainedTokenizerFast = field(init=False, repr=False)
     stored_dtype: torch.dtype = field(init=False)
     scores: tuple[float, ...] = field(init=False, default=())
 
@@ -86,6 +87,7 @@ class PruningStudy:
                 f"{self.data}: of {self.examples} examples at most none is left to measure on: some choose "
                 "the layers, others measure, in batches of eight; give more data or a larger --examples."
             )
+        self.tokenizer = data.student_tokenizer
         model: Any = load_model(spec)
         self.stored_dtype = model.dtype
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

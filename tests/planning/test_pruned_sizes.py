@@ -79,6 +79,7 @@ def test_what_cannot_be_cut_is_one_sentence(model_folder, data, tmp_path, capsys
     for options, sentence in (
         (["--layers", "2"], "--output and --layers go together"),
         (["--output", str(tmp_path / "out")], "--output and --layers go together"),
+        (["--output", str(tmp_path / "out"), "--layers", "0"], "must lie between 1 and the model's 4 layers"),
         (["--sizes", "[5]"], "must lie between 1 and the model's 4 layers"),
         (["--examples", "8"], "none is left to measure on"),
     ):
