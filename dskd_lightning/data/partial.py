@@ -8,7 +8,7 @@ import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -20,7 +20,7 @@ from dskd_lightning.data.chunks import RenderedChunk, file_names, schemas
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_atomic
 
-__all__ = ["PartialDataset", "only_one"]
+__all__ = ["PartialDataset"]
 
 _log = logging.getLogger(__name__)
 _LENGTHS, _JOURNAL = "lengths.raw", "journal.json"
@@ -145,45 +145,3 @@ class PartialDataset:
             file = self._files[name] = (self.folder / name).open("r+b" if size else "wb")
             file.truncate(size)
             file.seek(size)
-
-
-@contextlib.contextmanager
-def only_one(path: Path, what: str) -> Iterator[bool]:
-    """Let one process at a time in, the others when it has ended, however it does.
-
-    Gives False where the file system has no locks.
-
-    Args:
-        path: of the lock, a file beside what it is about.
-        what: that the one inside does, for those that wait.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield False
-        return
-    while True:
-        with path.open("a") as file:
-            try:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    _log.info("Waiting for another process that %s.", what)
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                yield False
-                return
-            if not _is(file.fileno(), path):  # the one before has deleted it, and others lock a new one
-                continue
-            try:
-                yield True
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False

@@ -22,13 +22,14 @@ from dskd_lightning.data.checked_files import damaged
 from dskd_lightning.data.chunks import chunked, render_chunk
 from dskd_lightning.data.examples import Example, InvalidRecord
 from dskd_lightning.data.formats import DetectedFormat, detect_format, parse_record
-from dskd_lightning.data.partial import PartialDataset, only_one
+from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
 from dskd_lightning.data.workers import WorkerEnded, usable_cores, worked_in_order
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.heartbeat import Progress
+from dskd_lightning.runs.lock import only_one
 
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
 

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +14,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.runs.parent import end_with_parent
 
 __all__ = ["WorkerEnded", "usable_cores", "worked_in_order"]
 
@@ -101,18 +101,9 @@ def _begin(work: Callable[[Any], Any]) -> None:
     """In a new process: what to do with chunks, and to end with the process that asked for it."""
     global _work
     _work = work
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal sends it to all; the first process ends the rest
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the first ends the rest
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
+    end_with_parent(lambda: os._exit(1))
 
 
 def _done(chunk: Any) -> Any:

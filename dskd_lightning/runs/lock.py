@@ -1,4 +1,4 @@
-"""One process at a time works in a run folder, or on one variant of a study."""
+"""One process at a time works in a run folder, on one variant of a study, or prepares the same data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["HeldLocks", "lock_run", "locked"]
+__all__ = ["HeldLocks", "lock_run", "locked", "only_one"]
 
 logger = logging.getLogger(__name__)
 _held: dict[Path, int] = {}
@@ -83,3 +83,45 @@ def _take(path: Path, folder: str | os.PathLike[str]) -> bool:
         logger.warning("%s can't be locked (%s): start no second run in it", folder, error.strerror)
     _held[path] = handle
     return True
+
+
+@contextlib.contextmanager
+def only_one(path: Path, what: str) -> Iterator[bool]:
+    """Let one process at a time in, the others when it has ended, however it does.
+
+    Gives False where the file system has no locks.
+
+    Args:
+        path: of the lock, a file beside what it is about.
+        what: that the one inside does, for those that wait.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield False
+        return
+    while True:
+        with path.open("a") as file:
+            try:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.info("Waiting for another process that %s.", what)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                yield False
+                return
+            if not _is(file.fileno(), path):  # the one before has deleted it, and others lock a new one
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_atomic
 from dskd_lightning.runs.identity import MODEL_KEY
+from dskd_lightning.runs.parent import end_with_parent
 from dskd_lightning.runs.text import visible
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def run_variant(
     from dskd_lightning.runs.console import configure_output
 
     configure_output()
-    threading.Thread(target=_end_with_the_study, daemon=True).start()
+    end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         _run(arguments, Path(folder), settings, train, test)
     except UserError as error:
@@ -88,12 +87,6 @@ def run_variant(
         sys.exit(2)
     except SystemExit as stop:  # after SIGTERM Lightning ends training with the status of success
         sys.exit(stop.code or 128 + signal.SIGTERM)
-
-
-def _end_with_the_study() -> None:
-    if (study := multiprocessing.parent_process()) is not None:
-        study.join()
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: bool) -> None:

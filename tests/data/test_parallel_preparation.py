@@ -19,9 +19,10 @@ import pytest
 from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec, UserError
 from dskd_lightning.data import chunks, preparation, workers
 from dskd_lightning.data.examples import InvalidRecord
-from dskd_lightning.data.partial import PartialDataset, only_one
+from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.sources import resolve_sources
 from dskd_lightning.data.workers import usable_cores, worked_in_order
+from dskd_lightning.runs.lock import only_one
 
 Build = Callable[..., InstructionDataModule]
 
