@@ -74,6 +74,23 @@ class SampleFidelity(L.Callback):
         sampled = module.on_policy is not None if self.prompts is None else self.prompts > 0
         return tuple(f"samples_{name}" for name in names) if sampled else ()
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check(cast("DistillationModule", pl_module))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check(cast("DistillationModule", pl_module))
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check(cast("DistillationModule", pl_module))
+
+    def _check(self, module: DistillationModule) -> None:
+        """Before a batch is read, not when an epoch has been trained."""
+        if self._count(module) and module.teacher_specs and not module.complete_teachers:
+            raise UserError(
+                "samples.prompts: a cache holds the teacher's states on the dataset's responses, not on "
+                "samples; set data.teacher_cache to null, or samples.prompts to 0."
+            )
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._evaluate(trainer, cast("DistillationModule", pl_module), "val")
@@ -90,11 +107,6 @@ class SampleFidelity(L.Callback):
         count = self._count(module)
         if not count:
             return
-        if module.teacher_specs and not module.complete_teachers:
-            raise UserError(
-                "samples.prompts: a cache holds the teacher's states on the dataset's responses, not on "
-                "samples; set data.teacher_cache to null, or samples.prompts to 0."
-            )
         datamodule = cast("Any", trainer).datamodule
         loader = datamodule.val_dataloader() if stage == "val" else datamodule.test_dataloader()
         meter, shown = RatioMeter(), list[SampledResponse]()

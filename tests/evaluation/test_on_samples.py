@@ -109,3 +109,23 @@ def test_validation_and_test_show_samples(model_folder, tmp_path):
     model = json.loads((tmp_path / "run" / "samples.json").read_text())["model"]
     assert model == {name: value for name, value in metrics["model"].items() if name != "weights"}
     assert model["checkpoint"] == "best.ckpt"
+
+
+def test_a_cache_is_refused_before_a_batch_is_read(model_folder, tmp_path):
+    """Not at the end of the first epoch, nor behind a test's generated responses."""
+    config = write_config(
+        tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **{"data.teacher_cache": {}}
+    )  # fmt: skip
+    asked = ("--config", str(config), "--samples.prompts", "3")
+    refused = dskd_fork("fit", *asked, check=False)
+    assert refused.returncode == 2
+    assert "set data.teacher_cache to null" in refused.stderr
+    assert "val/" not in refused.stdout + refused.stderr
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    dskd_fork("fit", "--config", str(config))
+    for command in ("validate", "test"):
+        refused = dskd_fork(command, *asked, check=False)
+        assert refused.returncode == 2
+        assert "set data.teacher_cache to null" in refused.stderr
+    assert "responses:" not in refused.stderr.lower()
+    assert not list((tmp_path / "run").glob("*predictions*"))
