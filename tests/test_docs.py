@@ -153,3 +153,9 @@ def test_booleans_need_no_value() -> None:
     assert run_function(command, ["a", "--yes"], "dskd") == ("a", True, True)
     assert run_function(command, ["--yes", "--merge", "false", "a"], "dskd") == ("a", True, False)
     assert run_function(command, ["a", "--yes", "true", "--merge"], "dskd") == ("a", True, True)
+
+    def bare(yes: bool = False) -> bool:
+        """Do."""
+        return yes
+
+    assert run_function(bare, [], "dskd") is False

@@ -104,7 +104,7 @@ def _list_parameters(function: Callable[..., object]) -> dict[str, bool]:
 def _with_flags(function: Callable[..., object], arguments: Sequence[str]) -> list[str]:
     """``true`` behind each option for a boolean that has no value of its own."""
     flags = {f"--{name}" for name, hint in typing.get_type_hints(function).items() if hint is bool}
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         f"{word}=true" if word in flags and after.startswith("-") else word
         for word, after in zip(arguments, following, strict=True)

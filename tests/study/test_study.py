@@ -325,4 +325,7 @@ def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
     )
     monkeypatch.setattr("dskd_lightning.study.quickstart.bfloat16_slowdown", lambda: slowdown)
     assert main(["quickstart", "--output", str(tmp_path)]) == 0
-    assert ran == [(tmp_path, ["quickstart.yaml", *over], 4, False)]
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart"]) == 0  # as the README has it, without a word more
+    expected = (["quickstart.yaml", *over], 4, False)
+    assert ran == [(tmp_path, *expected), (Path("runs/quickstart"), *expected)]
