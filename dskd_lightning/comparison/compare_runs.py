@@ -13,6 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from dskd_lightning.comparison.against_teacher import (
+    AgainstTeacher,
+    against_teacher,
+    resolve_teacher,
+    teacher_columns,
+)
 from dskd_lightning.comparison.compare import Comparison, compare_all
 from dskd_lightning.comparison.gate import Condition, Measured, parse_condition
 from dskd_lightning.comparison.judge import judgement_counts
@@ -47,7 +53,8 @@ def compare_runs(
     Writes ``report.html``, ``plots/``, ``comparison.json`` and ``regressions.jsonl`` under ``output``.
 
     Args:
-        runs: run folders, the baseline first; ``NAME=FOLDER`` gives a run another name.
+        runs: run folders, the baseline first; ``NAME=FOLDER`` gives a run another name; ``teacher`` is that
+            of the others, once it was tested (``dskd test --model teacher``).
         metric: one of the metrics with a value per prompt (`scores.PROMPT_METRICS`).
         fail_if: conditions as in `gate`.
         output: folder of the report.
@@ -66,24 +73,31 @@ def compare_runs(
     """
     conditions = [parse_condition(text) for text in fail_if]
     chosen = prompt_metric(metric)
-    folders = [_open(run) for run in runs]
+    folders = [_open(run) for run in resolve_teacher([os.fspath(run) for run in runs])]
     for mixture in (text for folder in folders for text in folder.mixtures()):
         logger.warning("%s", mixture)
     options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
     comparisons = compare_all(folders, chosen, **options)
     gates = check_gates(conditions, folders, comparisons, options)
+    beside = against_teacher(folders)
     output = Path(output)
     verdicts = _verdicts(judge, [run.name for run in folders[1:]])
     report = write_report(
-        ReportData(folders, comparisons, gates, judge=verdicts, max_examples=max_examples), output
+        ReportData(
+            folders, comparisons, gates, judge=verdicts, max_examples=max_examples, beside_teacher=beside
+        ),
+        output,
     )
-    write_atomic(output / "comparison.json", json.dumps(_summary(comparisons, gates), indent=2) + "\n")
+    summary = _summary(comparisons, gates)
+    if beside:
+        summary["against_teacher"] = [asdict(item) for item in beside]
+    write_atomic(output / "comparison.json", json.dumps(summary, indent=2) + "\n")
     with (
         replacing(output / "regressions.jsonl") as temporary,
         temporary.open("w", encoding="utf-8", errors="replace") as file,
     ):
         file.writelines(_regressions(comparisons, folders))
-    _print(console or Console(), comparisons, gates, report)
+    _print(console or Console(), comparisons, gates, report, beside)
     return int(any(gate.failed for gate in gates))
 
 
@@ -184,7 +198,11 @@ def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -
 
 
 def _print(
-    console: Console, comparisons: Sequence[Comparison], gates: Sequence[GateResult], report: Path
+    console: Console,
+    comparisons: Sequence[Comparison],
+    gates: Sequence[GateResult],
+    report: Path,
+    beside: Sequence[AgainstTeacher] = (),
 ) -> None:
     first = comparisons[0]
     title = Text(f"{first.metric.label} against {visible(first.baseline)} ({first.baseline_scores.mean:.2f})")
@@ -203,6 +221,14 @@ def _print(
     ]
     for table in number_tables(headings, rows, console.width, title):
         console.print(table)
+    if beside:
+        labels, values = teacher_columns(beside)
+        cells = [
+            [visible(item.run), *("" if value is None else f"{value:.1f}" for value in row)]
+            for item, row in zip(beside, values, strict=True)
+        ]
+        for table in number_tables(["run", *labels], cells, console.width, Text("beside the teacher")):
+            console.print(table)
     for gate in gates:
         word = Text("failed", style="bold red") if gate.failed else Text("passed", style="green")
         console.print(

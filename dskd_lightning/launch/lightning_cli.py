@@ -37,6 +37,11 @@ from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import settings_of
+from dskd_lightning.launch.evaluated_teacher import (
+    evaluate_teacher,
+    teacher_folder,
+    without_model_choice,
+)
 from dskd_lightning.launch.own_classes import OwnClasses, OwnClassesParser
 from dskd_lightning.launch.run_files import clear_run, is_exported, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
@@ -114,6 +119,7 @@ class DistillationCLI(LightningCLI):
         configure_output()  # again: importing Lightning has added its own handlers
         given = sys.argv[1:] if args is None else args
         self._called = given[0] if isinstance(given, list) and given else None
+        given, self._of_teacher = without_model_choice(given) if isinstance(given, list) else (given, False)
         self.own_classes = OwnClasses(given)
         super().__init__(
             self.own_classes.chosen["model"],
@@ -197,6 +203,8 @@ class DistillationCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if self._of_teacher:
+            self._choose_teacher(config)
         output = Path(config.output)
         checkpoints = output / "checkpoints"
         if self.subcommand == "fit" and config.get("ckpt_path") is None and _is_requeued(checkpoints):
@@ -220,8 +228,22 @@ class DistillationCLI(LightningCLI):
                 )
             config.trainer.default_root_dir = str(output)
 
+    def _choose_teacher(self, config: Any) -> None:
+        if self.subcommand == "fit":
+            raise UserError("--model teacher: a teacher is evaluated, with validate, test or predict.")
+        if config.get("ckpt_path") is not None:
+            raise UserError("--model teacher: a teacher is what its source says; leave --ckpt_path out.")
+        config.untrained = True
+        if self.subcommand is not None:  # a study names the folder itself
+            config.output = str(teacher_folder(config.output))
+            for part in ("responses", "samples", "analysis"):
+                config[part].output = config.output
+        logger.info("evaluating the teacher; results go to %s", config.output)
+
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        if self._of_teacher:
+            evaluate_teacher(self.model, self.datamodule)
         self.model._log_hyperparams = False  # loggers get the whole config, see _SaveConfig
 
     def before_fit(self) -> None:
@@ -250,7 +272,8 @@ class DistillationCLI(LightningCLI):
         if evaluates and config.untrained:
             if name is not None:
                 raise UserError(f"--untrained true: --ckpt_path {name} is trained; give one of them.")
-            logger.info("evaluating the student as it is before training")
+            if not self._of_teacher:
+                logger.info("evaluating the student as it is before training")
         elif name in ("best", "last"):
             path = restored(folder / f"{name}.ckpt")
             if not path.exists():

@@ -36,7 +36,10 @@ from dskd_lightning.runs.metrics_file import read_rows
 from dskd_lightning.runs.predictions import Prediction, read_predictions
 from dskd_lightning.runs.samples import SampledResponse, read_samples
 
-__all__ = ["AlignmentMap", "Curves", "RunFolder"]
+__all__ = ["TEACHER", "AlignmentMap", "Curves", "RunFolder"]
+
+TEACHER = "teacher"
+"""What stands for a run or a model where the teacher is meant, and the name of its folder."""
 
 _REMEDY = "delete it or write it again"
 _LARGEST = 1e308

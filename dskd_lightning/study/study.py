@@ -20,6 +20,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import option, read_yaml
 from dskd_lightning.launch.configs import config_path
+from dskd_lightning.runs.run_folder import TEACHER
 from dskd_lightning.runs.validation_metrics import KNOWN
 from dskd_lightning.study.names import check_name
 from dskd_lightning.study.process import run_process, variant_lock
@@ -41,6 +42,7 @@ class Variant:
         config: keys laid over the base configs, as in a YAML file.
         configs: more YAML files, relative to the study file.
         train: False evaluates the student as it is before training.
+        teacher: evaluates the teacher in the student's place; nothing trains.
         grid: ``key -> values``; every combination is trained in ``grid/NAME/SETTINGS``, a folder
             called by a digest of all its settings; the best on validation is tested and linked as
             ``NAME``.
@@ -51,6 +53,7 @@ class Variant:
     configs: tuple[str, ...] = ()
     train: bool = True
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    teacher: bool = False
 
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid; one empty point without a grid."""
@@ -167,7 +170,8 @@ class Study:
     def _settings(self, variant: Variant, point: dict[str, Any]) -> str:
         """Digest of all that the study says of one run: what its folder belongs to."""
         files = [read_yaml(Path(file)) for file in (*map(str, self.base), *variant.configs)]
-        values = json.dumps([files, variant.config, variant.train, point], default=str)
+        of = [TEACHER] if variant.teacher else []
+        values = json.dumps([files, variant.config, variant.train, point, *of], default=str)
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
     def _finish(self, variant: Variant, folder: Path, settings: str, point: dict[str, Any]) -> None:
@@ -236,6 +240,8 @@ class Study:
         arguments = [f"--config={file}" for file in (*self.base, *variant.configs, overlay)]
         arguments += [option(key, value) for key, value in point.items()]
         arguments.append(f"--output={folder}")
+        if variant.teacher:
+            arguments.append(f"--model={TEACHER}")
         run_process(variant.name, arguments, folder, settings, variant.train, test)
 
 
@@ -250,12 +256,16 @@ def _variant(path: Path, name: str, values: object, grid: dict[str, list[Any]]) 
     check_name(path, name)
     key = f"variants.{name}"
     options = mapping(path, key, values)
-    unknown = sorted(options.keys() - {"config", "configs", "train", "grid"})
+    unknown = sorted(options.keys() - {"config", "configs", "train", "grid", "model"})
     if unknown:
         raise UserError(f"{path}: {key} has an unknown key {unknown[0]!r}.")
     train = options.get("train", True)
     if not isinstance(train, bool):
         raise UserError(f"{path}: `{key}.train` must be true or false.")
+    if options.get("model") not in (None, TEACHER):
+        raise UserError(f"{path}: `{key}.model` can be {TEACHER}, which is evaluated, or be left out.")
+    teacher = options.get("model") == TEACHER
+    train = train and not teacher
     own = mapping(path, f"{key}.grid", options["grid"], lists=True) if "grid" in options else grid
     files = texts(path, f"{key}.configs", options.get("configs"))
     return Variant(
@@ -264,4 +274,5 @@ def _variant(path: Path, name: str, values: object, grid: dict[str, list[Any]]) 
         configs=tuple(str((path.parent / config_path(file)).resolve()) for file in files),
         train=train,
         grid=own if train else {},
+        teacher=teacher,
     )

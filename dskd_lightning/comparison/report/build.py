@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dskd_lightning.comparison.against_teacher import AgainstTeacher
 from dskd_lightning.comparison.compare import Comparison
 from dskd_lightning.comparison.report import content, plots
 from dskd_lightning.comparison.report.examples import collect_examples
@@ -39,6 +40,7 @@ class ReportData:
         title: title of the page.
         max_examples: most prompts shown with their responses.
         max_curves: most curves shown, validation first.
+        beside_teacher: each run beside its teacher, where that is among them.
     """
 
     runs: Sequence[RunFolder]
@@ -48,6 +50,7 @@ class ReportData:
     title: str = "Run comparison"
     max_examples: int = 200
     max_curves: int = 12
+    beside_teacher: Sequence[AgainstTeacher] = ()
 
 
 def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
@@ -80,7 +83,7 @@ def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
         scatter=scatter,
         spectra=spectra,
         maps=maps,
-        tables=content.run_tables(data.runs),
+        tables=[*content.teacher_tables(data.beside_teacher), *content.run_tables(data.runs)],
         examples=examples,
         example_count=example_count,
         seed=next(iter(data.runs[0].predictions)),

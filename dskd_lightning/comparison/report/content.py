@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dskd_lightning.comparison.against_teacher import AgainstTeacher, teacher_columns
 from dskd_lightning.comparison.compare import Comparison
 from dskd_lightning.comparison.gate import Condition
 from dskd_lightning.evaluation.metrics import DistinctN
@@ -14,7 +15,16 @@ from dskd_lightning.evaluation.scores import PROMPT_METRICS, score_run
 from dskd_lightning.runs.predictions import describe_problems
 from dskd_lightning.runs.run_folder import RunFolder
 
-__all__ = ["GateResult", "Table", "config_changes", "headline", "number", "run_tables", "warnings_of"]
+__all__ = [
+    "GateResult",
+    "Table",
+    "config_changes",
+    "headline",
+    "number",
+    "run_tables",
+    "teacher_tables",
+    "warnings_of",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,19 @@ def run_tables(runs: Sequence[RunFolder]) -> list[Table]:
     if analysed:
         tables.append(_representation_table(analysed))
     return tables
+
+
+def teacher_tables(beside: Sequence[AgainstTeacher]) -> list[Table]:
+    """What is left of the teacher at what cost, and the prompts on which a run is furthest from it."""
+    if not beside:
+        return []
+    labels, values = teacher_columns(beside)
+    rows = tuple((item.run, *row) for item, row in zip(beside, values, strict=True))
+    furthest = tuple((item.run, ", ".join(map(str, item.furthest))) for item in beside)
+    return [
+        Table("Beside the teacher", ("run", *labels), rows),
+        Table("Furthest from the teacher's responses", ("run", "prompts, worst first"), furthest),
+    ]
 
 
 def _cost_table(title: str, measured: Sequence[tuple[str, dict[str, Any]]]) -> Table:

@@ -1,0 +1,152 @@
+"""What is left of the teacher in a student, and at what cost: the original against the distilled model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.metrics import exact_match
+from dskd_lightning.evaluation.rouge import rouge_l
+from dskd_lightning.evaluation.scores import prompt_metric, score_run
+from dskd_lightning.runs.run_folder import TEACHER, RunFolder
+
+__all__ = ["CLOSE", "AgainstTeacher", "against_teacher", "resolve_teacher", "teacher_columns"]
+
+CLOSE = 50.0
+"""ROUGE-L in percent from which two responses count as the same answer."""
+
+_COSTS = {
+    "parameters": "parameters",
+    "speed": "decode_tokens_per_second",
+    "memory": "peak_bytes",
+    "energy": "joules_per_token",
+}
+_COLUMNS = (
+    ("ROUGE-L, % of teacher's", 100, "quality"),
+    ("parameters, %", 100, "parameters"),
+    ("tokens/s, %", 100, "speed"),
+    ("memory, %", 100, "memory"),
+    ("energy, %", 100, "energy"),
+    ("ROUGE-L between responses", 1, "consistency"),
+    (f"above {CLOSE:.0f}, %", 1, "close"),
+    ("same words, %", 1, "exact"),
+)
+
+
+@dataclass(frozen=True)
+class AgainstTeacher:
+    """One run beside its teacher. Shares are of the teacher's own number, None where it isn't known.
+
+    Args:
+        run: name of the run.
+        quality: ROUGE-L over the teacher's.
+        parameters: number of parameters over the teacher's.
+        speed: decoded tokens per second over the teacher's.
+        memory: peak memory while generating over the teacher's.
+        energy: joules per token over the teacher's.
+        exact: percent of responses that are the teacher's, word for word.
+        consistency: mean ROUGE-L, in percent, of the run's responses against the teacher's.
+        close: percent of responses whose ROUGE-L against the teacher's is at least `CLOSE`.
+        furthest: indices of the prompts with the least consistent responses, worst first.
+    """
+
+    run: str
+    quality: float | None
+    parameters: float | None
+    speed: float | None
+    memory: float | None
+    energy: float | None
+    exact: float
+    consistency: float
+    close: float
+    furthest: tuple[int, ...]
+
+
+def against_teacher(runs: Sequence[RunFolder], examples: int = 20) -> list[AgainstTeacher]:
+    """Each run beside the one called `TEACHER`; nothing where none is.
+
+    Responses of one prompt and seed are compared with each other. Prompts and seeds that only one of the
+    two runs has are left out.
+
+    Args:
+        runs: with predictions.
+        examples: most prompts in `AgainstTeacher.furthest`.
+
+    Raises:
+        UserError: a run shares no prompt and seed with the teacher.
+    """
+    teacher = next((run for run in runs if run.name == TEACHER), None)
+    if teacher is None:
+        return []
+    return [_beside(run, teacher, examples) for run in runs if run is not teacher]
+
+
+def teacher_columns(items: Sequence[AgainstTeacher]) -> tuple[list[str], list[list[float | None]]]:
+    """Headings and one row of numbers per run, without what is known of none."""
+    shown = [
+        (label, factor, attribute)
+        for label, factor, attribute in _COLUMNS
+        if any(getattr(item, attribute) is not None for item in items)
+    ]
+    rows = [[_times(factor, getattr(item, name)) for _, factor, name in shown] for item in items]
+    return [label for label, _, _ in shown], rows
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher:
+    same: list[float] = []
+    by_prompt: dict[int, list[float]] = {}
+    for seed in run.predictions.keys() & teacher.predictions.keys():
+        answers = {p.index: p.response for p in teacher.predictions[seed]}
+        for p in run.predictions[seed]:
+            if p.index in answers:
+                same.append(exact_match(p.response, [answers[p.index]]))
+                by_prompt.setdefault(p.index, []).append(100 * rouge_l(p.response, [answers[p.index]]))
+    if not same:
+        raise UserError(
+            f"{run.path} and {teacher.path} have no prompt and seed in common: test both with the same "
+            "config (`dskd test --config CONFIG --model teacher`)."
+        )
+    scores = [score for found in by_prompt.values() for score in found]
+    means = {index: statistics.fmean(found) for index, found in by_prompt.items()}
+    metric = prompt_metric("rougeL")
+    own, whole = (score_run(folder, metric).mean for folder in (run, teacher))
+    return AgainstTeacher(
+        run=run.name,
+        quality=own / whole if whole else None,
+        **{name: _share(run, teacher, key) for name, key in _COSTS.items()},
+        exact=100 * statistics.fmean(same),
+        consistency=statistics.fmean(scores),
+        close=100 * statistics.fmean(score >= CLOSE for score in scores),
+        furthest=tuple(sorted(means, key=lambda index: (means[index], index))[:examples]),
+    )
+
+
+def _share(run: RunFolder, teacher: RunFolder, key: str) -> float | None:
+    own, whole = ((folder.efficiency or {}).get(key) for folder in (run, teacher))
+    return float(own) / float(whole) if own is not None and whole else None
+
+
+def resolve_teacher(runs: Sequence[str]) -> list[str]:
+    """The runs with `TEACHER` replaced by the folder of the others' teacher, under that name.
+
+    Raises:
+        UserError: the teacher wasn't tested.
+    """
+    if TEACHER not in runs or Path(TEACHER).is_dir():
+        return list(runs)
+    others = [run if Path(run).is_dir() else run.partition("=")[2] for run in runs if run != TEACHER]
+    found = next((folder for run in others if (folder := Path(run) / TEACHER).is_dir()), None)
+    if found is None:
+        first = others[0] if others else "RUN"
+        raise UserError(
+            f"teacher: its responses aren't there; `dskd test --config {first}/config.yaml --model teacher` "
+            f"writes them to {first}/{TEACHER}."
+        )
+    return [f"{TEACHER}={found}" if run == TEACHER else run for run in runs]
