@@ -92,4 +92,3 @@ def evaluate_teacher(module: DistillationModule, datamodule: Any) -> None:
     module.objectives = nn.ModuleList([SFTObjective()])
     module.on_policy, module.weights_from = None, None
     datamodule.student, datamodule.teachers, datamodule.teacher_names = stand_in, [], []
-    datamodule.teacher_cache = None

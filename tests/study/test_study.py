@@ -327,5 +327,5 @@ def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
     assert main(["quickstart", "--output", str(tmp_path)]) == 0
     monkeypatch.chdir(tmp_path)
     assert main(["quickstart"]) == 0  # as the README has it, without a word more
-    expected = (["quickstart.yaml", *over], 4, False)
+    expected = (["quickstart.yaml", *over], 5, False)
     assert ran == [(tmp_path, *expected), (Path("runs/quickstart"), *expected)]
