@@ -48,6 +48,7 @@ the trainer, which is Lightning's
   --trainer.devices NUMBER            several: --config dskd:strategy/ddp or dskd:strategy/fsdp2
 
 evaluation
+  --model teacher                     evaluate the teacher in the student's place
   --responses.seeds [10,20,30,40,50]  seeds of sampled responses in `test`; [] decodes greedily
   --responses.max_new_tokens NUMBER
   --completions.prompts NUMBER        prompts whose responses validation shows
