@@ -14,7 +14,7 @@ RUN pip install --no-cache-dir torch==2.13.0 --index-url https://download.pytorc
     && rm -r /wheels \
     && useradd --create-home --uid 1000 dskd \
     && mkdir /work && chown dskd /work
-USER dskd
+USER 1000
 WORKDIR /work
 ENV OMP_NUM_THREADS=2
 ENTRYPOINT ["dskd"]
