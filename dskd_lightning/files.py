@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["read_object", "replacing", "write_atomic"]
+__all__ = ["read_object", "replacing", "sealed", "unsealed", "write_atomic", "write_object"]
+
+_SEAL = "crc32"
 
 
 @contextlib.contextmanager
@@ -54,15 +57,55 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         ) from error
 
 
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` as a file in UTF-8 gives them back, with a checksum of them under ``crc32``."""
+    content = json.loads(json.dumps(dict(values), ensure_ascii=False).encode("utf-8", errors="replace"))
+    return {**content, _SEAL: _checksum(content)}
+
+
+def unsealed(values: dict[str, Any], where: str, remedy: str) -> dict[str, Any]:
+    """What was `sealed`; values without a checksum are taken as they are.
+
+    Args:
+        values: of a JSON object.
+        where: names it in the error.
+        remedy: how the error ends.
+
+    Raises:
+        UserError: they aren't as they were written.
+    """
+    content = {key: value for key, value in values.items() if key != _SEAL}
+    if _SEAL in values and values[_SEAL] != _checksum(content):
+        raise UserError(
+            f"{where}: isn't as it was written (its checksum differs); if you have changed it on purpose "
+            f"take its {_SEAL!r} out, otherwise {remedy}."
+        )
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def write_object(path: str | os.PathLike[str], values: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Write ``values`` as `write_atomic` does, as JSON with a checksum that `read_object` compares.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; an existing file is unharmed.
+    """
+    write_atomic(path, json.dumps(sealed(values), ensure_ascii=False, indent=indent) + "\n")
+
+
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, without its checksum where `write_object` has written it.
 
     Args:
         path: the file, which something may have damaged.
         remedy: how the error ends.
 
     Raises:
-        UserError: it can't be read, isn't JSON, is nested too deep, or holds something else.
+        UserError: it can't be read, isn't JSON, is nested too deep, holds something else, or isn't as it
+            was written.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -74,4 +117,4 @@ def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         raise UserError(f"{path}: malformed JSON ({error}); {remedy}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}; {remedy}.")
-    return value
+    return unsealed(value, str(path), remedy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +13,7 @@ from dskd_lightning.alignment.exact import group_overlap
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import write_object
 from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.runs.identity import MODEL_KEY, model_identity
@@ -71,11 +70,11 @@ class RepresentationAnalysis(L.Callback):
         return values, self._maps(trainer, module)
 
     def _write(self, result: dict[str, Any], maps: list[dict[str, Any]]) -> None:
-        write_atomic(self.output / "representation.json", json.dumps(result, indent=2) + "\n")
+        write_object(self.output / "representation.json", result)
         for stale in (self.output / "alignments").glob("*.json"):  # an earlier test may have drawn more
             stale.unlink()
         for number, value in enumerate(maps, 1):
-            write_atomic(self.output / "alignments" / f"{number}.json", json.dumps(value) + "\n")
+            write_object(self.output / "alignments" / f"{number}.json", value, indent=None)
 
     def _read(self, trainer: L.Trainer, module: DistillationModule) -> Iterator[DistillationBatch]:
         loader = cast("Any", trainer).datamodule.test_dataloader()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from dskd_lightning.files import write_atomic
-from dskd_lightning.runs.metrics_file import read_rows
+from dskd_lightning.runs.metrics_file import checksum_file, read_rows, write_checksum
 
 __all__ = ["ResumableCSVLogger"]
 
@@ -74,6 +75,7 @@ class _Rows(ExperimentWriter):
     def __init__(self, log_dir: str, earlier: Sequence[dict[str, str]]) -> None:
         super().__init__(log_dir=log_dir)
         self._earlier: Sequence[dict[str, str]] | None = earlier
+        self._size = self._crc32 = 0
 
     def _check_log_dir_exists(self) -> None:
         pass
@@ -86,30 +88,36 @@ class _Rows(ExperimentWriter):
         known = {key for row in self._earlier or () for key in row} | set(self.metrics_keys)
         keys = sorted(known.union(*self.metrics))
         if self._earlier is None and keys == self.metrics_keys and path.is_file():
-            _append(path, _csv(keys, self.metrics))
+            data = _csv(keys, self.metrics)
+            _append(path, data)
         else:
             earlier = self._earlier
             if earlier is None:
                 earlier = read_rows(path) if path.is_file() else []
             header = dict(zip(keys, keys, strict=True))
-            write_atomic(path, _csv(keys, [header, *earlier, *self.metrics]))
+            data = _csv(keys, [header, *earlier, *self.metrics])
+            checksum_file(path).unlink(missing_ok=True)
+            write_atomic(path, data)
+            self._size = self._crc32 = 0
         self.metrics, self.metrics_keys, self._earlier = [], keys, None
+        self._size, self._crc32 = self._size + len(data), zlib.crc32(data, self._crc32)
+        write_checksum(path, self._size, self._crc32)
 
 
-def _csv(keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+def _csv(keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
     text = io.StringIO(newline="")
     csv.DictWriter(text, keys).writerows(rows)
-    return text.getvalue()
+    return text.getvalue().encode("utf-8", errors="replace")
 
 
-def _append(path: Path, text: str) -> None:
-    """Add lines; where the disk is full, what was added of them is taken away again."""
+def _append(path: Path, data: bytes) -> None:
+    """Add lines and wait until they are on the disk; where it is full, what was added is taken away again."""
     with path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        data = text.encode()
         try:
             while data:
                 data = data[file.write(data) :]
+            os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise

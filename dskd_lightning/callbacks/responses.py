@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
 from dskd_lightning.evaluation.predict import predict
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import write_object
 from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.export import merged
 from dskd_lightning.models.fingerprint import weights_fingerprint
@@ -130,7 +129,7 @@ class ResponseEvaluation(L.Callback):
     ) -> None:
         costs = measure_efficiency(network, folder=files, prompt_tokens=64, new_tokens=32).to_dict()
         named = {} if model is None else {MODEL_KEY: model}
-        write_atomic(self.output / f"{name}.json", json.dumps({**costs, **named}, indent=2) + "\n")
+        write_object(self.output / f"{name}.json", {**costs, **named})
 
     def evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> dict[str, float]:
         """Generate what is missing and score everything."""
@@ -171,7 +170,7 @@ class ResponseEvaluation(L.Callback):
     def _write(self, name: str, metrics: dict[str, float], model: dict[str, Any]) -> None:
         results = {"environment": collect_environment(), name: {**metrics, MODEL_KEY: model}}
         for file, values in results.items():
-            write_atomic(self.output / f"{file}.json", json.dumps(values, indent=2) + "\n")
+            write_object(self.output / f"{file}.json", values)
 
 
 def response_scores(predictions: Mapping[int | None, Sequence[Prediction]]) -> dict[str, float]:

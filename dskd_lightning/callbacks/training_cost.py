@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import write_object
 from dskd_lightning.memory import peak_memory_bytes
 from dskd_lightning.runs.identity import MODEL_KEY, model_identity
 
@@ -45,7 +44,7 @@ class TrainingCost(L.Callback):
             MODEL_KEY: model_identity(self.output, None, trainer.global_step),
         }
         if trainer.is_global_zero:
-            write_atomic(self.output / "training.json", json.dumps(cost, indent=2) + "\n")
+            write_object(self.output / "training.json", cost)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}

@@ -25,7 +25,7 @@ from dskd_lightning.comparison.judge import judgement_counts
 from dskd_lightning.comparison.report import GateResult, ReportData, write_report
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
-from dskd_lightning.files import replacing, write_atomic
+from dskd_lightning.files import replacing, write_object
 from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.tables import number_tables
 from dskd_lightning.runs.text import visible
@@ -91,7 +91,7 @@ def compare_runs(
     summary = _summary(comparisons, gates)
     if beside:
         summary["against_teacher"] = [asdict(item) for item in beside]
-    write_atomic(output / "comparison.json", json.dumps(summary, indent=2) + "\n")
+    write_object(output / "comparison.json", summary)
     with (
         replacing(output / "regressions.jsonl") as temporary,
         temporary.open("w", encoding="utf-8", errors="replace") as file,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.files import read_object, write_object
 
 __all__ = ["ArrowRows", "Blocks", "damaged", "read_array", "read_report", "write_report"]
 
@@ -59,7 +58,7 @@ def write_report(
         "arrays": {array.name: zlib.crc32(array.read_bytes()) for array in arrays},
         "streams": {name: asdict(blocks) for name, blocks in streams.items()},
     }
-    write_atomic(path, json.dumps({"crc32": _content_crc32(content), **content}) + "\n")
+    write_object(path, content, indent=None)
 
 
 def read_report(path: Path) -> tuple[dict[str, int], dict[str, int], dict[str, Blocks]]:
@@ -69,17 +68,11 @@ def read_report(path: Path) -> tuple[dict[str, int], dict[str, int], dict[str, B
         UserError: the report is damaged.
     """
     content = read_object(path, f"delete the folder '{path.parent}' to prepare the data anew")
-    if content.pop("crc32", None) != _content_crc32(content):
-        raise damaged(path, "its checksum differs")
     streams = {
         name: Blocks(blocks["size"], *(tuple(blocks[key]) for key in ("starts", "rows", "crc32")))
         for name, blocks in content["streams"].items()
     }
     return content["counts"], content["arrays"], streams
-
-
-def _content_crc32(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content).encode())
 
 
 def read_array(path: Path, crc32: int) -> npt.NDArray[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import zlib
@@ -18,7 +17,7 @@ import numpy as np
 from dskd_lightning.data.checked_files import Blocks, write_report
 from dskd_lightning.data.chunks import RenderedChunk, file_names, schemas
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.files import read_object, write_object
 
 __all__ = ["PartialDataset"]
 
@@ -123,9 +122,9 @@ class PartialDataset:
             "counts": self.counts,
             "rows": self._rows,
             "starts": self._starts,
-            "crc32": self._crc32,
+            "checksums": self._crc32,
         }
-        write_atomic(self.folder / _JOURNAL, json.dumps(state))
+        write_object(self.folder / _JOURNAL, state, indent=None)
 
     def _resume(self) -> None:
         state = read_object(self.folder / _JOURNAL, "")
@@ -136,7 +135,7 @@ class PartialDataset:
                 raise ValueError(f"{name} is shorter than the journal says")
         self.chunks, self.examples = int(state["chunks"]), int(state["examples"])
         self.counts = Counter(state["counts"])
-        self._starts, self._crc32, self._rows = state["starts"], state["crc32"], state["rows"]
+        self._starts, self._crc32, self._rows = state["starts"], state["checksums"], state["rows"]
         self._open(sizes)
         _log.info("Going on with %s examples that an earlier process has prepared.", f"{self.examples:,}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.writer import PredictionWriter
-from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.files import read_object, write_object
 from dskd_lightning.generation.generator import Generator
 from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
@@ -98,7 +98,7 @@ def _check_settings(
             )
     barrier()
     if write:
-        write_atomic(path, json.dumps(settings, indent=2) + "\n")
+        write_object(path, settings)
     barrier()
 
 

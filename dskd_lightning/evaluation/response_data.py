@@ -18,7 +18,7 @@ from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.prepared import conversation_row, rendered_example
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.predict import PromptRecord, predict
-from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.files import read_object, write_atomic, write_object
 from dskd_lightning.functional import token_log_prob
 from dskd_lightning.generation.filtering import Candidate, ResponseFilter
 from dskd_lightning.generation.generator import Generator
@@ -155,7 +155,7 @@ def _scored(
             for at in todo
         ]
         values = response_likelihoods(generator.model, generator.pad_id, turns)
-        write_atomic(mine, json.dumps({"nll": values}) + "\n")
+        write_object(mine, {"nll": values}, indent=None)
     barrier()
     scores: list[float | None] = [None] * len(answered)
     for other in range(world):

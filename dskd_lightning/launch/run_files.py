@@ -15,8 +15,9 @@ EXPORTED = "distillation.json"
 
 _FOLDERS = ("checkpoints", "predictions", "alignments", "tensorboard")
 _FILES = (
-    "config.yaml", "efficiency.json", "environment.json", "hparams.yaml", "metrics.csv", "metrics.json",
-    "predict.json", "representation.json", "samples.json", "teacher_efficiency.json", "training.json",
+    ".metrics.csv.crc32", "config.yaml", "efficiency.json", "environment.json", "hparams.yaml", "metrics.csv",
+    "metrics.json", "predict.json", "representation.json", "samples.json", "teacher_efficiency.json",
+    "training.json",
 )  # fmt: skip
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import sealed, unsealed
 
 __all__ = ["Prediction", "check_complete", "describe_problems", "prediction_file", "read_predictions"]
 
 logger = logging.getLogger(__name__)
 
 _LARGEST = 1 << 63
+_REMEDY = "delete the file and generate it again"
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Prediction:
         """Parse one line of a predictions file; ``where`` names it in errors.
 
         Raises:
-            UserError: the line is no JSON object or a field is missing, unknown or of a wrong type.
+            UserError: the line is no JSON object, a field is missing, unknown or of a wrong type, or they
+                aren't what was written.
         """
         try:
-            values: dict[str, Any] = json.loads(line)
+            values: dict[str, Any] = unsealed(json.loads(line), where, _REMEDY)
             if not isinstance(values.get("references"), list):
                 raise TypeError("references must be a list of texts")
             values["references"] = tuple(map(_shared, values["references"]))
@@ -70,6 +73,8 @@ class Prediction:
                     "index, tokens and seed must be an integer; prompt, response and references text; "
                     "finished true or false; fields an object"
                 )
+        except UserError:
+            raise
         except RecursionError as error:
             raise UserError(f"{where}: not a prediction (nested too deep); delete the file.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -80,11 +85,11 @@ class Prediction:
         return prediction
 
     def to_json(self) -> str:
-        """One line of JSON, without the line break."""
+        """One line of JSON with a checksum, without the line break."""
         values = asdict(self)
         if not self.fields:
             del values["fields"]
-        return json.dumps(values, ensure_ascii=False)
+        return json.dumps(sealed(values), ensure_ascii=False)
 
 
 def prediction_file(seed: int | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.files import read_object, write_object
 from dskd_lightning.runs.identity import MODEL_KEY
 
 __all__ = ["SampledResponse", "read_samples", "write_samples"]
@@ -53,7 +52,7 @@ def write_samples(
     values: dict[str, Any] = {"samples": [asdict(sample) for sample in samples]}
     if model is not None:
         values[MODEL_KEY] = model
-    write_atomic(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+    write_object(path, values, indent=1)
 
 
 def read_samples(path: Path) -> tuple[SampledResponse, ...]:
@@ -64,7 +63,7 @@ def read_samples(path: Path) -> tuple[SampledResponse, ...]:
     """
     if not path.is_file():
         return ()
-    values = read_object(path, "delete it; the next test writes it again")
+    values = read_object(path, "delete it: the next test writes it again")
     try:
         found = tuple(
             SampledResponse(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.files import read_object, write_object
 from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.parent import end_with_parent
 from dskd_lightning.runs.text import visible
@@ -25,6 +24,7 @@ __all__ = ["DONE", "read_result", "run_variant"]
 DONE = "variant.json"
 """Written after training, and again with the test's numbers after it."""
 _LARGEST = 1e308
+_REMEDY = "delete the folder '{}' to run it again"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -36,10 +36,10 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / DONE
     if not path.is_file():
         return None
-    result = read_object(path, f"delete the folder '{folder}' to run it again")
+    result = read_object(path, _REMEDY.format(folder))
     parts = [result.get(key) or {} for key in ("validation", "test", "training")]
     if not all(isinstance(part, dict) and all(map(_is_number, _numbers(part))) for part in parts):
-        raise UserError(f"{path}: holds no numbers; delete the folder '{folder}' to run it again.")
+        raise UserError(f"{path}: holds no numbers; {_REMEDY.format(folder)}.")
     return result
 
 
@@ -106,7 +106,7 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
                 for name, value in cli.trainer.callback_metrics.items()
                 if name.startswith("val/")
             }
-            result["training"] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            result["training"] = read_object(folder / "training.json", _REMEDY.format(folder))
     if test:
         best = trained_checkpoint(folder / "checkpoints") if result["trained"] else None
         cli.trainer.test(
@@ -115,10 +115,10 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
             ckpt_path=None if best is None else str(best),
             verbose=False,
         )
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_object(folder / "metrics.json", _REMEDY.format(folder))
         result["test"] = {name: value for name, value in metrics.items() if _is_number(value)}
         _stop_if_told(cli.trainer)
-    write_atomic(folder / DONE, json.dumps(result, indent=2) + "\n")
+    write_object(folder / DONE, result)
 
 
 def _stop_if_told(trainer: Trainer) -> None:

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import read_object, write_object
 from dskd_lightning.models.sources import adapter_base, load_errors, resolve_source
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import CacheDtype
@@ -40,8 +40,8 @@ class Memory:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._known: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            self._known: dict[str, str] = read_object(path, "")
+        except UserError:
             self._known = {}
 
     def file(self, path: Path) -> str:
@@ -69,7 +69,7 @@ class Memory:
 
     def _keep(self, name: str, value: str) -> None:
         self._known[name] = value
-        write_atomic(self._path, json.dumps(self._known, indent=1))
+        write_object(self._path, self._known, indent=1)
 
 
 def _sample(path: Path, size: int) -> str:

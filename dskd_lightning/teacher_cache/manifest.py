@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import read_object, write_object
 from dskd_lightning.models.teacher_cache_settings import CacheDtype
 from dskd_lightning.teacher_cache.shards import shard_name
 
@@ -84,26 +83,17 @@ class Manifest:
         path = folder / "manifest.json"
         if not path.is_file():
             return None
+        values = read_object(path, f"delete '{folder}'")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            seal = values.pop("crc32", None)  # caches of old versions have none
-            if seal is not None and seal != _seal(values):
-                raise ValueError("its checksum differs")
             return cls(**values)
-        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"'{path}' is no manifest of a teacher cache ({error}): delete '{folder}'."
             ) from error
 
     def write(self, folder: Path) -> None:
         """Write it atomically."""
-        values = asdict(self)
-        text = json.dumps({**values, "crc32": _seal(values)}, indent=1)
-        write_atomic(folder / "manifest.json", text + "\n")
-
-
-def _seal(values: Mapping[str, object]) -> int:
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+        write_object(folder / "manifest.json", asdict(self), indent=1)
 
 
 class Layout:

@@ -140,6 +140,26 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
     assert rows(tmp_path) == [{"loss": "1.5", "step": "0"}, {"loss": "0.5", "step": "1"}]
 
 
+def test_a_changed_digit_of_a_log_is_seen(tmp_path):
+    log, path = ResumableCSVLogger(tmp_path), tmp_path / "metrics.csv"
+    for step, value in enumerate((1.25, 1.5, 1.75)):
+        log.log_metrics({"loss": value} if step < 2 else {"loss": value, "new": 1.0}, step)
+        log.save()  # written, added to, written anew with one more column
+        good = path.read_bytes()
+        path.write_bytes(good.replace(b"1.25", b"1.26"))
+        with pytest.raises(UserError, match=r"metrics\.csv: isn't as it was written .*\.metrics\.csv\.crc32"):
+            ResumableCSVLogger(tmp_path, resume=True)
+        path.write_bytes(good[:-4])
+        with pytest.raises(UserError, match="isn't as it was written"):
+            ResumableCSVLogger(tmp_path, resume=True)
+        path.write_bytes(good + b"9,9\n"[: 4 if step < 2 else 0])  # added by a process that was then killed
+        ResumableCSVLogger(tmp_path, resume=True)
+        path.write_bytes(good)
+    path.write_bytes(good.replace(b"1.25", b"1.26"))
+    (tmp_path / ".metrics.csv.crc32").unlink()
+    ResumableCSVLogger(tmp_path, resume=True)
+
+
 def test_effective_rank():
     assert float(effective_rank(torch.eye(5))) == pytest.approx(5.0, rel=1e-5)
     assert float(effective_rank(torch.ones(5, 5))) == pytest.approx(1.0, rel=1e-3)

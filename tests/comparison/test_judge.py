@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -231,6 +232,18 @@ def test_a_damaged_file_of_verdicts(tmp_path, line) -> None:
     (tmp_path / "j").write_bytes(line + b"\n")
     with pytest.raises(UserError, match="verdict"):
         judgement_counts(tmp_path / "j")
+
+
+def test_a_changed_verdict_is_seen(server, tmp_path) -> None:
+    server.answer = prefers("new")
+    judge_pairs(endpoint(server), *pairs(2), tmp_path / "j")
+    counts = judgement_counts(tmp_path / "j")
+    lines = (tmp_path / "j").read_text().splitlines()
+    (tmp_path / "j").write_text(f"{lines[0]}\n{lines[1].replace('candidate', 'baseline')}\n")
+    with pytest.raises(UserError, match=r"j:2: isn't as it was written .* delete that line"):
+        judgement_counts(tmp_path / "j")
+    (tmp_path / "j").write_text("".join(re.sub(r', "crc32": \d+', "", line) + "\n" for line in lines))
+    assert judgement_counts(tmp_path / "j") == counts  # as an earlier version wrote them
 
 
 def test_bad_input(server, tmp_path) -> None:

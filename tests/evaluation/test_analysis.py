@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,26 @@ def run(tmp_path_factory, model_folder) -> Path:
     (folder / "run/alignments/99.json").write_text("{}")  # an earlier test's, which drew more
     dskd_fork("test", "--config", str(folder / "run/config.yaml"))
     return folder / "run"
+
+
+def test_a_changed_digit_in_any_result_is_seen(run, tmp_path) -> None:
+    """A digit for another leaves text that is valid, and may well be a better result."""
+    files = [path.relative_to(run) for kind in ("json", "jsonl", "csv") for path in run.rglob(f"*.{kind}")]
+    assert {"metrics.json", "training.json", "greedy.jsonl", "settings.json", "1.json", "metrics.csv"} <= {
+        file.name for file in files
+    }
+    whole = RunFolder.read(run, "r")
+    assert not whole.mixtures()
+    for file in files:
+        folder = tmp_path / file.name
+        shutil.copytree(run, folder)
+        good = (folder / file).read_bytes()
+        digits = [found.start() for found in re.finditer(rb"(?<=[ ,.0-9])[1-8](?=[^:\"]*\n)", good)]
+        for at in digits[:: len(digits) // 5 + 1]:
+            (folder / file).write_bytes(good[:at] + b"%d" % (int(good[at : at + 1]) + 1) + good[at + 1 :])
+            with pytest.raises(UserError, match=rf"{file.name}.* isn't as it was written"):
+                RunFolder.read(folder, "r").mixtures()
+        assert digits, file
 
 
 def built(run: Path) -> DistillationCLI:

@@ -78,6 +78,10 @@ def test_opinions_are_by_the_teachers_probability(tmp_path):
     assert "\x1b" not in agreement_text(sample).plain
     write_samples(tmp_path / "samples.json", [sample])
     assert read_samples(tmp_path / "samples.json") == (sample,)
+    written = (tmp_path / "samples.json").read_text()
+    (tmp_path / "samples.json").write_text(written.replace("-", "", 1))
+    with pytest.raises(dl.UserError, match=r"samples\.json: isn't as it was written"):
+        read_samples(tmp_path / "samples.json")
     assert read_samples(tmp_path / "none.json") == ()
 
 

@@ -135,7 +135,8 @@ def test_an_interrupted_call_goes_on(parts, tmp_path, monkeypatch):
     assert not (tmp_path / "again.jsonl").exists()
     (kept,) = (tmp_path / "again.jsonl.samples").glob("likelihoods_1.*")
     good = kept.read_bytes()
-    for damaged in (b"", good[:-9], b"[1]", b"{}", b'{"nll": [1.0]}', good.replace(b"[", b'["x", ', 1)):
+    changed = [good.replace(b".", b"1.", 1), good.replace(b"[", b'["x", ', 1)]
+    for damaged in (b"", good[:-9], b"[1]", b"{}", b'{"nll": [1.0]}', *changed):
         kept.write_bytes(damaged)
         with pytest.raises(UserError, match=r"likelihoods_1.*delete it"):
             write("again.jsonl")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import write_object
 from dskd_lightning.launch.card import model_card
 
 
@@ -86,6 +87,10 @@ def test_a_card_has_the_paired_tests_of_a_comparison(tmp_path) -> None:
     assert card is not None
     assert "| mine | 21.30 | +1.20 (+0.30, +2.10) | 0.013 | better |" in card
     assert "the baseline is SFT (20.10)" in card
+    write_object(compared, found)
+    compared.write_text(compared.read_text().replace("0.013", "0.003"))
+    with pytest.raises(UserError, match=r"comparison\.json: isn't as it was written"):
+        model_card(folder, compared)
     compared.write_text(json.dumps({**found, "candidates": []}))
     with pytest.raises(UserError, match="does not compare the run 'mine'"):
         model_card(folder, compared)

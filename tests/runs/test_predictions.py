@@ -46,6 +46,15 @@ def test_an_index_is_written_once(tmp_path) -> None:
             writer.append([prediction(0)])
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.partial-0"])
+def test_a_changed_letter_of_a_response_is_seen(tmp_path, name) -> None:
+    write(tmp_path / name, prediction(0), prediction(1, "good"))
+    path = tmp_path / name
+    path.write_text(path.read_text().replace("good", "food"))
+    with pytest.raises(UserError, match=rf"{name}:2: isn't as it was written .* delete the file"):
+        PredictionWriter(tmp_path / "a.jsonl") if "partial" in name else read_predictions(path)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -17,6 +17,7 @@ import yaml
 
 from dskd_lightning.cli.main import main
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import write_object
 from dskd_lightning.study import Study, Variant, worker
 from dskd_lightning.study import study as study_module
 from dskd_lightning.study.process import variant_lock
@@ -45,7 +46,7 @@ class Recorder:
             result = {"settings": settings, "trained": True, "validation": {METRIC: abs(lr - 0.05)}}
         if test:
             result["test"] = {"lr": float((folder / "checkpoints" / "best.ckpt").read_text())}
-        (folder / worker.DONE).write_text(json.dumps(result))
+        write_object(folder / worker.DONE, result)
 
     def _summarise(self, output: Path, runs: dict[str, Path], **_: object) -> None:
         self.table = {name: worker.read_result(path)["test"]["lr"] for name, path in runs.items()}
@@ -194,6 +195,15 @@ def test_a_damaged_result_is_named(tmp_path, recorder, content) -> None:
     study.run()
     (tmp_path / "out/a" / worker.DONE).write_bytes(content)
     with pytest.raises(UserError, match=r"variant\.json.*delete the folder"):
+        study.run()
+
+
+def test_a_changed_digit_of_a_result_is_seen(tmp_path, recorder) -> None:
+    study = read(tmp_path, variants={"a": {"grid": {"lr": [0.1, 0.2]}}})
+    study.run()
+    path = next(iter((tmp_path / "out/grid/a").glob(f"*/{worker.DONE}")))
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with pytest.raises(UserError, match=r"variant\.json: isn't as it was written .* delete the folder"):
         study.run()
 
 
