@@ -90,6 +90,23 @@ def test_another_teacher_or_student_of_the_same_shape_is_seen(full: _Trained, mo
     assert "trained with another student" in log
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("hidden", [16, 48])
+def test_a_teacher_of_another_width_is_one_sentence_before_training(
+    full: _Trained, model_folder: Any, hidden: int, cached: bool
+) -> None:
+    options = ["--data.teacher_cache.dtype=float32"] if cached else []
+    status, log, checkpoint = full.go_on(
+        "--model.teacher.source", model_folder(hidden=hidden, seed=3), *options
+    )
+    assert status == 2, log[-2000:]
+    assert log.splitlines()[-1].startswith("dskd: error: ")
+    assert "was trained with another teacher: resume with that" in log.splitlines()[-1]
+    assert f"--model.weights_from {full.folder / 'next'}" in log.splitlines()[-1]
+    assert "Traceback" not in log
+    assert checkpoint["global_step"] == 2
+
+
 def test_other_shapes_are_one_sentence(full: _Trained, lora: _Trained, model_folder: Any) -> None:
     for run, options in (
         (lora, ["--model.student.lora.rank=4"]),
