@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from dskd_lightning.cli import main
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import read_object
 from dskd_lightning.launch.trained import open_run
 
 
@@ -414,7 +415,8 @@ def test_grid_trains_every_point_and_tests_the_best(tmp_path, model_folder):
     assert (tmp_path / "study/DSKD").resolve() == grid / best
     result = json.loads((tmp_path / "study/DSKD/variant.json").read_text())
     assert result["trained"]
-    assert result["training"] == json.loads((tmp_path / "study/DSKD/training.json").read_text())
+    assert result["crc32"]
+    assert result["training"] == read_object(tmp_path / "study/DSKD/training.json", "")
     assert result["training"]["seconds"] > 0
     assert "rougeL" in result["test"]
     assert "DSKD" in (tmp_path / "study/table.md").read_text()

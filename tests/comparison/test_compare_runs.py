@@ -73,6 +73,7 @@ def test_report_files_and_exit_codes(runs, tmp_path) -> None:
     assert code("loss rises > 20%") == 1
     assert code("exact_match drops > 0") == 0
     summary = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "crc32" in summary
     assert [candidate["name"] for candidate in summary["candidates"]] == ["good", "bad"]
     regressions = [
         json.loads(line) for line in (tmp_path / "out" / "regressions.jsonl").read_text().split("\n")[:-1]
