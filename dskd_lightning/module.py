@@ -314,7 +314,7 @@ class DistillationModule(L.LightningModule):
         self, tokens: TokenBatch, padded_statistics: bool = False, sampled: bool = False
     ) -> Side:
         """The student's hidden states at the response positions, with a gradient."""
-        hidden = decoder_hidden(self.student, tokens)
+        hidden = decoder_hidden(self.student, tokens, padding_too=padded_statistics)
         return side(self.student, hidden, tokens, padded_statistics=padded_statistics, sampled=sampled)
 
     def teacher_side(
@@ -339,7 +339,9 @@ class DistillationModule(L.LightningModule):
             side_of: Side = teacher.side(hidden, tokens)
             return side_of
         with torch.no_grad():
-            values = decoder_hidden(teacher, tokens) if hidden is None else hidden
+            values = hidden
+            if values is None:
+                values = decoder_hidden(teacher, tokens, padding_too=padded_statistics)
             return side(teacher, values, tokens, padded_statistics=padded_statistics, sampled=sampled)
 
     def forward(self, batch: DistillationBatch) -> Tensor:

@@ -220,3 +220,22 @@ def test_a_pruned_student_is_measured_on_training_data_before_any_training(model
     trainer.validate(module, datamodule=data, verbose=False)
     assert len(module.student_spec.prune.layers) == 2
     assert spec.prune.layers == 2
+
+
+def test_statistics_over_padding_are_those_of_masked_models(model_folder, tmp_path):
+    """As published; without a mask the padding would see itself."""
+    module, data = make(model_folder, tmp_path)
+    module.configure_model()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    for network, tokens, found in (
+        (module.student, batch.student, module.student_side(batch.student, padded_statistics=True)),
+        (
+            module.teachers[0],
+            batch.teachers[0],
+            module.teacher_side(0, batch.teachers[0], padded_statistics=True),
+        ),
+    ):
+        assert not tokens.attention_mask.all()
+        hidden = network.model(tokens.input_ids, tokens.attention_mask, tokens.position_ids).last_hidden_state
+        torch.testing.assert_close(found.padded.hidden_std, hidden.flatten().std())

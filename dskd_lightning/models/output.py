@@ -77,14 +77,23 @@ def input_embeddings(model: PreTrainedModel | PeftModel) -> Tensor:
     return effective_weight(base_model(model).get_input_embeddings())
 
 
-def decoder_hidden(model: PreTrainedModel | PeftModel, batch: TokenBatch) -> Tensor:
+def decoder_hidden(
+    model: PreTrainedModel | PeftModel, batch: TokenBatch, *, padding_too: bool = False
+) -> Tensor:
     """Hidden states ``[rows, length, hidden]`` that the head reads, the final norm applied.
 
-    Packed rows have no attention mask; restarting position ids keep their examples apart.
+    Padding stands behind the tokens, where no token of a causal model looks, and restarting position ids keep
+    packed examples apart. So no mask is handed over: attention takes its fast causal form, and transformers
+    needn't ask the device for what the mask holds.
+
+    Args:
+        model: student or teacher.
+        batch: what it reads.
+        padding_too: hand the mask over, for those who read the padding's own states: it must not see itself.
     """
     output = decoder_of(model)(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=batch.attention_mask if padding_too else None,
         position_ids=batch.position_ids,
         use_cache=False,
         return_dict=True,

@@ -27,8 +27,8 @@ OWN_STALLS = {
 }  # fmt: skip
 """Most waits for the device that an objective has in a step: the host asks for sizes."""
 
-PER_MODEL = 2
-"""transformers looks whether a mask is needed, twice."""
+PER_MODEL = 1
+"""transformers looks whether rows are packed; nothing but a cache of keys keeps it from that."""
 
 
 class _Stalls(L.Callback):

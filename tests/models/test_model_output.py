@@ -139,6 +139,17 @@ def test_side_selects_response_positions_and_takes_cached_states():
         side(model, batch.select(hidden), batch, padded_statistics=True)
 
 
+@torch.no_grad()
+def test_padding_is_read_as_published_where_its_states_count():
+    model, batch = family("llama"), separate_rows()
+    kept = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    published = model.model(**kept, position_ids=batch.position_ids).last_hidden_state
+    torch.testing.assert_close(decoder_hidden(model, batch, padding_too=True), published, **TIGHT)
+    quick, real = decoder_hidden(model, batch), batch.attention_mask.bool()
+    torch.testing.assert_close(quick[real], published[real], **TIGHT)
+    assert (quick - published)[~real].abs().max() > 1e-3
+
+
 def test_space_refuses_a_tokenizer_with_more_tokens_than_the_model():
     from conftest import make_tokenizer
 
