@@ -97,6 +97,7 @@ def teacher_space(
     weight: float | Tensor,
     *,
     memory_budget_mb: float = DEFAULT_BUDGET_MB,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The projected student read by the teacher's head, against the teacher.
 
@@ -107,9 +108,10 @@ def teacher_space(
         temperature: divides both sides' logits.
         weight: factor on the sum.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk.
+        kept: ``[m]`` of booleans, the positions that count; None for all.
 
     Returns:
-        The weighted loss, and sums ``s2t_kd``, ``s2t_accuracy``, ``teacher_accuracy``,
+        The weighted loss, and sums ``s2t_kd``, ``s2t_accuracy``, ``teacher_accuracy``, of all positions
         ``teacher_entropy``; per position ``teacher_choice`` and
         ``s2t_choice``, the argmaxes ``[m]``.
     """
@@ -122,13 +124,15 @@ def teacher_space(
         divergence=divergence,
         temperature=temperature,
         kd_weight=weight,
+        kd_mask=None if kept is None else kept.float(),
         memory_budget_mb=memory_budget_mb,
     )
     choice, moved = fused.stats["teacher_choice"], fused.stats["student_choice"]
+    labels = teacher.labels if kept is None else teacher.labels.where(kept, -1)
     return fused.loss, {
         "s2t_kd": fused.stats["kd"],
-        "s2t_accuracy": (moved == teacher.labels).sum(),
-        "teacher_accuracy": (choice == teacher.labels).sum(),
+        "s2t_accuracy": (moved == labels).sum(),
+        "teacher_accuracy": (choice == labels).sum(),
         "teacher_entropy": fused.stats["teacher_entropy"],
         "teacher_choice": choice,
         "s2t_choice": moved,

@@ -97,13 +97,14 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         projected = self.t2s(teacher.hidden.detach()[j])
         choice, guess = token_argmax(teacher.hidden[j], teacher.head), token_argmax(projected, student.head)
         labels = self.teacher_to_student[choice]
-        kept = (labels >= 0).nonzero().squeeze(1)
-        i, j, projected, labels, guess = i[kept], j[kept], projected[kept], labels[kept], guess[kept]
-        pairs, agreeing = len(kept), int((guess == labels).sum())
-        only_agreeing = agreeing <= self.agreement_threshold * pairs
+        # Masks and counts stay on the device: which pairs count is never asked for by the host.
+        kept = labels >= 0
+        agreeing = kept & (guess == labels)
+        pairs = kept.sum()
+        chosen = self._chosen(kept, agreeing)
         ratio = self.kd_share(student)
-        scale = ratio * tokens / max(pairs, 1)
-        kd_scale = ratio * tokens / max(agreeing if only_agreeing else pairs, 1)
+        per_pair = tokens / pairs.clamp(min=1)
+        per_chosen = tokens / chosen.sum().clamp(min=1)
         targets = torch.full_like(student.labels, -1).index_put((i,), labels)
         moved = projected.new_zeros(tokens, projected.shape[1]).index_put((i,), projected)
         loss, stats = student_space(
@@ -112,9 +113,10 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             targets,
             self.divergence,
             self.temperature,
-            SpaceWeights(1 - ratio, scale, kd_scale),
+            SpaceWeights(1 - ratio, ratio * per_pair, ratio * per_chosen),
             memory_budget_mb=self.memory_budget_mb,
-            only_agreeing=only_agreeing,
+            only_agreeing=False,
+            kd_mask=projected.new_zeros(tokens).index_put((i,), chosen.to(projected.dtype)),
         )
         paired = replace(
             teacher,
@@ -129,20 +131,20 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             back,
             self.divergence,
             self.temperature,
-            scale,
+            ratio * per_pair,
             memory_budget_mb=self.memory_budget_mb,
+            kept=kept,
         )
-        per_pair = tokens / max(pairs, 1)
         terms = {
             "ce": stats["ce"],
             "t2s_ce": stats["t2s_ce"] * per_pair,
-            "t2s_kd": stats["t2s_kd"] * (tokens / max(agreeing if only_agreeing else pairs, 1)),
+            "t2s_kd": stats["t2s_kd"] * per_chosen,
             "s2t_kd": s2t["s2t_kd"] * per_pair,
         }
         terms["kd"] = terms["t2s_ce"] + terms["t2s_kd"] + terms["s2t_kd"]
         count = student.labels.new_full((), tokens)
         metrics = self.alignment_metrics(student, alignment, targets >= 0)
-        metrics |= self._metrics(student, i, labels, stats, s2t, len(aligned.pairs))
+        metrics |= self._metrics(student, i, labels, pairs, stats, s2t)
         return ObjectiveOutput(
             loss + s2t_loss, count, {k: Ratio(v, count) for k, v in terms.items()}, metrics
         )
@@ -152,11 +154,11 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         student: Side,
         i: Tensor,
         labels: Tensor,
+        pairs: Tensor,
         stats: dict[str, Tensor],
         s2t: dict[str, Tensor],
-        aligned: int,
     ) -> dict[str, Ratio]:
-        tokens, pairs, all_pairs = (i.new_full((), n) for n in (len(student), len(i), aligned))
+        tokens, all_pairs = (i.new_full((), n) for n in (len(student), len(i)))
         choice, gold = stats["student_choice"], student.labels
         metrics = {
             "student_accuracy": Ratio((choice == gold).sum(), tokens),
@@ -167,8 +169,14 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             "label_ratio": Ratio(pairs, all_pairs),
         }
         assert self.student_to_teacher is not None
-        kept = s2t["s2t_choice"] == self.student_to_teacher[choice[i]]
-        metrics["s2t_agreement"] = Ratio(kept.sum(), pairs)
-        for name in ("s2t_accuracy", "teacher_accuracy", "teacher_entropy"):
+        same = (labels >= 0) & (s2t["s2t_choice"] == self.student_to_teacher[choice[i]])
+        metrics["s2t_agreement"] = Ratio(same.sum(), pairs)
+        for name in ("s2t_accuracy", "teacher_accuracy"):
             metrics[name] = Ratio(s2t[name], pairs)
+        metrics["teacher_entropy"] = Ratio(s2t["teacher_entropy"], all_pairs)
         return metrics
+
+    def _chosen(self, kept: Tensor, agreeing: Tensor) -> Tensor:
+        """``[pairs]``: the agreeing pairs, or all kept ones where more than the threshold agree."""
+        enough = agreeing.sum() > self.agreement_threshold * kept.sum()
+        return torch.where(enough, kept, agreeing)
