@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env quickstart test test-slow test-lowest docs lint types bench gpu-check clean
+.PHONY: env quickstart quickstart-cross test test-slow test-lowest docs lint types bench gpu-check clean
 
 env: $(STAMP)
 
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)
 	$(BIN)/dskd quickstart --overwrite true
+
+quickstart-cross: $(STAMP)
+	$(BIN)/dskd quickstart --cross true --overwrite true
 
 test: $(STAMP)
 	$(MAKE) lint types

