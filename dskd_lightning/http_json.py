@@ -43,6 +43,21 @@ class EndpointError(RuntimeError):
     """The endpoint could not be used, after all retries."""
 
 
+class _RefusedError(Exception):
+    """A status that is no success, with how the server's own words begin."""
+
+    def __init__(self, error: urllib.error.HTTPError) -> None:
+        super().__init__(f"HTTP {error.code} {error.reason}")
+        self.status = error.code
+        self.retry_after: str = error.headers.get("Retry-After", "") if error.headers else ""
+        try:
+            text = error.read(8 * _SHOWN).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException, ValueError):
+            text = ""
+        error.close()
+        self.words = " ".join(text.split())
+
+
 @dataclass
 class JsonEndpoint:
     """Where JSON is posted to.
@@ -96,15 +111,13 @@ class JsonEndpoint:
                 return read(json.loads(_fetch(self._request(path, body), self.timeout)))
             except UserError:
                 raise
-            except urllib.error.HTTPError as error:
-                reason, final = f"HTTP {error.code} {error.reason}", error.code not in _RETRIED
-                if 300 <= error.code < 400:
+            except _RefusedError as error:
+                reason, final = str(error), error.status not in _RETRIED
+                if 300 <= error.status < 400:
                     reason += ": a redirect isn't followed, which would take the key elsewhere"
-                else:
-                    reason += self._words(error)
-                asked = error.headers.get("Retry-After", "") if error.headers else ""
-                pause = float(asked) if asked.isdigit() else wait
-                error.close()
+                elif error.words:
+                    reason += f": {self._without_key(error.words)[:_SHOWN]}"
+                pause = float(error.retry_after) if error.retry_after.isdigit() else wait
             except (
                 OSError,
                 http.client.HTTPException,
@@ -131,16 +144,11 @@ class JsonEndpoint:
         url = f"{self.base_url.rstrip('/')}/{path}"
         return urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
 
-    def _words(self, error: urllib.error.HTTPError) -> str:
-        """What the server says of a refusal, without the key, should it repeat that."""
-        try:
-            text = error.read(8 * _SHOWN).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException, ValueError):
-            return ""
-        if self.api_key_variable is not None:
-            text = text.replace(os.environ[self.api_key_variable], "***")
-        text = " ".join(text.split())[:_SHOWN]
-        return f": {text}" if text else ""
+    def _without_key(self, text: str) -> str:
+        """What a server says, should it repeat the key."""
+        return (
+            text if self.api_key_variable is None else text.replace(os.environ[self.api_key_variable], "***")
+        )
 
     def _take_turn(self) -> None:
         if self.requests_per_minute is None:
@@ -161,6 +169,7 @@ def _fetch(request: urllib.request.Request, seconds: float) -> bytes:
     Raises:
         TimeoutError: the reply isn't whole in time.
         OSError: there is none.
+        _RefusedError: its status is no success.
     """
     found: list[bytes | Exception] = []
 
@@ -168,6 +177,8 @@ def _fetch(request: urllib.request.Request, seconds: float) -> bytes:
         try:
             with _OPENER.open(request, timeout=seconds) as response:
                 found.append(_body(response, time.monotonic() + seconds))
+        except urllib.error.HTTPError as error:
+            found.append(_RefusedError(error))
         except Exception as error:  # raised where it is waited for
             found.append(error)
 

@@ -49,6 +49,9 @@ class SignalStop(L.Callback):
         self._told: set[int] = set()
         self._requeue: int | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._told.clear()  # an earlier function of the Trainer may have been told
+
     # Lightning sets its handlers after all hooks of the setup, and takes all of them back in the end.
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,7 +108,6 @@ class SignalStop(L.Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = environment.requeue_signal
-        self._told.clear()
         for number in (signal.SIGTERM, signal.SIGINT, self._requeue):
             if number is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(number, self._note)

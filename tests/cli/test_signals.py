@@ -18,7 +18,7 @@ from forked_runs import dskd_forked
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from dskd_lightning.callbacks import SignalStop
+from dskd_lightning.callbacks import SignalStop, signals
 from dskd_lightning.errors import UserError
 from dskd_lightning.module import DistillationModule
 
@@ -58,8 +58,9 @@ def saved_step(run: Path) -> int:
         (signal.SIGTERM, "training_step", 1, 1),  # in the first half of a step
         (signal.SIGINT, "training_step", 6, 3),
         (signal.SIGTERM, "validation_step", 2, 2),  # the first is the sanity check's
+        (signal.SIGINT, "validation_step", 1, 0),
     ],
-    ids=["SIGTERM", "SIGINT", "SIGTERM in validation"],
+    ids=["SIGTERM", "SIGINT", "SIGTERM in validation", "SIGINT in the sanity check"],
 )
 def test_a_signal_saves_and_resumes(
     run: ComparedRun, number: int, method: str, count: int, step: int
@@ -118,12 +119,34 @@ def test_slurm_requeues_and_the_same_command_resumes(run: ComparedRun, monkeypat
     run.check(cut)
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_requeueing_goes_before_an_end_and_names_the_array(tmp_path, monkeypatch, caplog, array) -> None:
+    """SLURM sends SIGTERM soon after, when the job is to be put back into the queue all the same."""
+    stop, trainer = SignalStop(), SimpleNamespace(world_size=1)
+    stop._told, stop._requeue = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}, signal.SIGUSR1
+    assert stop._agree(trainer) == signal.SIGUSR1
+    stop._requeue = None
+    assert stop._agree(trainer) == signal.SIGTERM
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/said"\nexit 3\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "11")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    signals._requeue()
+    job = "11_4" if array else "12"
+    assert (tmp_path / "said").read_text() == f"requeue {job}\n"
+    assert f"scontrol could not requeue job {job}: status 3" in caplog.text
+
+
 def test_sigterm_ends_a_test_on_two_ranks(run: ComparedRun) -> None:
     arguments = ["test", "--config", str(run.config), "--output", str(run.whole)]
     arguments += [f"--{key}={value}" for key, value in TWO.items()]
     stop = partial(tell, signal.SIGTERM, "test_step", 1)
     status = dskd_forked(*arguments, log=run.folder / "test.log", prepare=stop, timeout=60)
-    assert status not in (0, None)
+    assert status == 128 + signal.SIGTERM
 
 
 def test_ranks_that_the_first_has_started_end_with_it(monkeypatch: Any) -> None:

@@ -188,19 +188,52 @@ def test_a_redirect_does_not_take_the_key_along(raw_server, monkeypatch, status)
     assert seen == []
 
 
-@pytest.mark.parametrize("part", ["headers", "body"])
+@pytest.mark.parametrize("part", ["headers", "body", "refusal", "redirect"])
 def test_a_reply_that_never_ends_is_given_up(raw_server, part) -> None:
+    status = {"refusal": b"401", "redirect": b"302"}.get(part, b"200")
+
     def drip(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if part == "body" else b"X: "))
+        handler.wfile.write(b"HTTP/1.1 " + status + b" OK\r\n" + (b"X: " if part == "headers" else b"\r\n"))
         for _ in range(100):
             handler.wfile.write(b" ")
             time.sleep(0.05)
 
     chat = ChatEndpoint(raw_server(drip), "judge", retries=0, timeout=0.3)
-    begin = time.monotonic()
+    begin, before = time.monotonic(), set(threading.enumerate())
     with pytest.raises(EndpointError, match="TimeoutError"):
         chat.complete("", "")
     assert time.monotonic() - begin < 2
+    threads = {thread for thread in threading.enumerate() if thread.name.endswith("(read)")} - before
+    for thread in threads if part == "body" else ():
+        thread.join(2)
+        assert not thread.is_alive()
+
+
+def test_a_key_that_a_refusal_repeats_is_not_shown(raw_server, monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-1234")
+
+    def refuse(handler: BaseHTTPRequestHandler) -> None:
+        said = f"no access for {handler.headers['Authorization']}" + " at all" * 10_000
+        handler.send_response(401)
+        handler.end_headers()
+        handler.wfile.write(said.encode())
+
+    with pytest.raises(EndpointError, match=r"HTTP 401 Unauthorized: no access for Bearer \*\*\*") as found:
+        ChatEndpoint(raw_server(refuse), "judge", "JUDGE_KEY").complete("", "")
+    assert "sk-1234" not in str(found.value)
+    assert len(str(found.value)) < 400
+
+
+def test_a_server_may_not_make_us_wait_for_long(raw_server) -> None:
+    def busy(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(429)
+        handler.send_header("Retry-After", "999999")
+        handler.end_headers()
+
+    waits: list[float] = []
+    with pytest.raises(EndpointError, match="after 3 attempts"):
+        ChatEndpoint(raw_server(busy), "judge", retries=2, sleep=waits.append).complete("", "")
+    assert waits == [60.0, 60.0]
 
 
 @pytest.mark.parametrize(
