@@ -91,3 +91,28 @@ def unaligned(case: Case) -> Case:
         0,
     )
     return replace(case, alignment=empty)
+
+
+def one_example(case: Case, b: int) -> Case:
+    """The case cut down to its example ``b``."""
+    a, sides = case.alignment, []
+    keep = [side.sequence == b for side in (case.student, case.teacher)]
+    for side, rows in zip((case.student, case.teacher), keep, strict=True):
+        fields = {name: getattr(side, name)[rows] for name in ("hidden", "ids", "labels")}
+        sides.append(replace(side, **fields, sequence=torch.zeros_like(fields["ids"])))
+    starts = [int(rows.nonzero()[0, 0]) for rows in keep]
+    present = a.student_group[keep[0] & (a.student_group >= 0)].unique()
+    group_s, group_t = (
+        torch.where(g[rows] >= 0, g[rows] - present[0], -1)
+        for g, rows in zip((a.student_group, a.teacher_group), keep, strict=True)
+    )
+    alignment = replace(
+        a,
+        student_group=group_s,
+        teacher_group=group_t,
+        student_end=a.student_end[keep[0]],
+        teacher_end=a.teacher_end[keep[1]],
+        pairs=a.pairs[keep[0][a.pairs[:, 0]]] - torch.tensor(starts),
+        groups=len(present),
+    )
+    return replace(case, student=sides[0], teacher=sides[1], alignment=alignment)

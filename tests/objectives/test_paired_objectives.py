@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cross_tokenizer_cases import Case, make_case, unaligned
+from cross_tokenizer_cases import Case, make_case, one_example, unaligned
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -452,31 +452,6 @@ def test_bernoulli_kl_gradient_and_certainty():
     value.sum().backward()
     assert torch.equal(value.detach(), torch.zeros(2))
     assert torch.isfinite(certain.grad).all()
-
-
-def one_example(case: Case, b: int) -> Case:
-    """The case cut down to its example ``b``."""
-    a, sides = case.alignment, []
-    keep = [side.sequence == b for side in (case.student, case.teacher)]
-    for side, rows in zip((case.student, case.teacher), keep, strict=True):
-        fields = {name: getattr(side, name)[rows] for name in ("hidden", "ids", "labels")}
-        sides.append(replace(side, **fields, sequence=torch.zeros_like(fields["ids"])))
-    starts = [int(rows.nonzero()[0, 0]) for rows in keep]
-    present = a.student_group[keep[0] & (a.student_group >= 0)].unique()
-    group_s, group_t = (
-        torch.where(g[rows] >= 0, g[rows] - present[0], -1)
-        for g, rows in zip((a.student_group, a.teacher_group), keep, strict=True)
-    )
-    alignment = replace(
-        a,
-        student_group=group_s,
-        teacher_group=group_t,
-        student_end=a.student_end[keep[0]],
-        teacher_end=a.teacher_end[keep[1]],
-        pairs=a.pairs[keep[0][a.pairs[:, 0]]] - torch.tensor(starts),
-        groups=len(present),
-    )
-    return replace(case, student=sides[0], teacher=sides[1], alignment=alignment)
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if not name.startswith("eta")])
