@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from tiny_runs import write_data
+from torch.optim import lr_scheduler
 
 import dskd_lightning as dl
 from dskd_lightning.callbacks import LastCheckpoint
@@ -39,12 +40,14 @@ def _fit(
     epochs: int = 2,
     path: Any = None,
     loaders: bool = False,
+    schedule: Any = None,
     **options: Any,
 ) -> L.Trainer:
     student = dl.StudentSpec(model_folder(seed=1))
     module = dl.DistillationModule(
-        student, dl.SFTObjective(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), warmup_ratio=0.0
-    )
+        student, dl.SFTObjective(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5),
+        lr_scheduler=schedule, warmup_ratio=0.0,
+    )  # fmt: skip
     data = dl.InstructionDataModule(
         str(write_data(folder / "data.jsonl")), student=student,
         max_length=96, max_prompt_length=40, batch_size=5, cache_dir=str(folder / "cache"),
@@ -69,6 +72,46 @@ def test_a_plain_trainer_resumes_in_mid_epoch(model_folder, tmp_path, loaders) -
     _fit(model_folder, tmp_path, resumed, path=tmp_path / "last.ckpt", loaders=loaders)
     assert len(whole.seen) == 10
     assert resumed.seen == whole.seen[3:]
+
+
+SCHEDULES: dict[str, Any] = {
+    "default": None,
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 7),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "linear": lambda o: lr_scheduler.LinearLR(o, total_iters=7),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 1 - step / 20),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=12),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 9, power=2),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.StepLR(o, 2)], [4]
+    ),
+    "steps": lambda o: lr_scheduler.MultiStepLR(o, [2, 4, 5]),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_goes_on_where_it_was(model_folder, tmp_path, schedule) -> None:
+    """Killed in the first epoch, and then in the second; the rates aren't constant."""
+    options, path = {"schedule": SCHEDULES[schedule]}, tmp_path / "last.ckpt"
+    whole, resumed = _Notes(), _Notes()
+    expected = _fit(model_folder, tmp_path, whole, **options)
+    path.unlink()
+    for stop_at, start in ((4, None), (6, path)):
+        with pytest.raises(RuntimeError, match="killed"):
+            _fit(model_folder, tmp_path, _Notes(stop_at), path=start, **options)
+    found = _fit(model_folder, tmp_path, resumed, path=path, **options)
+    assert resumed.seen == whole.seen[6:]
+    assert len({rate for rate, _ in whole.seen}) > 3
+    torch.testing.assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
+    states = [trainer.lr_scheduler_configs[0].scheduler.state_dict() for trainer in (found, expected)]
+    assert _plain(states[0]) == _plain(states[1])
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not callable(value)}
 
 
 class _SavesInSteps(L.Callback):
