@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor
+from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor, csv_logger
 from dskd_lightning.callbacks.completions import log_completions
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional.spectrum import effective_rank
@@ -158,6 +158,23 @@ def test_a_changed_digit_of_a_log_is_seen(tmp_path):
     path.write_bytes(good.replace(b"1.25", b"1.26"))
     (tmp_path / ".metrics.csv.crc32").unlink()
     ResumableCSVLogger(tmp_path, resume=True)
+
+
+def test_a_kill_before_the_checksum_is_written_leaves_a_log_that_is_read(tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    log = ResumableCSVLogger(tmp_path)
+    log.log_metrics({"loss": 1.0}, 0)
+    log.save()
+    for metrics in ({"loss": 2.0}, {"loss": 3.0, "new": 1.0}):  # added to, written anew
+        log.log_metrics(metrics, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(csv_logger, "write_checksum", killed)
+            with pytest.raises(KeyboardInterrupt):
+                log.save()
+        ResumableCSVLogger(tmp_path, resume=True)
+    assert [row["loss"] for row in rows(tmp_path)] == ["1.0", "2.0", "3.0"]
 
 
 def test_effective_rank():

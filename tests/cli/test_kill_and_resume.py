@@ -32,6 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "trainer.val_check_interval": 0.5,
         "model.lr_scheduler": EXPONENTIAL,
     },
+    "one epoch": {"trainer.max_epochs": 1},
     "max_steps": {"trainer.max_epochs": -1, "trainer.max_steps": 11, "save_every_n_steps": 2},
     "weight averaging, accumulation that grows": {"trainer.callbacks": [EMA, GROWING]},
     "an end that moves after a test": {
@@ -72,6 +73,7 @@ POINTS: dict[str, list[list[tuple[str, float]]]] = {
     "cached teacher, token budget, validations within epochs, schedule of one's own": [
         [("command", 0.6), ("validation", 3), ("after save", 2), ("step", 3), ("before save", 2)],
     ],
+    "one epoch": [[("validation", 2)]],  # the first is the sanity check's
     "max_steps": [[("epoch end", 1), ("step", 3), ("before save", 4)]],
     "weight averaging, accumulation that grows": [[("after save", 3), ("step", 4), ("call", 0.3)]],
     "an end that moves after a test": [[("validation", 3), ("step", 2)]],
