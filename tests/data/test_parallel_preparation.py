@@ -150,7 +150,7 @@ def test_a_killed_preparation_is_gone_on_with(
     assert [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("damage", ["journal", "lengths.raw"])
+@pytest.mark.parametrize("damage", ["journal.json", "lengths.raw", "a count"])
 def test_what_a_killed_preparation_left_damaged_is_made_again(build, tmp_path, monkeypatch, damage) -> None:
     monkeypatch.setattr("dskd_lightning.data.partial._EVERY", 4)
     whole, append = files(build("whole", num_proc=1)), PartialDataset.append
@@ -165,8 +165,13 @@ def test_what_a_killed_preparation_left_damaged_is_made_again(build, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             files(build("stopped", num_proc=2))
     (folder,) = (tmp_path / "stopped").glob(".preparing-*")
-    path = folder / ("journal.json" if damage == "journal" else damage)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    if damage == "a count":
+        state = json.loads((folder / "journal.json").read_text())
+        state["counts"] = {name: count + 1 for name, count in state["counts"].items()} | {"records": 1}
+        (folder / "journal.json").write_text(json.dumps(state))
+    else:
+        path = folder / damage
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     assert files(build("stopped", num_proc=1)) == whole
 
 

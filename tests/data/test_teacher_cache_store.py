@@ -367,6 +367,16 @@ def test_a_crafted_manifest_is_refused(make, changes: dict, sealed: bool) -> Non
         ensure(make(teacher=typed))
 
 
+def test_a_changed_digit_of_a_manifest_is_seen(make) -> None:
+    spec = dataclasses.replace(make().teachers[0], dtype="float32")
+    ensure(make(teacher=spec))
+    path = cache_folder_of(make, spec) / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"shard_tokens": values["shard_tokens"] + 1}))
+    with pytest.raises(UserError, match=r"manifest\.json: isn't as it was written .* delete"):
+        ensure(make(teacher=spec))
+
+
 def cache_folder_of(make, teacher: TeacherSpec) -> Path:
     dm = make(teacher=teacher)
     ensure(dm)
