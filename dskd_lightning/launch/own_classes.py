@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import yaml
@@ -19,6 +19,7 @@ from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import read_yaml
 from dskd_lightning.module import DistillationModule
+from dskd_lightning.runs.text import visible
 
 __all__ = ["OwnClasses", "OwnClassesParser"]
 
@@ -110,7 +111,7 @@ class OwnClasses:
 
 
 class OwnClassesParser(LightningArgumentParser):
-    """Writes configs that name the classes."""
+    """Writes configs that name the classes; what its errors quote of a config can't steer a terminal."""
 
     own_classes: OwnClasses | None = None
 
@@ -119,6 +120,9 @@ class OwnClassesParser(LightningArgumentParser):
         # Lightning asks with link targets for the arguments of the classes, not for a config.
         shown = self.own_classes is not None and options.get("skip_link_targets", True)
         return self.own_classes.written(text) if shown and self.own_classes is not None else text
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(visible(message), ex)
 
     def accepts(self, key: str) -> bool:
         """Whether there is a setting ``key``."""

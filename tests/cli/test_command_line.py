@@ -227,6 +227,21 @@ def test_a_damaged_config_is_one_sentence(tmp_path, capsys, content):
         open_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['"\\e[31mkey": 3', 'model: {objective: {class_path: "a.\\e[31mb"}}', 'trainer: {"\\e[31mkey": 3}'],
+    ids=["key", "class", "option"],
+)
+def test_nothing_of_a_config_steers_the_terminal(tmp_path, capsys, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(tmp_path / "config.yaml")])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "[31m" in message
+    assert "\x1b" not in message
+
+
 def test_nothing_that_is_quoted_steers_the_terminal(monkeypatch, capsys):
     def fail(*_: object, **__: object) -> None:
         logging.getLogger("dskd_lightning.data").warning("unused field %s", "\x1b]0;title\x07")
