@@ -9,6 +9,7 @@ from typing import Literal
 from dskd_lightning.errors import UserError
 
 __all__ = [
+    "benchmark",
     "cache",
     "chat",
     "compare",
@@ -446,6 +447,40 @@ def quickstart(output: str | None = None, overwrite: bool = False, cross: bool =
     from dskd_lightning.study.quickstart import quickstart_study
 
     quickstart_study(output, cross).run(overwrite=overwrite)
+
+
+def benchmark(
+    teacher: str | None = None,
+    student: str | None = None,
+    data: str | None = None,
+    budget: str = "2h",
+    output: str = "runs/benchmark",
+    rates: list[float] = [1e-4, 3e-4],  # noqa: B006 (shown as the default)
+    objectives: list[str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Find the objective for a pair and data: all that fit at one budget, compared, with a recommendation.
+
+    Writes a config and a study into the folder, measures a step, gives each objective the same steps and the
+    same grid of learning rates, tests the best of each beside the teacher and the untrained student, and ends
+    in the table, paired tests and one recommendation. Interrupted, it goes on where it stopped.
+
+    Args:
+        teacher: Hub id, folder, GGUF file, or demo.
+        student: likewise.
+        data: training data: file, folder, Hub dataset, or demo; a tenth is held out for the test.
+        budget: time for everything, such as 45m or 2h; what one step takes here is measured first.
+        output: folder of the runs, the table and the report.
+        rates: learning rates that each objective tries.
+        objectives: some of those that fit the pair, as the table calls them; all where none is given.
+        overwrite: start over.
+
+    Raises:
+        UserError: a model or data is missing or can't be read, or the budget is too small for a step.
+    """
+    from dskd_lightning.cli.planning_commands import run_benchmark
+
+    run_benchmark(teacher, student, data, budget, output, rates, objectives, overwrite)
 
 
 def study(

@@ -34,6 +34,7 @@ _USAGE = """usage: dskd COMMAND [options]
   validate   likelihood and closeness to the teacher on the validation set
   test       the same on the test set, and generated responses scored with ROUGE-L
   predict    generated responses only
+  benchmark  find the objective for a pair and data within a budget of time
   study      train several variants of one config and compare them
   cache      store a teacher's hidden states for many epochs
   generate   let a model answer a file of prompts

@@ -1,4 +1,4 @@
-"""`dskd init` and `dskd doctor`."""
+"""`dskd init`, `dskd doctor` and `dskd benchmark`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.planning import examine, plan
+from dskd_lightning.planning.benchmark import Benchmark, parse_duration
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.text import visible
 
-__all__ = ["run_doctor", "run_init"]
+__all__ = ["run_benchmark", "run_doctor", "run_init"]
 
 
 def run_doctor(config: list[str]) -> int:
@@ -53,6 +54,39 @@ def run_init(
     if not found.fits:
         print("That is more memory than there is: take a smaller pair or another machine.")
     print(f"next: dskd doctor {file}, then dskd fit --config {file}")
+
+
+def run_benchmark(
+    teacher: str | None,
+    student: str | None,
+    data: str | None,
+    budget: str,
+    output: str,
+    rates: list[float],
+    objectives: list[str] | None,
+    overwrite: bool,
+) -> None:
+    """Run the benchmark and print its recommendation.
+
+    Raises:
+        UserError: something isn't given, or the benchmark can't be run.
+    """
+    for name, given in (("teacher", teacher), ("student", student), ("data", data)):
+        if not given:
+            raise UserError(f"--{name}: give one.")
+    if not rates or not all(rate > 0 for rate in rates):
+        raise UserError(f"--rates {rates}: give learning rates above 0.")
+    benchmark = Benchmark(
+        str(teacher),
+        str(student),
+        str(data),
+        Path(output),
+        parse_duration(budget),
+        tuple(rates),
+        None if objectives is None else tuple(objectives),
+    )
+    verdict = benchmark.run(overwrite)
+    print(f"take {visible(verdict.objective)}: {visible(verdict.reason)}.")
 
 
 def _ask(name: str, question: str, yes: bool) -> str:

@@ -43,12 +43,14 @@ class Plan:
         estimate: of its memory and time.
         machine: that was looked at.
         fits: False where even the smallest settings need more memory than there is.
+        identical: whether both models read the same ids.
     """
 
     text: str
     estimate: Estimate
     machine: Machine
     fits: bool
+    identical: bool
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def plan(teacher: str, student: str, data: str, output: str, machine: Machine | 
     sizes = {"sequences": len(examples), "tokens": sum(min(n, longest) for n in lengths), "longest": longest}
     chosen, fits = _choose(student_spec, teacher_spec, machine, sizes)
     text = _written(chosen, advice, data, output, sizes, len(lengths) < _READ, machine, fits)
-    return Plan(text, chosen.found, machine, fits)
+    return Plan(text, chosen.found, machine, fits, report.identical)
 
 
 def _length(renderer: ChatRenderer, example: Example) -> int:

@@ -1,0 +1,223 @@
+"""Which objective suits a pair of models and data: all that fit, at one budget, with paired tests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.launch.arguments import read_yaml
+from dskd_lightning.planning.first_config import plan
+from dskd_lightning.runs.heartbeat import duration
+from dskd_lightning.study.process import run_process
+from dskd_lightning.study.study import Study
+from dskd_lightning.study.worker import read_result
+
+__all__ = ["Benchmark", "Verdict", "parse_duration", "recommended"]
+
+logger = logging.getLogger(__name__)
+
+SAME = {"SFT": "sft", "logit KD": "logit_kd", "DSKD": "dskd", "DSKD v2": "dskd_v2"}
+"""Objectives for one vocabulary: name of the variant -> shipped config."""
+CROSS = {
+    "SFT": "sft",
+    "shared vocabulary": "shared_vocabulary",
+    "ALM": "alm",
+    "DSKD token alignment": "dskd_eta",
+    "DSKD cross-model attention": "dskd_cma",
+}
+"""Objectives across vocabularies."""
+
+_PROBED = 6  # optimiser steps whose time is taken
+_TRAINING = 0.7  # of the budget; the rest is for validation, responses and the report
+_EPOCHS = 3.0  # more would overfit on what is small enough to be read so often
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a benchmark ends in.
+
+    Args:
+        objective: name of the variant to take.
+        reason: one sentence.
+        significant: whether its ROUGE-L differs from SFT's, adjusted for the number of methods.
+    """
+
+    objective: str
+    reason: str
+    significant: bool
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Every objective that fits the pair, trained for the same steps on the same batches.
+
+    Args:
+        teacher: as `ModelSpec.source`.
+        student: likewise.
+        data: files or Hub datasets.
+        output: folder of the study.
+        budget: seconds for everything.
+        rates: learning rates that each objective tries; the best on validation is tested.
+        objectives: names among `SAME` or `CROSS`; None for all that fit.
+    """
+
+    teacher: str
+    student: str
+    data: str
+    output: Path
+    budget: float
+    rates: tuple[float, ...] = (1e-4, 3e-4)
+    objectives: tuple[str, ...] | None = None
+
+    @property
+    def file(self) -> Path:
+        """The study, which ``dskd study`` runs, too."""
+        return self.output / "benchmark.study.yaml"
+
+    def run(self, overwrite: bool = False) -> Verdict:
+        """Plan, measure a step, train, test and compare; what is finished already is kept.
+
+        Raises:
+            UserError: the folder holds another benchmark, models or data can't be read, or a run failed.
+        """
+        self._claim(overwrite)
+        if overwrite or not self.file.is_file():
+            self._plan()
+        study = Study.read(self.file, str(self.output))
+        study.run(overwrite=overwrite)
+        verdict = recommended(self.output)
+        write_atomic(self.output / "recommendation.json", json.dumps(vars(verdict), indent=2) + "\n")
+        return verdict
+
+    def _claim(self, overwrite: bool) -> None:
+        """Write down what the folder is of; a study of something else isn't gone on with."""
+        path = self.output / "benchmark.json"
+        mine = {
+            "teacher": self.teacher, "student": self.student, "data": self.data, "budget": self.budget,
+            "rates": list(self.rates), "objectives": self.objectives and list(self.objectives),
+        }  # fmt: skip
+        if not overwrite and path.is_file():
+            held = read_object(path, "start over with `--overwrite true`")
+            if other := sorted(key for key in mine if held.get(key) != mine[key]):
+                raise UserError(
+                    f"--output: {self.output} holds a benchmark with another {other[0]} "
+                    f"({held.get(other[0])}); name another folder, or start over with `--overwrite true`."
+                )
+        write_atomic(path, json.dumps(mine, indent=2) + "\n")
+
+    def _plan(self) -> None:
+        base = self.output / "base.yaml"
+        found = plan(self.teacher, self.student, self.data, str(self.output))
+        write_atomic(base, found.text.replace("FILE", str(base)))
+        known = SAME if found.identical else CROSS
+        names = self.objectives or tuple(known)
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(
+                f"--objectives: {unknown[0]!r} doesn't fit this pair; there are {', '.join(known)}."
+            )
+        runs = len(names) * len(self.rates)
+        costliest = next((name for name in reversed(names) if name.startswith("DSKD")), names[-1])
+        seconds = self._step_seconds(base, f"dskd:objective/{known[costliest]}")
+        values = read_yaml(base)
+        epoch = found.estimate.steps / values["trainer"]["max_epochs"]
+        steps = math.floor(_TRAINING * self.budget / (runs * seconds))
+        if steps < 1:
+            raise UserError(
+                f"--budget {duration(self.budget)}: one step of one run takes {seconds:.1f} s here, too long "
+                f"for {runs} runs; give more, fewer --rates or fewer --objectives."
+            )
+        steps = min(steps, math.ceil(_EPOCHS * epoch))
+        logger.info(
+            "%d runs of %d steps (%.1f epochs), about %s a step of %s",
+            runs, steps, steps / epoch, f"{seconds:.2f} s", costliest,
+        )  # fmt: skip
+        overlay = {
+            "trainer": {"max_steps": steps, "max_epochs": -1},
+            "data": {"test_split": 0.1},
+            "responses": {
+                "seeds": [10, 20, 30],
+                "max_new_tokens": values["data"]["max_length"] // 2,
+                "limit": 200,
+            },
+            "completions": {"prompts": 0},
+        }
+        write_atomic(self.output / "budget.yaml", yaml.safe_dump(overlay, sort_keys=False))
+        variants: dict[str, Any] = {
+            "teacher": {"model": "teacher"},
+            "before training": {"train": False},
+            **{name: {"configs": [f"dskd:objective/{known[name]}"]} for name in names},
+        }
+        study = {
+            "base": ["base.yaml", "budget.yaml"],
+            "grid": {"model.optimizer.init_args.lr": list(self.rates)},
+            "variants": variants,
+        }
+        header = "# Written by `dskd benchmark`; `dskd study` runs it, too.\n"
+        write_atomic(self.file, header + yaml.safe_dump(study, sort_keys=False))
+
+    def _step_seconds(self, base: Path, objective: str) -> float:
+        """Seconds of an optimiser step of the costliest objective, the teacher's cache filled before."""
+        from dskd_lightning.launch.configs import config_path
+
+        folder = self.output / "probe"
+        options = {
+            "max_steps": _PROBED, "limit_val_batches": 0, "num_sanity_val_steps": 0,
+            "enable_checkpointing": False, "logger": False,
+        }  # fmt: skip
+        arguments = [f"--config={base}", f"--config={config_path(objective)}", f"--output={folder}"]
+        arguments += [f"--trainer.{key}={json.dumps(value)}" for key, value in options.items()]
+        run_process("probe", arguments, folder, "", True, False)
+        cost = (read_result(folder) or {}).get("training") or {}
+        return max(float(cost["seconds"]) / float(cost["steps"]), 1e-3)
+
+
+def recommended(output: Path) -> Verdict:
+    """The objective to take, from the study's table and paired tests.
+
+    The best ROUGE-L among those significantly above SFT's; else, as responses don't tell them apart, the
+    best likelihood.
+    """
+    summary = read_object(output / "report" / "comparison.json", "run the benchmark again")
+    table = read_object(output / "table.json", "run the benchmark again")
+    trained = [item for item in summary["candidates"] if item["name"] not in ("teacher", "before training")]
+    better = [item for item in trained if item["outcome"] == "better"]
+    baseline = summary["baseline"]
+    if better:
+        best = max(better, key=lambda item: item["mean"])
+        gain, p = best["difference"]["mean"], best["adjusted_p_value"]
+        compared = len(summary["candidates"])
+        reason = f"its ROUGE-L is {gain:+.1f} from {baseline}'s (p = {p:.2g}, Holm, {compared} comparisons)"
+        return Verdict(best["name"], reason, True)
+    names = [baseline, *(item["name"] for item in trained)]
+    best_name = min(names, key=lambda name: table[name]["perplexity_per_byte"])
+    perplexity = table[best_name]["perplexity_per_byte"]
+    reason = (
+        f"no method's ROUGE-L is significantly above {baseline}'s here; of all it predicts the held-out "
+        f"responses best (perplexity {perplexity:.3f} per byte). More prompts or a larger --budget tell more"
+    )
+    return Verdict(best_name, reason, False)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90s``, ``45m``, ``2h`` or ``1.5d``.
+
+    Raises:
+        UserError: it is none.
+    """
+    number, unit = text[:-1], text[-1:]
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--budget {text}: give a number and a unit, such as 90s, 45m, 2h or 1.5d.")
+    return seconds

@@ -1,0 +1,129 @@
+"""`dskd benchmark`: the same steps for all that fit, gone on with, and a recommendation with its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import dskd_fork, write_data
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.planning.benchmark import CROSS, SAME, Benchmark, parse_duration, recommended
+
+
+@pytest.mark.slow
+def test_all_that_fit_get_the_same_steps_and_it_goes_on(model_folder, tmp_path) -> None:
+    data = write_data(tmp_path / "data.jsonl", 40)
+    models = model_folder(hidden=24, seed=2), model_folder(seed=1)
+    output = tmp_path / "b"
+    command = [
+        "benchmark", "--teacher", models[0], "--student", models[1], "--data", str(data), "--budget", "60s",
+        "--output", str(output), "--rates", "[0.003]", "--objectives", "SFT", "DSKD",
+    ]  # fmt: skip
+    done = dskd_fork(*command, timeout=400)
+    assert done.stdout.splitlines()[-1].startswith("take ")
+    rows = json.loads((output / "table.json").read_text())
+    assert list(rows) == ["teacher", "before training", "SFT", "DSKD"]
+    steps = {
+        name: json.loads((output / name / "training.json").read_text())["steps"] for name in ("SFT", "DSKD")
+    }
+    assert len(set(steps.values())) == 1
+    study = yaml.safe_load((output / "benchmark.study.yaml").read_text())
+    assert study["grid"] == {"model.optimizer.init_args.lr": [0.003]}
+    verdict = json.loads((output / "recommendation.json").read_text())
+    assert verdict["objective"] in ("SFT", "DSKD")
+
+    written = {path: path.stat().st_mtime_ns for path in output.rglob("*.ckpt")}
+    again = dskd_fork(*command, timeout=100)
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.ckpt")} == written
+    command[command.index("60s")] = "90s"
+    refused = dskd_fork(*command, check=False)
+    assert refused.returncode == 2
+    assert "another budget" in refused.stderr
+
+
+def benchmark(tmp_path: Path, **changes: Any) -> Benchmark:
+    values = {"teacher": "t", "student": "s", "data": "d", "output": tmp_path, "budget": 3600.0}
+    return Benchmark(**{**values, **changes})
+
+
+class Planned:
+    """Stands in for models, data and the probe."""
+
+    def __init__(self, monkeypatch, identical: bool, seconds: float) -> None:
+        text = yaml.safe_dump({"trainer": {"max_epochs": 3}, "data": {"max_length": 128}})
+        estimate = type("Estimate", (), {"steps": 300})
+        plan = type("Plan", (), {"text": text, "estimate": estimate, "identical": identical})
+        monkeypatch.setattr("dskd_lightning.planning.benchmark.plan", lambda *_: plan)
+        monkeypatch.setattr(Benchmark, "_step_seconds", lambda *_: seconds)
+
+
+@pytest.mark.parametrize(("identical", "known"), [(True, SAME), (False, CROSS)])
+def test_budget_is_shared_by_objectives_and_rates(tmp_path, monkeypatch, identical, known) -> None:
+    Planned(monkeypatch, identical, 5.0)
+    benchmark(tmp_path, rates=(1e-4, 3e-4, 1e-3))._plan()
+    budget = yaml.safe_load((tmp_path / "budget.yaml").read_text())
+    assert budget["trainer"]["max_steps"] == int(0.7 * 3600 / (len(known) * 3 * 5.0))
+    variants = yaml.safe_load((tmp_path / "benchmark.study.yaml").read_text())["variants"]
+    assert list(variants) == ["teacher", "before training", *known]
+
+
+def test_more_than_three_epochs_are_too_many(tmp_path, monkeypatch) -> None:
+    Planned(monkeypatch, True, 0.001)
+    benchmark(tmp_path)._plan()
+    assert yaml.safe_load((tmp_path / "budget.yaml").read_text())["trainer"]["max_steps"] == 300
+
+
+def test_mistakes(tmp_path, monkeypatch) -> None:
+    Planned(monkeypatch, True, 1000.0)
+    with pytest.raises(UserError, match=r"one step of one run takes 1000\.0 s"):
+        benchmark(tmp_path)._plan()
+    with pytest.raises(UserError, match="'ALM' doesn't fit this pair"):
+        benchmark(tmp_path, objectives=("SFT", "ALM"))._plan()
+    for text in ("2", "h", "-1h", "2 weeks", "nanh"):
+        with pytest.raises(UserError, match="--budget"):
+            parse_duration(text)
+    assert [parse_duration(text) for text in ("90s", "45m", "2h", "1.5d")] == [90, 2700, 7200, 129600]
+
+
+def results(folder: Path, outcomes: dict[str, tuple[str, float]], likelihood: dict[str, float]) -> Path:
+    candidates = [
+        {
+            "name": name,
+            "outcome": outcome,
+            "mean": mean,
+            "difference": {"mean": mean - 20},
+            "adjusted_p_value": 0.01,
+        }
+        for name, (outcome, mean) in outcomes.items()
+    ]
+    (folder / "report").mkdir()
+    summary = {"baseline": "SFT", "candidates": candidates}
+    (folder / "report" / "comparison.json").write_text(json.dumps(summary))
+    table = {name: {"perplexity_per_byte": value} for name, value in likelihood.items()}
+    (folder / "table.json").write_text(json.dumps(table))
+    return folder
+
+
+def test_the_best_of_those_that_are_better(tmp_path) -> None:
+    outcomes = {
+        "teacher": ("better", 40.0),
+        "A": ("better", 22.0),
+        "B": ("better", 24.0),
+        "C": ("undecided", 30.0),
+    }
+    found = recommended(results(tmp_path, outcomes, dict.fromkeys(("SFT", *outcomes), 1.5)))
+    assert (found.objective, found.significant) == ("B", True)
+    assert "+4.0 from SFT's" in found.reason
+
+
+def test_likelihood_where_responses_don_t_tell(tmp_path) -> None:
+    outcomes = {"A": ("undecided", 22.0), "B": ("worse", 10.0), "before training": ("worse", 1.0)}
+    values = {"SFT": 1.5, "A": 1.4, "B": 1.45, "before training": 1.1}
+    found = recommended(results(tmp_path, outcomes, values))
+    assert (found.objective, found.significant) == ("A", False)
+    assert "no method's ROUGE-L is significantly above" in found.reason
