@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -13,13 +14,17 @@ import torch
 from forked_ranks import dskd_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tiny_runs import write_config
+from transformers import AutoModelForCausalLM
 
 import dskd_lightning as dl
 from dskd_lightning.data.batching import BatchSettings, plan_batches
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.samples import BatchOfSamples
 from dskd_lightning.generation.samples import Sample
+from dskd_lightning.models import decoder_hidden, language_head
+from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.objectives import ALMObjective, DSKDObjective, LogitKDObjective
 from dskd_lightning.teacher_cache import TeacherCacheSettings
@@ -249,3 +254,37 @@ def test_mistakes_are_one_sentence(model_folder, tmp_path) -> None:
     )
     unnamed.setup("fit")
     assert unnamed.report["train"][f"unused field 'teacher' of {file}"] == 24
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_each_has_its_own_adapter_and_quantisation(model_folder, tmp_path, cached) -> None:
+    """The states that train are those of each teacher as it is loaded alone."""
+    pytest.importorskip("bitsandbytes")
+    student, first, second = specs(model_folder)
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(first.source),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    first = replace(first, adapter=str(tmp_path / "adapter"))
+    second = replace(second, quantization="8bit", dtype="bfloat16")
+    module = dl.DistillationModule(student, [LogitKDObjective(), ALMObjective()], [first, second])
+    data = dl.InstructionDataModule(
+        str(write_records(tmp_path / "data.jsonl")), student=student, teacher=[first, second], batch_size=3,
+        max_length=96, max_prompt_length=40, cache_dir=str(tmp_path / "cache"),
+        teacher_cache=TeacherCacheSettings(dtype="float32") if cached else None,
+    )  # fmt: skip
+    fit(module, data)
+    alone = [load_teacher(spec) for spec in (first, second)]
+    for batch in data.train_dataloader():
+        for index, teacher in enumerate(alone):
+            if batch.answers(index):
+                tokens = batch.teachers[index]
+                hidden = batch.teacher_hidden[index] if cached else None
+                found = module.teacher_side(index, tokens, hidden)
+                wanted = tokens.select(decoder_hidden(teacher, tokens))
+                torch.testing.assert_close(found.hidden.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+                logits = found.head.logits(found.hidden).float()
+                expected = language_head(teacher).logits(wanted).float()
+                torch.testing.assert_close(logits, expected, rtol=5e-2, atol=5e-2)
