@@ -276,7 +276,7 @@ def test_each_has_its_own_adapter_and_quantisation(model_folder, tmp_path, cache
         teacher_cache=TeacherCacheSettings(dtype="float32") if cached else None,
     )  # fmt: skip
     fit(module, data)
-    alone = [load_teacher(spec) for spec in (first, second)]
+    alone = [adapted.merge_and_unload().eval(), load_teacher(second)]
     for batch in data.train_dataloader():
         for index, teacher in enumerate(alone):
             if batch.answers(index):
