@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from peft import PeftModel
 
@@ -51,7 +53,7 @@ class ResponseEvaluation(L.Callback):
         batch_size: prompts generated at once.
         limit: generate for the first so many prompts only.
         efficiency: after a test, also measure size, speed and energy of the student, its adapter
-            merged into a copy.
+            merged into a copy, in the type that the trainer's mixed precision computes in.
         teacher_efficiency: and of the first teacher, which is loaded for it where a cache stood in.
     """
 
@@ -105,6 +107,7 @@ class ResponseEvaluation(L.Callback):
         if self.efficiency:
             student: Any = module.student
             student = merged(student) if isinstance(student, PeftModel) else student  # as it is shipped
+            student = _computed_in(trainer.precision, student)
             self._measure(student, "efficiency", model=self._identity(trainer, pl_module))
             del student
         if self.teacher_efficiency and module.teacher_specs:
@@ -171,6 +174,14 @@ class ResponseEvaluation(L.Callback):
         results = {"environment": collect_environment(), name: {**metrics, MODEL_KEY: model}}
         for file, values in results.items():
             write_object(self.output / f"{file}.json", values)
+
+
+def _computed_in(precision: object, student: Any) -> Any:
+    """A copy in the type that mixed precision computes in: weights in float32 are the optimiser's need."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
+    if dtype is None or all(p.dtype == dtype for p in student.parameters() if p.is_floating_point()):
+        return student
+    return copy.deepcopy(student).to(dtype)
 
 
 def response_scores(predictions: Mapping[int | None, Sequence[Prediction]]) -> dict[str, float]:

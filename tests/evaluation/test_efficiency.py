@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from compared_runs import SFT
 from conftest import make_model
+from tiny_runs import dskd_fork, write_config
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.efficiency import measure_efficiency
@@ -70,3 +72,18 @@ def test_no_energy_where_nothing_is_readable(tmp_path) -> None:
         torch.ones(1)
     assert meter.joules is None
     assert meter.sources == []
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16-mixed", 2), ("32-true", 4)])
+def test_a_student_is_measured_in_what_its_training_computes_in(
+    model_folder, tmp_path, precision, size
+) -> None:
+    """Its weights in float32 are what the optimiser needs, not what is shipped."""
+    config = write_config(
+        tmp_path, model_folder(seed=1), None,
+        **{"model.objective": SFT, "trainer.precision": precision, "trainer.max_epochs": 1},
+    )  # fmt: skip
+    dskd_fork("fit", "--config", str(config))
+    dskd_fork("test", "--config", str(config))
+    costs = json.loads((tmp_path / "run" / "efficiency.json").read_text())
+    assert costs["weight_bytes"] == size * costs["parameters"]
