@@ -84,7 +84,7 @@ def test_a_second_interrupt_ends_at_once(run: ComparedRun) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_told_stops_all(tmp_path: Path, model_folder: Any, rank: int) -> None:
-    run = ComparedRun(tmp_path, model_folder, **TWO)
+    run = ComparedRun(tmp_path, model_folder, **TWO, save_every_n_steps=50)
     stop = partial(tell, signal.SIGTERM, "training_step", 2, rank)
     run.fit(tmp_path / "cut", prepare=stop, expected=(128 + signal.SIGTERM,))
     assert saved_step(tmp_path / "cut") == 2
