@@ -12,6 +12,16 @@ from dskd_lightning.callbacks import sample_fidelity
 from dskd_lightning.cli import chat_command, judge_command, planning_commands
 from dskd_lightning.comparison.compare_runs import compare_runs
 from dskd_lightning.comparison.judge import JudgeSummary
+from dskd_lightning.data.preview import (
+    DataPreview,
+    FilePreview,
+    Lengths,
+    Reading,
+    RecordPreview,
+    StagePreview,
+    TurnReading,
+)
+from dskd_lightning.data.preview_rendering import as_terminal
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.chat import Speaker
 from dskd_lightning.files import write_object
@@ -103,6 +113,15 @@ def test_a_studys_worker_and_place(monkeypatch, tmp_path, capsys) -> None:
     check(capsys.readouterr().err)
     summary.summarise(tmp_path / HOSTILE, {}, report=False)
     check(capsys.readouterr().out)
+
+
+def test_a_preview_of_data() -> None:
+    turn, lengths = TurnReading(HOSTILE, (HOSTILE,), (-1,), ("none",)), Lengths(1, 1, 1, 1, 0.5)
+    record = RecordPreview(HOSTILE, (Reading(3, (turn,)),) * 2)
+    stage = StagePreview({HOSTILE: 1}, (lengths,) * 2, (FilePreview(HOSTILE, 1, (record,)),))
+    console = terminal()
+    console.print(as_terminal(DataPreview((HOSTILE, HOSTILE), {"train": stage})))
+    check(written(console), 9)
 
 
 def test_a_card() -> None:
