@@ -215,6 +215,8 @@ class Side(_Movable):
         sampled: the student sampled the responses itself, so that ``labels`` are nothing to learn.
         log_probs: all that is known of a teacher whose hidden states aren't; ``hidden``, weight of the head
             and ``embeddings`` are then empty, ``[n, 0]`` and ``[vocab, 0]``.
+        extent: number of examples and most positions of one, as the host knows them; None where it would have
+            to ask the device.
     """
 
     hidden: Tensor
@@ -226,6 +228,7 @@ class Side(_Movable):
     padded: PaddedStatistics | None = None
     sampled: bool = False
     log_probs: LogProbabilities | None = None
+    extent: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -233,7 +236,8 @@ class Side(_Movable):
     def nothing(self) -> Side:
         """The same model's view of no token."""
         parts = {name: getattr(self, name)[:0] for name in ("hidden", "ids", "labels", "sequence")}
-        return replace(self, **parts, log_probs=None if self.log_probs is None else self.log_probs[:0])
+        log_probs = None if self.log_probs is None else self.log_probs[:0]
+        return replace(self, **parts, log_probs=log_probs, extent=None)
 
 
 @dataclass
@@ -278,6 +282,7 @@ class TokenBatch(_Movable):
         response: ``[n]``, indices into the flattened ``rows * length`` of the response
             positions, ordered by example, then by text.
         sequence: ``[n]``, index of the example in the batch of each response position.
+        extent: examples in the batch and most response positions of one, see `Side`.
     """
 
     input_ids: Tensor
@@ -286,6 +291,7 @@ class TokenBatch(_Movable):
     position_ids: Tensor
     response: Tensor
     sequence: Tensor
+    extent: tuple[int, int] | None = None
 
     def select(self, values: Tensor) -> Tensor:
         """Response positions ``[n, ...]`` of ``values`` ``[rows, length, ...]``."""

@@ -27,12 +27,17 @@ class Rows:
     longest: int
 
     @classmethod
-    def of(cls, sequence: Tensor, examples: int) -> Rows:
-        """Rows of flat positions whose examples are ``sequence`` ``[n]``."""
-        counts = torch.bincount(sequence, minlength=examples)
+    def of(cls, sequence: Tensor, examples: int, longest: int | None = None) -> Rows:
+        """Rows of flat positions whose examples are ``sequence`` ``[n]``.
+
+        Without ``longest``, the most positions of one example, the device is asked for it.
+        """
+        counts = sequence.new_zeros(examples).index_add(0, sequence, torch.ones_like(sequence))
         starts = counts.cumsum(0) - counts
         place = torch.arange(len(sequence), device=sequence.device) - starts[sequence]
-        return cls(sequence, place, counts, int(counts.max()) if examples else 0)
+        if longest is None:
+            longest = int(counts.max()) if examples else 0
+        return cls(sequence, place, counts, longest)
 
     def pad(self, values: Tensor) -> Tensor:
         """``[n, ...]`` -> ``[examples, longest, ...]``, zeros behind each example's last."""

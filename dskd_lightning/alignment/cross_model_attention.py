@@ -67,6 +67,17 @@ class AttentionMap:
         return self.t2s.detach()[self.student.sequence[i], self.student.place[i], self.teacher.place[j]]
 
 
+def _rows(student: Side, teacher: Side) -> tuple[Rows, Rows]:
+    """Both sides' layouts, from what the host knows of them where it does."""
+    sides = student, teacher
+    examples = max(
+        side.extent[0] if side.extent is not None else int(side.sequence[-1]) + 1 if len(side) else 0
+        for side in sides
+    )
+    first, second = (Rows.of(s.sequence, examples, s.extent and s.extent[1]) for s in sides)
+    return first, second
+
+
 class CrossModelAttention(Described, nn.Module):
     r"""Student tokens as queries, teacher tokens as keys.
 
@@ -137,8 +148,7 @@ class CrossModelAttention(Described, nn.Module):
             teacher: ``m`` positions.
             alignment: byte offsets, read where ``causal`` or with a byte prior.
         """
-        examples = max((int(s.sequence[-1]) + 1 if len(s) else 0) for s in (student, teacher))
-        rows_s, rows_t = (Rows.of(side.sequence, examples) for side in (student, teacher))
+        rows_s, rows_t = _rows(student, teacher)
         weight = self.query.weight
         embedded = torch.cat([student.embeddings[student.ids], student.embeddings[student.labels]], -1)
         queries = self.query(embedded.detach())

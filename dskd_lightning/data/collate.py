@@ -170,6 +170,7 @@ def _tokens(
         position_ids=torch.from_numpy(positions),
         response=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
         sequence=torch.from_numpy(np.concatenate(sequence).astype(np.int64)),
+        extent=(number, max(map(len, sequence))),
     )
 
 
@@ -222,5 +223,6 @@ def token_batch(
         position_ids=torch.arange(shape[1]).expand(shape),
         response=torch.from_numpy(response),
         sequence=torch.from_numpy(response // shape[1]),
+        extent=(len(examples), int((labels != IGNORE_INDEX).sum(1).max())),
     )
     return batch.to(device)

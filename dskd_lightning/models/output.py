@@ -155,4 +155,5 @@ def side(
         sequence=tokens.sequence,
         padded=padded,
         sampled=sampled,
+        extent=tokens.extent,
     )

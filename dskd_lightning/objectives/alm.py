@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ def bernoulli_kl(*, log_p: Tensor, log_q: Tensor) -> Tensor:
     log_p, log_q = log_p.clamp(max=highest), log_q.clamp(max=highest)
     tails_p, tails_q = -torch.expm1(log_p), -torch.expm1(log_q)
     return log_p.exp() * (log_p - log_q) + tails_p * (tails_p.log() - tails_q.log())
+
+
+_HALF = math.log(0.5)
 
 
 class ALMObjective(CrossTokenizerObjective):
@@ -122,7 +126,8 @@ class ALMObjective(CrossTokenizerObjective):
             slots = aligned.teacher_group.where(aligned.teacher_group >= 0, aligned.groups)
             unknown = slots.new_zeros(aligned.groups + 1).index_add(0, slots, (~told.known).to(slots))
             kept &= unknown[:-1] == 0
-        log_q, log_p = (log[kept].to(logs[0]) for log in logs)
+        # Two equal likelihoods differ by nothing: the device isn't asked how many chunks are kept.
+        log_q, log_p = (log.to(logs[0]).where(kept, _HALF) for log in logs)
         if self.divergence == "bernoulli_kl":
             each = bernoulli_kl(log_p=log_p, log_q=log_q)
         else:

@@ -143,23 +143,21 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             SpaceWeights(1 - ratio, ratio, ratio),
             memory_budget_mb=self.memory_budget_mb,
         )
-        # A teacher position that reads nothing has no projected student.
-        answers = attention.teacher_reads.nonzero().squeeze(1)
-        projected = attention.to_teacher(self.s2t(student.hidden))[answers]
-        answering = _take(teacher, answers)
+        answers = attention.teacher_reads  # what reads nothing has no projected student
         s2t_loss, s2t_stats = teacher_space(
-            answering,
-            projected,
+            teacher,
+            attention.to_teacher(self.s2t(student.hidden)),
             ForwardKL(),
             self.temperature,
             ratio,
             memory_budget_mb=self.memory_budget_mb,
+            kept=answers if self.attention.causal else None,
         )
         loss = loss + s2t_loss
         terms = {name: stats.pop(name) for name in ("ce", "t2s_ce", "t2s_kd")}
         terms["s2t_kd"] = s2t_stats.pop("s2t_kd")
         terms["kd"] = terms["t2s_ce"] + terms["t2s_kd"] + terms["s2t_kd"]
-        metrics = self._metrics(student, answering, attention, alignment, reads, stats | s2t_stats)
+        metrics = self._metrics(student, answers, attention, alignment, reads, stats | s2t_stats)
         if self.matching is not None:
             kq, extra = self.matching(attention)
             loss = loss + ratio * self.kq_ratio * kq
@@ -167,7 +165,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             terms["kd"] = terms["kd"] + self.kq_ratio * terms["kq"]
             for name, (total, count) in extra.items():
                 metrics[name] = Ratio(total, student.labels.new_full((), count))
-        metrics |= self._agreement(stats, s2t_stats, answers, len(teacher), alignment)
+        metrics |= self._agreement(stats, s2t_stats, answers, alignment)
         tokens = student.labels.new_full((), len(student))
         return ObjectiveOutput(loss, tokens, {k: Ratio(v, tokens) for k, v in terms.items()}, metrics)
 
@@ -182,20 +180,21 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
     def _metrics(
         self,
         student: Side,
-        answering: Side,
+        answers: Tensor,
         attention: AttentionMap,
         alignment: Alignment | None,
         reads: Tensor,
         stats: dict[str, Tensor],
     ) -> dict[str, Ratio]:
-        tokens, answers = (student.labels.new_full((), len(side)) for side in (student, answering))
+        tokens = student.labels.new_full((), len(student))
         metrics = self.alignment_metrics(student, alignment, reads)
         metrics["student_accuracy"] = Ratio((stats["student_choice"] == student.labels).sum(), tokens)
         metrics["student_entropy"] = Ratio(stats["student_entropy"], tokens)
         for name in ("t2s_accuracy", "max_t2s_prob"):
             metrics[name] = Ratio(stats[name], reads.sum())
-        for name in ("s2t_accuracy", "teacher_accuracy", "teacher_entropy"):
-            metrics[name] = Ratio(stats[name], answers)
+        for name in ("s2t_accuracy", "teacher_accuracy"):
+            metrics[name] = Ratio(stats[name], answers.sum())
+        metrics["teacher_entropy"] = Ratio(stats["teacher_entropy"], tokens.new_full((), len(answers)))
         if alignment is not None:
             mass = attention.pair_mass(alignment.pairs)
             metrics["partner_attention"] = Ratio(mass.sum(), tokens.new_full((), len(mass)))
@@ -206,7 +205,6 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         stats: dict[str, Tensor],
         s2t_stats: dict[str, Tensor],
         answers: Tensor,
-        positions: int,
         alignment: Alignment | None,
     ) -> dict[str, Ratio]:
         """Shares of exact pairs at which two of the choices name the same token.
@@ -217,10 +215,7 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         if alignment is None or self.teacher_to_student is None or self.student_to_teacher is None:
             return {}
         i, j = alignment.pairs.unbind(1)
-        place = answers.new_full((positions,), -1)
-        place[answers] = torch.arange(len(answers), device=answers.device)
-        read = place[j] >= 0  # a causal teacher position may read nothing and has no choice here
-        i, j = i[read], place[j[read]]
+        read = answers[j]  # a causal teacher position may read nothing and has no choice here
         student, teacher = stats["student_choice"][i], s2t_stats["teacher_choice"][j]
         wanted = self.teacher_to_student[teacher]
         shares = {
@@ -228,15 +223,4 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
             "t2s_agreement": stats["t2s_choice"][i] == wanted,
             "s2t_agreement": s2t_stats["s2t_choice"][j] == self.student_to_teacher[student],
         }
-        return {name: Ratio(same.sum(), i.new_full((), len(i))) for name, same in shares.items()}
-
-
-def _take(side: Side, rows: Tensor) -> Side:
-    """The positions ``rows`` of a side."""
-    return replace(
-        side,
-        hidden=side.hidden[rows],
-        ids=side.ids[rows],
-        labels=side.labels[rows],
-        sequence=side.sequence[rows],
-    )
+        return {name: Ratio((same & read).sum(), read.sum()) for name, same in shares.items()}

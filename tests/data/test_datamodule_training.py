@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_runs import write_data
 
 from dskd_lightning.cache_dir import cache_dir
 from dskd_lightning.callbacks.prompts import prompt_records
@@ -530,3 +531,19 @@ def test_every_byte_that_is_read_of_prepared_data_is_checked(make, monkeypatch) 
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(whole, again, strict=True))
     loaded = pickle.loads(pickle.dumps(make().examples("train").dataset))
     assert (loaded.rendered(1).labels == whole[1].labels).all()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_know_their_extent(model_folder, tmp_path, packing):
+    """Examples, and the most response positions of one, which a GPU would be waited for."""
+    student = StudentSpec(model_folder(seed=1))
+    data = InstructionDataModule(
+        str(write_data(tmp_path / "data.jsonl")), student=student, teacher=TeacherSpec(student.source),
+        cache_dir=str(tmp_path / "cache"), batch_size=3, max_length=96, max_prompt_length=40, packing=packing,
+    )  # fmt: skip
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        for tokens in (batch.student, *batch.teachers):
+            counts = torch.bincount(tokens.sequence)
+            assert tokens.extent == (len(batch), int(counts.max()))
+        assert batch.to("cpu").student.extent == batch.student.extent

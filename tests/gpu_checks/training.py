@@ -22,7 +22,7 @@ EVERYWHERE = ("DSKD", "ETA", "GOLD")
 """Objectives that are tried in every combination on a real GPU, whose minutes are few; others in two."""
 
 OWN_STALLS = {
-    "CMA": 9, "GOLD": 4, "ALM": 3, "ULD": 2, "MinEdit": 5, "X-Token P": 2, "X-Token H": 4,
+    "GOLD": 4, "ULD": 2, "MinEdit": 5, "X-Token P": 2, "X-Token H": 4,
     "shared vocabulary": 2,
 }  # fmt: skip
 """Most waits for the device that an objective has in a step: the host asks for sizes."""
