@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_atomic
+from dskd_lightning.files import read_object, write_atomic, write_object
 from dskd_lightning.launch.arguments import read_yaml
 from dskd_lightning.planning.first_config import plan
 from dskd_lightning.runs.heartbeat import duration
@@ -99,20 +99,26 @@ class Benchmark:
         return verdict
 
     def _claim(self, overwrite: bool) -> None:
-        """Write down what the folder is of; a study of something else isn't gone on with."""
+        """Write down what the folder is of; a study of something else isn't gone on with.
+
+        Without a study there is nothing to go on with, whatever an attempt that failed or was killed wrote
+        down. One that is given up goes first: a kill mustn't leave it under a new name.
+        """
         path = self.output / "benchmark.json"
         mine = {
             "teacher": self.teacher, "student": self.student, "data": self.data, "budget": self.budget,
             "rates": list(self.rates), "objectives": self.objectives and list(self.objectives),
         }  # fmt: skip
-        if not overwrite and path.is_file():
+        if overwrite or not path.is_file():
+            self.file.unlink(missing_ok=True)
+        elif self.file.is_file():
             held = read_object(path, "start over with `--overwrite true`")
             if other := sorted(key for key in mine if held.get(key) != mine[key]):
                 raise UserError(
                     f"--output: {self.output} holds a benchmark with another {other[0]} "
                     f"({held.get(other[0])}); name another folder, or start over with `--overwrite true`."
                 )
-        write_atomic(path, json.dumps(mine, indent=2) + "\n")
+        write_object(path, mine)
 
     def _plan(self) -> None:
         base = self.output / "base.yaml"

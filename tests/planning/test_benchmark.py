@@ -127,3 +127,44 @@ def test_likelihood_where_responses_don_t_tell(tmp_path) -> None:
     found = recommended(results(tmp_path, outcomes, values))
     assert (found.objective, found.significant) == ("A", False)
     assert "no method's ROUGE-L is significantly above" in found.reason
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_changed_digit_of_what_the_folder_is_of_is_seen(tmp_path, monkeypatch) -> None:
+    Planned(monkeypatch, True, 5.0)
+    benchmark(tmp_path)._claim(overwrite=False)
+    benchmark(tmp_path)._plan()
+    benchmark(tmp_path)._claim(overwrite=False)
+    path = tmp_path / "benchmark.json"
+    path.write_text(path.read_text().replace("3600", "3700"))
+    with pytest.raises(UserError, match=r"benchmark\.json: isn't as it was written .* start over with"):
+        benchmark(tmp_path)._claim(overwrite=False)
+
+
+def test_a_corrected_mistake_is_no_other_benchmark(tmp_path, monkeypatch) -> None:
+    Planned(monkeypatch, True, 5.0)
+    monkeypatch.setattr("dskd_lightning.planning.benchmark.Study.read", _killed)
+    with pytest.raises(UserError, match="'ALM' doesn't fit this pair"):
+        benchmark(tmp_path, objectives=("SFT", "ALM")).run()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(tmp_path, objectives=("SFT",)).run()
+    with pytest.raises(UserError, match="another objectives"):
+        benchmark(tmp_path, objectives=("DSKD",)).run()
+
+
+def test_a_kill_while_starting_over_leaves_no_old_plan_under_a_new_name(tmp_path, monkeypatch) -> None:
+    Planned(monkeypatch, True, 5.0)
+    monkeypatch.setattr("dskd_lightning.planning.benchmark.Study.read", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(tmp_path, objectives=("SFT",)).run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Benchmark, "_plan", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            benchmark(tmp_path, objectives=("DSKD",)).run(overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(tmp_path, objectives=("DSKD",)).run()
+    variants = yaml.safe_load((tmp_path / "benchmark.study.yaml").read_text())["variants"]
+    assert list(variants) == ["teacher", "before training", "DSKD"]
