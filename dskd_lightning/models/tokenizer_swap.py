@@ -110,7 +110,7 @@ def swap_tokenizer(
 def train_bpe(
     texts: Iterable[str], vocab_size: int, like: PreTrainedTokenizerFast
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``vocab_size`` tokens trained on ``texts``.
+    """A byte-level BPE of ``vocab_size`` tokens, or as many as ``texts`` give, trained on them.
 
     Special tokens, their roles and the chat template are those of ``like``, so that a student of
     the same family can take the result through `swap_tokenizer`.

