@@ -54,7 +54,9 @@ def test_a_run_without_validation_is_tested_at_its_last_checkpoint(tmp_path, mod
     assert untrained["model"]["checkpoint"] is None
     assert untrained["model"]["step"] == 0
 
-    (runs.run / "mine.txt").touch()
+    note = runs.run / ".metrics.csv.crc32"
+    for file in (note, runs.run / "mine.txt"):
+        file.touch()
     checkpoints = runs.run / "checkpoints"
     checkpoints.mkdir()
     for name in ("best", "last"):
@@ -62,6 +64,7 @@ def test_a_run_without_validation_is_tested_at_its_last_checkpoint(tmp_path, mod
     start_over = ("fit", "--config", str(runs.config), "--output", str(runs.run), "--overwrite", "true")
     killed = partial(arm, Kill("step", 1))
     assert dskd_forked(*start_over, log=runs.log, prepare=killed) == -signal.SIGKILL
+    assert not note.exists()
     assert "last.ckpt does not exist" in runs("fit", "--ckpt_path", "last", expected=2)
     runs("fit", "--overwrite", "true")
     assert [path.name for path in checkpoints.iterdir()] == ["last.ckpt"]
