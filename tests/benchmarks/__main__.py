@@ -16,6 +16,8 @@ RUNS = (
     ("alignment_speed.py",),
     ("dataset_size.py",),
     ("preparation.py",),
+    ("planning.py",),
+    ("comparing.py",),
     ("on_policy.py", "--rounds", "1"),
 )
 

@@ -14,10 +14,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import comparing
 import dataset_size
 import fused_loss
 import gold
 import on_policy
+import planning
 import preparation
 import training_step
 from _measure import Measured
@@ -113,3 +115,20 @@ def test_preparation_beside_bare_tokenization(
     shown = capsys.readouterr().out
     assert "1,100 conversations for two tokenizers" in shown
     assert [line for line in shown.splitlines() if "prepared by 2 processes" in line]
+
+
+@pytest.mark.parametrize("mode", planning.MODES)
+def test_planning_counts_padding_as_a_loop_does(mode: str) -> None:
+    lengths = planning.drawn(300)
+    plan = planning.plan_batches(lengths, planning.MODES[mode])
+    expected = [len(batch) * max(sum(lengths[i] for i in row) for row in batch) for batch in plan]
+    assert planning.padded_tokens(plan, lengths).tolist() == expected
+    steps = [expected[i : i + 8] for i in range(0, len(expected) // 8 * 8, 8)]
+    ratios = [max(step) / (sum(step) / 8) - 1 for step in steps]
+    assert planning.unevenness(plan, lengths) == pytest.approx(sum(ratios) / max(len(ratios), 1))
+
+
+def test_comparing_two_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    comparing.case(5)
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert line["size"] > 0
