@@ -33,6 +33,11 @@ Batch = list[list[int]]
 PLAN_VERSION = 2
 """Changes when the same lengths, seed and epoch give other batches: a place in the old ones means nothing."""
 
+_TOGETHER = 64
+"""Batches that stay neighbours with `BatchSettings.group_by_length`: a step of so many ranks is even."""
+_WINDOW = 64 * _TOGETHER
+"""Batches whose examples are sorted together."""
+
 _Array = npt.NDArray[np.integer]
 
 
@@ -45,12 +50,15 @@ class BatchSettings:
         max_tokens: most tokens of a batch, padding included; None for a fixed number of rows.
         packing: put several examples in a row of ``max_length`` tokens.
         max_length: longest row when packing.
+        group_by_length: fixed numbers of rows of similar lengths, and batches of similar lengths next to each
+            other, so that the ranks of a step have about as much to do.
     """
 
     batch_size: int = 8
     max_tokens: int | None = None
     packing: bool = False
     max_length: int = 512
+    group_by_length: bool = False
 
     @property
     def rows(self) -> int:
@@ -169,12 +177,25 @@ def plan_batches(
             examples, rows = _reordered(examples, rows, rng.permutation(len(rows) - 1))
         return BatchPlan.from_arrays(examples, rows, _every(settings.rows, len(rows) - 1))
     if settings.max_tokens is None:
+        if settings.group_by_length:
+            order = _neighbours(lengths, order, settings.batch_size, rng)
         return BatchPlan.from_arrays(order, np.arange(count + 1), _every(settings.batch_size, count))
     order = _longest_first(lengths, order)
     batches = _cut_by_budget(np.bincount(lengths) if count else lengths, settings.max_tokens)
     if rng is not None:
         order, batches = _reordered(order, batches, rng.permutation(len(batches) - 1))
     return BatchPlan.from_arrays(order, np.arange(count + 1), batches)
+
+
+def _neighbours(lengths: _Array, order: _Array, size: int, rng: np.random.Generator | None) -> _Array:
+    """``order`` sorted by length within windows; neighbouring batches stay together in the shuffle."""
+    windows = np.arange(len(order)) // (size * _WINDOW)
+    order = order[np.lexsort((-lengths[order].astype(np.int64), windows))]
+    if rng is None:
+        return order
+    together = size * _TOGETHER
+    whole = len(order) // together * together
+    return np.concatenate([rng.permutation(order[:whole].reshape(-1, together)).ravel(), order[whole:]])
 
 
 def _every(size: int, count: int) -> _Array:

@@ -75,6 +75,8 @@ class InstructionDataModule(pl.LightningDataModule):
         eval_batch_size: likewise outside training; None for ``batch_size``.
         max_tokens_per_batch: build batches of similar lengths up to this many tokens, padding
             included, instead of ``batch_size`` rows.
+        group_by_length: put examples of similar lengths in a batch of ``batch_size`` rows, and such batches
+            in a step of several ranks; with a token budget or packing they are alike anyway.
         packing: put several training examples in one row of up to ``max_length`` tokens.
         pad_to_multiple_of: round row lengths up to a multiple of this.
         num_workers: processes that build batches ahead.
@@ -123,6 +125,7 @@ class InstructionDataModule(pl.LightningDataModule):
         weights: dict[str, float] | None = None,
         max_teacher_prompt_length: int | None = None,
         num_proc: int | None = None,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         self.teacher_room = 0
@@ -151,6 +154,11 @@ class InstructionDataModule(pl.LightningDataModule):
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_tokens_per_batch, self.packing = max_tokens_per_batch, packing
+        if group_by_length and (packing or max_tokens_per_batch is not None):
+            raise UserError(
+                "data.group_by_length: a token budget and packing choose lengths by themselves; leave it out."
+            )
+        self.group_by_length = group_by_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
         self.num_proc = num_proc
@@ -401,6 +409,7 @@ class InstructionDataModule(pl.LightningDataModule):
                 self.max_tokens_per_batch,
                 self.packing and training,
                 self.max_length + (self.teacher_room if self.teachers else 0),
+                self.group_by_length,
             ),
             shuffle=training and not getattr(trainer, "overfit_batches", 0),
             seed=self.seed,

@@ -24,6 +24,7 @@ from dskd_lightning.data.batching import BatchPlan, BatchSettings, plan_batches 
 LONGEST, RANKS = 2048, 8
 MODES = {
     "8 rows": BatchSettings(8),
+    "8 rows, grouped by length": BatchSettings(8, group_by_length=True),
     "budget of 16,384 tokens": BatchSettings(max_tokens=16_384),
     "packed, 8 rows of 2,048": BatchSettings(8, packing=True, max_length=LONGEST),
 }

@@ -14,6 +14,7 @@ from dskd_lightning.data.packing import pack_lengths
 
 MODES = {
     "fixed": BatchSettings(3),
+    "grouped": BatchSettings(3, group_by_length=True),
     "tokens": BatchSettings(max_tokens=64),
     "packed": BatchSettings(2, packing=True, max_length=32),
     "packed tokens": BatchSettings(max_tokens=64, packing=True, max_length=32),
@@ -116,3 +117,24 @@ def test_workers_get_a_plan_without_a_copy(mode: str) -> None:
     assert other == plan
     plan.examples[0] = 7
     assert other.examples[0] == 7
+
+
+def padded(batch: Batch, lengths: np.ndarray) -> int:
+    return len(batch) * max(int(lengths[row[0]]) for row in batch)
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(2, 0.05), (8, 0.05), (64, 0.1)])
+def test_batches_grouped_by_length_are_even_over_ranks(ranks: int, most: float) -> None:
+    """The fullest rank of a step, and all padding, beside those of batches at random."""
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, 60_000).astype(np.int64) + 8
+    waits, totals = [], []
+    for grouped in (False, True):
+        plan = plan_batches(lengths, BatchSettings(8, group_by_length=grouped), seed=1)
+        parts = [
+            [padded(batch, lengths) for batch in plan.of_rank(rank, ranks) if batch] for rank in range(ranks)
+        ]
+        steps = np.array([part[: len(plan) // ranks] for part in parts])
+        waits.append(float((steps.max(0) / steps.mean(0) - 1).mean()))
+        totals.append(sum(map(sum, parts)) / int(lengths.sum()))
+    assert waits[1] < most < waits[0]
+    assert totals[1] < 1.05 < totals[0]

@@ -547,3 +547,22 @@ def test_batches_know_their_extent(model_folder, tmp_path, packing):
             counts = torch.bincount(tokens.sequence)
             assert tokens.extent == (len(batch), int(counts.max()))
         assert batch.to("cpu").student.extent == batch.student.extent
+
+
+def test_batches_grouped_by_length_in_training(model_folder, tmp_path):
+    student = StudentSpec(model_folder(seed=1))
+    settings = {"cache_dir": str(tmp_path / "cache"), "max_length": 96, "max_prompt_length": 40}
+    padding = []
+    for grouped in (False, True):
+        data = InstructionDataModule(
+            str(write_data(tmp_path / "data.jsonl", 60)), student=student, batch_size=6,
+            group_by_length=grouped, **settings,
+        )  # fmt: skip
+        data.setup("fit")
+        batches = list(data.train_dataloader())
+        assert sorted(int(i) for batch in batches for i in batch.examples) == list(range(60))
+        padding.append(sum(batch.padding_share for batch in batches) / len(batches))
+    assert padding[1] < padding[0] / 3
+    for other in ({"packing": True}, {"max_tokens_per_batch": 512}):
+        with pytest.raises(UserError, match=r"data\.group_by_length"):
+            InstructionDataModule("x", student=student, group_by_length=True, **settings, **other)
