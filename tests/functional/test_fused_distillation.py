@@ -175,7 +175,9 @@ def test_masked_vocabulary() -> None:
     for labels in (case.labels, case.teacher_labels):
         labels[(labels == 4) | (labels == 9)] = 5
     student, teacher = Head(case.weight, case.bias), Head(case.teacher_weight)
-    for divergence in DIVERGENCES[:-1]:
+    for divergence in DIVERGENCES:
+        if isinstance(divergence, OwnDivergence):
+            continue  # it knows nothing of masks
         fused = fused_distillation(
             case.hidden,
             student,
