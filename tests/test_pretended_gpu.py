@@ -11,6 +11,7 @@ import torch
 from pretended_gpu import PretendedGpu
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data._utils.pin_memory import pin_memory as as_loaders_pin
 
 from dskd_lightning.structures import DistillationBatch, TokenBatch
 
@@ -96,7 +97,7 @@ def test_a_pinned_batch_moves_in_one_piece() -> None:
         teacher_hidden=(torch.randn(5, 3, dtype=torch.bfloat16),), step_tokens=torch.tensor(7),
     )  # fmt: skip
     with PretendedGpu() as gpu:
-        pinned = batch.pin_memory()
+        pinned = as_loaders_pin(batch)
         there = pinned.to(torch.device("cuda", 0))
         assert gpu.uploads == 1
         replace(pinned, examples=ids[2].pin_memory()).to(torch.device("cuda", 0))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 
 import pytest
 import torch
 from model_families import CONFIGS, family, from_config, separate_rows
+from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2MoeConfig
 
 from dskd_lightning.errors import UserError
@@ -20,6 +22,7 @@ from dskd_lightning.models import (
     prune_layers,
 )
 from dskd_lightning.models.pruning import evenly_spaced, prune_feed_forward
+from dskd_lightning.structures import TokenBatch
 
 BATCH = separate_rows()
 
@@ -213,6 +216,27 @@ def test_compiling_keeps_names_and_results(model_folder):
     torch.testing.assert_close(compiled(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
     compiled(ids).logits.sum().backward()
     assert all(p.grad is not None for p in compiled.parameters())
+
+
+def test_compiling_serves_all_lengths(model_folder, monkeypatch):
+    """Batches differ in both sizes; what is compiled for the first ones is compiled for all."""
+    counter, compile_ = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, *a, **k: compile_(self, *a, **{**k, "backend": counter})
+    )
+    torch._dynamo.reset()
+    model, _ = build_student(StudentSpec(model_folder(), compile=True))
+    counts = []
+    for rows, length in itertools.product((2, 3, 5), (7, 16, 33, 64, 90)):
+        ids = torch.arange(rows * length).view(rows, length) % 50
+        positions = torch.arange(length).expand(rows, length)
+        response = torch.arange(rows * length)
+        batch = TokenBatch(ids, ids, torch.ones_like(ids), positions, response, response // length)
+        decoder_hidden(model, batch).sum().backward()
+        counts.append(counter.frame_count)
+    assert counts[0] >= 1
+    assert counts[-1] <= counts[0] + 1, counts
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("lora", [None, LoraSpec(rank=2)])
