@@ -91,14 +91,22 @@ def decoder_hidden(
         batch: what it reads.
         padding_too: hand the mask over, for those who read the padding's own states: it must not see itself.
     """
+    ids, positions = batch.input_ids, batch.position_ids
+    if batch.attention_mask is None and _in_one_row(model):
+        ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
     output = decoder_of(model)(
-        input_ids=batch.input_ids,
+        input_ids=ids,
         attention_mask=batch.attention_mask if padding_too else None,
-        position_ids=batch.position_ids,
+        position_ids=positions,
         use_cache=False,
         return_dict=True,
     )
-    return output.last_hidden_state
+    return output.last_hidden_state.view(*batch.input_ids.shape, -1)
+
+
+def _in_one_row(model: PreTrainedModel | PeftModel) -> bool:
+    """Flash attention looks for packed examples in batches of one row alone; in others it would mix them."""
+    return "flash" in str(base_model(model).config.get_text_config()._attn_implementation)
 
 
 def model_space(model: PreTrainedModel | PeftModel, tokenizer: Any = None) -> ModelSpace:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from model_families import BLOOM, CONFIGS, NOT_PACKABLE, family, from_config, packed_row, separate_rows
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
 from dskd_lightning.errors import UserError
@@ -62,6 +65,39 @@ def test_packed_rows_equal_separate_rows(name):
     model = family(name)
     verify_packing(model, name)
     torch.testing.assert_close(our_logits(model, packed_row()), our_logits(model), rtol=1e-4, atol=1e-4)
+
+
+def flash_like(module, query, key, value, attention_mask, scaling, **kwargs):
+    """As transformers calls flash attention: packed examples are looked for in batches of one row alone."""
+    assert attention_mask is None
+    positions, length = kwargs["position_ids"], query.shape[2]
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    if query.shape[0] == 1:
+        example = (positions[0] == 0).cumsum(0)
+        visible &= example[:, None] == example[None]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@torch.no_grad()
+def test_packed_rows_of_a_batch_stay_apart_in_flash_attention(monkeypatch):
+    name = "flash_attention_pretended"
+    AttentionInterface.register(name, flash_like)
+    model, packed, alone = family("llama"), packed_row(), separate_rows()
+    rows = replace(
+        packed, input_ids=packed.input_ids.repeat(3, 1), position_ids=packed.position_ids.repeat(3, 1)
+    )
+    expected = decoder_hidden(model, rows)
+    plain = decoder_hidden(model, alone)
+    model.config._attn_implementation = name
+    torch.testing.assert_close(decoder_hidden(model, rows), expected, rtol=1e-4, atol=1e-4)
+    real = alone.attention_mask.bool()
+    torch.testing.assert_close(decoder_hidden(model, alone)[real], plain[real], rtol=1e-4, atol=1e-4)
+    verify_packing(model, "llama")
+    monkeypatch.setattr("dskd_lightning.models.output._in_one_row", lambda model: False)
+    with pytest.raises(UserError, match="would mix examples"):
+        verify_packing(model, "llama")
 
 
 @pytest.mark.parametrize("config", [CONFIGS["opt"], BLOOM], ids=["opt", "bloom"])
