@@ -35,13 +35,14 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout 1200 -m slow notebooks
 
-# The lowest versions that pyproject.toml allows, in an environment of their own.
+# The lowest versions that pyproject.toml allows, in an environment of their own. Old packages beside new
+# ones that they use warn of much, which is no error here.
 LOWEST := .venv-lowest
 test-lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --python $(LOWEST) --resolution lowest-direct --torch-backend cpu --editable ".[gguf,dev]"
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 -W default -m "not slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

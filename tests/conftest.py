@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ if "DSKD_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit th
     os.environ["DSKD_CACHE_DIR"] = tempfile.mkdtemp(prefix="dskd-tests-")
     atexit.register(shutil.rmtree, os.environ["DSKD_CACHE_DIR"], ignore_errors=True)
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,17 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     # A command line run in this process leaves its seed to later tests, whose forked ranks would take it.
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    # A command line run in this process takes the loggers over: later tests' ``caplog`` would see nothing.
+    loggers = [logging.getLogger(n) for n in ("dskd_lightning", "lightning.pytorch", "lightning.fabric")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture(scope="session")
