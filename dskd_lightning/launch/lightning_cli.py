@@ -226,7 +226,7 @@ class DistillationCLI(LightningCLI):
                     f"--model.weights_from: {start} lies in {output}, where the new run starts over; "
                     "name another --output."
                 )
-            config.trainer.default_root_dir = str(output)
+        config.trainer.default_root_dir = str(output)  # for what is written without a logger, too
 
     def _choose_teacher(self, config: Any) -> None:
         if self.subcommand == "fit":

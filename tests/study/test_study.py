@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from compared_runs import SFT
+from forks import become
+from tiny_runs import write_config
 
 from dskd_lightning.cli.main import main
 from dskd_lightning.errors import UserError
@@ -377,3 +381,21 @@ def test_quickstart_across_vocabularies_makes_its_own_tokenizer(tmp_path, monkey
     assert own.apply_chat_template(message, tokenize=False) == teachers.apply_chat_template(
         message, tokenize=False
     )
+
+
+def test_a_run_without_a_logger_leaves_the_working_folder_alone(model_folder, tmp_path, monkeypatch) -> None:
+    """Its config belongs into its own folder, never over a file of the user's."""
+    working = tmp_path / "working"
+    working.mkdir()
+    (working / "config.yaml").write_text("mine\n")
+    changes = {"model.objective": SFT, "trainer.logger": False, "trainer.max_steps": 1}
+    config = write_config(tmp_path, model_folder(seed=1), None, **changes)
+    monkeypatch.chdir(working)
+    process = os.fork()
+    if not process:
+        arguments = [f"--config={config}", f"--output={tmp_path / 'run'}"]
+        run = partial(worker.run_variant, arguments, str(tmp_path / "run"), "", True, False)
+        become(run, tmp_path / "out", tmp_path / "err")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, (tmp_path / "err").read_text()
+    assert [(path.name, path.read_text()) for path in working.iterdir()] == [("config.yaml", "mine\n")]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["logger"] is False
