@@ -105,9 +105,7 @@ class ResponseEvaluation(L.Callback):
         if trainer.world_size > 1:
             return
         if self.efficiency:
-            student: Any = module.student
-            student = merged(student) if isinstance(student, PeftModel) else student  # as it is shipped
-            student = _computed_in(trainer.precision, student)
+            student = _shipped(module.student, str(trainer.precision))
             self._measure(student, "efficiency", model=self._identity(trainer, pl_module))
             del student
         if self.teacher_efficiency and module.teacher_specs:
@@ -176,12 +174,20 @@ class ResponseEvaluation(L.Callback):
             write_object(self.output / f"{file}.json", values)
 
 
-def _computed_in(precision: object, student: Any) -> Any:
-    """A copy in the type that mixed precision computes in: weights in float32 are the optimiser's need."""
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
-    if dtype is None or all(p.dtype == dtype for p in student.parameters() if p.is_floating_point()):
+def _shipped(student: Any, precision: str) -> Any:
+    """The student as it is used: its adapter merged, in the type that mixed precision computes in.
+
+    Weights in float32 are the optimiser's need. What is changed is a copy.
+    """
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    own: Any
+    if isinstance(student, PeftModel):
+        own = merged(student)
+    elif dtype is None or all(p.dtype == dtype for p in student.parameters() if p.is_floating_point()):
         return student
-    return copy.deepcopy(student).to(dtype)
+    else:
+        own = copy.deepcopy(student)
+    return own if dtype is None else own.to(dtype)
 
 
 def response_scores(predictions: Mapping[int | None, Sequence[Prediction]]) -> dict[str, float]:

@@ -83,8 +83,7 @@ def run_function(function: Callable[..., object], arguments: Sequence[str], prog
     if words is not None:
         parser.add_argument(words, nargs="*", type=str, help=f"Any number of {words}.")
     config = parser.parse_args(_with_flags(function, [_underscored(argument) for argument in arguments]))
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before 4.49
-    values = instantiate(config).as_dict()
+    values = parser.instantiate(config).as_dict()
     rest = [] if words is None else values.pop(words)
     return function(*values.values(), *rest) if rest else function(**values)
 

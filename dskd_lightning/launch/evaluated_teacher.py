@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,7 +18,7 @@ from dskd_lightning.runs.run_folder import TEACHER
 if TYPE_CHECKING:
     from dskd_lightning.models.layer_choice import Calibration
 
-__all__ = ["EvaluatedTeacher", "evaluate_teacher", "teacher_folder", "without_model_choice"]
+__all__ = ["EvaluatedTeacher", "evaluate_teacher", "without_model_choice"]
 
 
 @dataclass
@@ -60,11 +59,6 @@ def without_model_choice(arguments: Sequence[str]) -> tuple[list[str], bool]:
         else:
             rest.append(word)
     return rest, asked
-
-
-def teacher_folder(output: str | Path) -> Path:
-    """Where the results of a run's teacher lie."""
-    return Path(output) / TEACHER
 
 
 def evaluate_teacher(module: DistillationModule, datamodule: Any) -> None:

@@ -37,17 +37,14 @@ from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import settings_of
-from dskd_lightning.launch.evaluated_teacher import (
-    evaluate_teacher,
-    teacher_folder,
-    without_model_choice,
-)
+from dskd_lightning.launch.evaluated_teacher import evaluate_teacher, without_model_choice
 from dskd_lightning.launch.own_classes import OwnClasses, OwnClassesParser
 from dskd_lightning.launch.run_files import clear_run, is_exported, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.runs.lock import lock_run
+from dskd_lightning.runs.run_folder import TEACHER
 from dskd_lightning.runs.validation_metrics import Mode
 from dskd_lightning.strategies import check_strategy, check_strategy_name
 
@@ -93,7 +90,7 @@ class _SaveConfig(SaveConfigCallback):
             if trainer.is_global_zero:
                 path = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
                 parameters = inspect.signature(self.parser.dump).parameters
-                whole = "skip_unset" if "skip_unset" in parameters else "skip_none"  # before 4.49
+                whole = "skip_unset" if "skip_unset" in parameters else "skip_none"  # before 4.50
                 write_atomic(path, self.parser.dump(self.config, **{whole: False}))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -235,7 +232,7 @@ class DistillationCLI(LightningCLI):
             raise UserError("--model teacher: a teacher is what its source says; leave --ckpt_path out.")
         config.untrained = True
         if self.subcommand is not None:  # a study names the folder itself
-            config.output = str(teacher_folder(config.output))
+            config.output = str(Path(config.output) / TEACHER)
             for part in ("responses", "samples", "analysis"):
                 config[part].output = config.output
         logger.info("evaluating the teacher; results go to %s", config.output)

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.effective_weight import effective_bias, effective_weight
@@ -92,7 +93,9 @@ def decoder_hidden(
         padding_too: hand the mask over, for those who read the padding's own states: it must not see itself.
     """
     ids, positions = batch.input_ids, batch.position_ids
-    if batch.attention_mask is None and _in_one_row(model):
+    config = base_model(model).config.get_text_config()
+    if batch.attention_mask is None and is_flash_attention_requested(config):
+        # It looks for packed examples in batches of one row alone; in others it would mix them.
         ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
     output = decoder_of(model)(
         input_ids=ids,
@@ -102,11 +105,6 @@ def decoder_hidden(
         return_dict=True,
     )
     return output.last_hidden_state.view(*batch.input_ids.shape, -1)
-
-
-def _in_one_row(model: PreTrainedModel | PeftModel) -> bool:
-    """Flash attention looks for packed examples in batches of one row alone; in others it would mix them."""
-    return "flash" in str(base_model(model).config.get_text_config()._attn_implementation)
 
 
 def model_space(model: PreTrainedModel | PeftModel, tokenizer: Any = None) -> ModelSpace:

@@ -16,6 +16,7 @@ from dskd_lightning.files import read_object, write_atomic, write_object
 from dskd_lightning.launch.arguments import read_yaml
 from dskd_lightning.planning.first_config import plan
 from dskd_lightning.runs.heartbeat import duration
+from dskd_lightning.runs.run_folder import TEACHER
 from dskd_lightning.study.process import run_process
 from dskd_lightning.study.study import Study
 from dskd_lightning.study.worker import read_result
@@ -35,6 +36,7 @@ CROSS = {
 }
 """Objectives across vocabularies."""
 
+_UNTRAINED = "before training"
 _PROBED = 6  # optimiser steps whose time is taken
 _TRAINING = 0.7  # of the budget; the rest is for validation, responses and the report
 _EPOCHS = 3.0  # more would overfit on what is small enough to be read so often
@@ -158,8 +160,8 @@ class Benchmark:
         }
         write_atomic(self.output / "budget.yaml", yaml.safe_dump(overlay, sort_keys=False))
         variants: dict[str, Any] = {
-            "teacher": {"model": "teacher"},
-            "before training": {"train": False},
+            TEACHER: {"model": TEACHER},
+            _UNTRAINED: {"train": False},
             **{name: {"configs": [f"dskd:objective/{known[name]}"]} for name in names},
         }
         study = {
@@ -194,7 +196,7 @@ def recommended(output: Path) -> Verdict:
     """
     summary = read_object(output / "report" / "comparison.json", "run the benchmark again")
     table = read_object(output / "table.json", "run the benchmark again")
-    trained = [item for item in summary["candidates"] if item["name"] not in ("teacher", "before training")]
+    trained = [item for item in summary["candidates"] if item["name"] not in (TEACHER, _UNTRAINED)]
     better = [item for item in trained if item["outcome"] == "better"]
     baseline = summary["baseline"]
     if better:

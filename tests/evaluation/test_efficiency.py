@@ -74,14 +74,16 @@ def test_no_energy_where_nothing_is_readable(tmp_path) -> None:
     assert meter.sources == []
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
 @pytest.mark.parametrize(("precision", "size"), [("bf16-mixed", 2), ("32-true", 4)])
 def test_a_student_is_measured_in_what_its_training_computes_in(
-    model_folder, tmp_path, precision, size
+    model_folder, tmp_path, precision, size, lora
 ) -> None:
     """Its weights in float32 are what the optimiser needs, not what is shipped."""
     config = write_config(
         tmp_path, model_folder(seed=1), None,
         **{"model.objective": SFT, "trainer.precision": precision, "trainer.max_epochs": 1},
+        **({"model.student.lora": lora} if lora else {}),
     )  # fmt: skip
     dskd_fork("fit", "--config", str(config))
     dskd_fork("test", "--config", str(config))

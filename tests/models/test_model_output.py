@@ -95,7 +95,7 @@ def test_packed_rows_of_a_batch_stay_apart_in_flash_attention(monkeypatch):
     real = alone.attention_mask.bool()
     torch.testing.assert_close(decoder_hidden(model, alone)[real], plain[real], rtol=1e-4, atol=1e-4)
     verify_packing(model, "llama")
-    monkeypatch.setattr("dskd_lightning.models.output._in_one_row", lambda model: False)
+    monkeypatch.setattr("dskd_lightning.models.output.is_flash_attention_requested", lambda config: False)
     with pytest.raises(UserError, match="would mix examples"):
         verify_packing(model, "llama")
 
