@@ -10,6 +10,7 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import chunk_tokens, token_log_prob
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.functional.paired_logits import first_rows
 from dskd_lightning.objectives.paired import PairedObjective, Pairs, Partners
 from dskd_lightning.objectives.uld import sorted_l1
 from dskd_lightning.structures import Alignment, ModelSpace, Side
@@ -136,13 +137,14 @@ class GOLDObjective(PairedObjective):
         with torch.no_grad():
             teacher_later = self._later(teacher, alignment.teacher_group, alignment.groups)
         group = alignment.student_group.clamp(min=0)
-        return Partners(position, (teacher_later[group], later[group]))
+        return Partners(position, (teacher_later[group], later[group]), alignment.groups)
 
     def _later(self, side: Side, group: Tensor, groups: int) -> Tensor:
         """``[max(groups, 1)]``, log-probability of each group's tokens behind its first."""
         later = group >= 0
         later[_firsts(group, groups)] = False
-        rows = later.nonzero().squeeze(1)
+        order, count = first_rows(later, len(group) - groups)
+        rows = order[:count]
         log_prob = token_log_prob(
             side.hidden[rows],
             side.head,
@@ -150,7 +152,8 @@ class GOLDObjective(PairedObjective):
             temperature=self.temperature,
             chunk_size=chunk_tokens(side.head.vocab_size, self.memory_budget_mb, device=side.hidden.device),
         )
-        return log_prob.new_zeros(max(groups, 1)).index_add(0, group[rows], log_prob)
+        places = group[rows].clamp(min=0)
+        return log_prob.new_zeros(max(groups, 1)).index_add(0, places, log_prob.where(later[rows], 0))
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         teacher_later, student_later = pairs.extras
@@ -172,4 +175,4 @@ class GOLDObjective(PairedObjective):
             self.overlap if self.matched_weight is None else self.matched_weight,
             1 - self.overlap if self.unmatched_weight is None else self.unmatched_weight,
         )
-        return {"matched": weights[0] * matched.sum(), "unmatched": weights[1] * unmatched.sum()}
+        return {"matched": weights[0] * matched, "unmatched": weights[1] * unmatched}

@@ -43,6 +43,8 @@ class MinEditObjective(PairedObjective):
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
+    vocabulary_copies = 16  # the moved distribution beside both sides'
+
     def __init__(
         self,
         divergence: Divergence | None = None,
@@ -77,14 +79,14 @@ class MinEditObjective(PairedObjective):
         if not len(teacher):
             return Partners(position)
         mapped = self.get_buffer("nearest")[teacher.labels][position.clamp(min=0)]
-        return Partners(position.masked_fill(mapped != student.labels, -1))
+        most = len(alignment.pairs) if self.alignment == "bytes" else len(teacher)
+        return Partners(position.masked_fill(mapped != student.labels, -1), most=most)
 
     def _edit_positions(self, student: Side, teacher: Side) -> Tensor:
         """``[n]``, the teacher position aligned one to one with each student position, or -1."""
-        sides = []
-        for side in (student, teacher):
-            labels, sequence = torch.stack([side.labels, side.sequence]).cpu().numpy()
-            sides.append((labels, sequence))
+        both = [torch.stack([side.labels, side.sequence]) for side in (student, teacher)]
+        read = torch.cat(both, 1).cpu().numpy()  # waits for the device once
+        sides = read[:, : len(student)], read[:, len(student) :]
         position = np.full(len(student), -1, np.int64)
         for example in np.unique(sides[0][1]):
             (start, stop), (first, last) = (
@@ -116,7 +118,7 @@ class MinEditObjective(PairedObjective):
             moved = torch.zeros_like(pairs.student)
             moved.index_add_(1, nearest.clamp(min=0), p * known)
         each = self.divergence(student_logits=pairs.student / self.temperature, teacher_logits=moved.log())
-        return {"min_edit": each.sum()}
+        return {"min_edit": each}
 
     def unpaired(self, student_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         scaled = student_logits / self.temperature

@@ -25,15 +25,18 @@ class Partners:
     Args:
         position: ``[n]``, a teacher position, -1 where there is none.
         extras: more tensors ``[n, ...]`` that the comparison reads, with a gradient or without.
+        most: at least as many as positions have a partner, where the host knows such a number; None waits for
+            the device to count them.
     """
 
     position: Tensor
     extras: tuple[Tensor, ...] = ()
+    most: int | None = None
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Logits of the compared positions of one chunk.
+    """Logits of the compared positions of one chunk, and of some that aren't, whose terms don't count.
 
     Args:
         teacher: ``[pairs, teacher vocab]``, no gradient, no temperature.
@@ -64,14 +67,15 @@ class PairedObjective(CrossTokenizerObjective):
 
     @abstractmethod
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Terms of KD, each already weighted and summed over the pairs of a chunk."""
+        """Terms of KD ``[pairs]``, each already weighted, at the pairs of a chunk."""
 
     def diagnose(self, pairs: Pairs) -> dict[str, Tensor]:
-        """More metrics, summed over the pairs of a chunk and logged as means; named in `diagnostics`."""
+        """More metrics ``[pairs]`` at the pairs of a chunk, logged as means; named in `diagnostics`."""
         return {}
 
     def unpaired(self, student_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Terms of KD at positions without a partner, by their labels; none unless overridden.
+        """Summed terms of KD at positions without a partner, by their labels (-1 at others); none unless
+        overridden.
 
         Not called on the student's own samples, whose labels are nothing to learn.
         """
@@ -89,6 +93,7 @@ class PairedObjective(CrossTokenizerObjective):
             (teacher.hidden.detach(), teacher.head.detach()),
             position,
             (student.labels, *partners.extras),
+            most=partners.most,
             memory_budget_mb=self.memory_budget_mb,
             copies=self.vocabulary_copies,
         )
@@ -107,36 +112,42 @@ class PairedObjective(CrossTokenizerObjective):
         sampled: bool,
         logits: Tensor,
         teacher_logits: Tensor,
-        rows: Tensor,
+        paired: Tensor,
         inputs: tuple[Tensor, ...],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         labels, *extras = inputs
         ce = F.cross_entropy(logits, labels, reduction="sum")
-        pairs = Pairs(teacher_logits, logits[rows], labels[rows], tuple(extra[rows] for extra in extras))
-        terms = self.compare(pairs)
+        first = slice(len(paired))
+        pairs = Pairs(teacher_logits, logits[first], labels[first], tuple(extra[first] for extra in extras))
+        terms = _sums(self.compare(pairs), paired)
         if not sampled:
-            for name, value in self.unpaired(logits, labels.index_fill(0, rows, -1)).items():
+            others = labels.masked_fill(F.pad(paired, (0, len(labels) - len(paired))), -1)
+            for name, value in self.unpaired(logits, others).items():
                 terms[name] = terms[name] + value
         kd = torch.stack(list(terms.values())).sum()
         ratio = 1.0 if sampled else self.kd_ratio
         loss = (1 - ratio) * ce + ratio * kd
         stats = {"ce": ce, "kd": kd, **(terms if len(terms) > 1 else {})}
         with torch.no_grad():
-            stats |= self._diagnose(logits, labels, pairs, rows) | self.diagnose(pairs)
+            choice = logits.argmax(-1)
+            stats |= {"student_accuracy": (choice == labels).sum(), "student_entropy": _entropy(logits).sum()}
+            stats |= _sums(self._diagnose(choice[first], pairs) | self.diagnose(pairs), paired)
         return loss, {name: value.detach() for name, value in stats.items()}
 
-    def _diagnose(self, logits: Tensor, labels: Tensor, pairs: Pairs, rows: Tensor) -> dict[str, Tensor]:
-        choice = logits.argmax(-1)
-        stats = {"student_accuracy": (choice == labels).sum(), "student_entropy": _entropy(logits)}
-        stats["teacher_entropy"] = _entropy(pairs.teacher)
+    def _diagnose(self, choice: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+        stats = {"teacher_entropy": _entropy(pairs.teacher)}
         if self.teacher_to_student is not None:
             mapped = self.teacher_to_student[pairs.teacher.argmax(-1)]
-            stats["teacher_accuracy"] = (mapped == pairs.labels).sum()
-            stats["agreement"] = (mapped == choice[rows]).sum()
+            stats |= {"teacher_accuracy": mapped == pairs.labels, "agreement": mapped == choice}
         return stats
 
 
+def _sums(values: dict[str, Tensor], paired: Tensor) -> dict[str, Tensor]:
+    """Values ``[pairs]`` summed where there is a pair."""
+    return {name: value.where(paired, 0).sum() for name, value in values.items()}
+
+
 def _entropy(logits: Tensor) -> Tensor:
-    """Sum over rows of the entropy of ``softmax(logits)``, in nats."""
+    """``[rows]``, entropy of ``softmax(logits)``, in nats."""
     log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum()  # 0 where p is 0
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)  # 0 where p is 0

@@ -56,10 +56,10 @@ class SharedVocabularyObjective(PairedObjective):
         self.register_buffer("teacher_ids", self.student_to_teacher[ids], persistent=False)
 
     def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
-        return Partners(pair_positions(student, alignment))
+        return Partners(pair_positions(student, alignment), most=len(alignment.pairs))
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         teacher = pairs.teacher.index_select(-1, self.teacher_ids)
         student = pairs.student.index_select(-1, self.student_ids)
         each = self.divergence(student_logits=student, teacher_logits=teacher, temperature=self.temperature)
-        return {"shared_kd": each.sum()}
+        return {"shared_kd": each}

@@ -54,9 +54,9 @@ class ULDObjective(PairedObjective):
         others = teacher.sequence.contiguous()
         first = torch.searchsorted(others, keys)
         count = torch.searchsorted(others, keys, right=True) - first
-        return Partners(torch.where(place < count, first + place, -1))
+        return Partners(torch.where(place < count, first + place, -1), most=len(teacher))
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         p = (pairs.teacher / self.temperature).softmax(-1)
         q = (pairs.student / self.temperature).softmax(-1)
-        return {"uld": sorted_l1(p, q).sum()}
+        return {"uld": sorted_l1(p, q)}

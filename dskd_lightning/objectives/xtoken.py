@@ -56,6 +56,7 @@ class XTokenProjectionObjective(PairedObjective):
 
     reached: Tensor
     diagnostics = ("reached_mass",)
+    vocabulary_copies = 14  # the projected distribution beside both sides'
 
     def __init__(
         self, kd_ratio: float = 0.5, temperature: float = 1.0, memory_budget_mb: float = DEFAULT_BUDGET_MB
@@ -77,7 +78,7 @@ class XTokenProjectionObjective(PairedObjective):
         self.register_buffer("projection_weight", transposed.values().to(rows.device), persistent=False)
 
     def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
-        return Partners(group_starts(student, alignment))
+        return Partners(group_starts(student, alignment), most=alignment.groups)
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         q = (pairs.student / self.temperature).softmax(-1)
@@ -86,7 +87,7 @@ class XTokenProjectionObjective(PairedObjective):
         log_q = projected.clamp(min=tiny).log()
         log_q = log_q - log_q.logsumexp(-1, keepdim=True)
         log_p = (pairs.teacher / self.temperature).index_select(-1, self.reached).log_softmax(-1)
-        return {"projected_kl": (log_p.exp() * (log_p - log_q)).sum()}
+        return {"projected_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
 
     def _project(self, q: Tensor) -> Tensor:
         """``q W`` ``[pairs, reached]`` of probabilities ``[pairs, student vocab]``."""
@@ -100,7 +101,7 @@ class XTokenProjectionObjective(PairedObjective):
         return cast("Tensor", _SparseProduct.apply(matrix, q))
 
     def diagnose(self, pairs: Pairs) -> dict[str, Tensor]:
-        mass = (pairs.teacher / self.temperature).softmax(-1).index_select(-1, self.reached).sum()
+        mass = (pairs.teacher / self.temperature).softmax(-1).index_select(-1, self.reached).sum(-1)
         return {"reached_mass": mass}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretended_gpu import PretendedGpu
 from torch import Tensor
 from torch.nn import functional as F
 
 from dskd_lightning.functional import paired_logits
-from dskd_lightning.functional.paired_logits import paired_logit_sum
+from dskd_lightning.functional.paired_logits import first_rows, paired_logit_sum
 from dskd_lightning.structures import Head
 
 N, M, D, E, V, U = 37, 9, 5, 7, 13, 17
@@ -20,9 +21,27 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     labels, factor = rows
     ce = F.cross_entropy(logits, labels, reduction="sum")
-    p, q = teacher.softmax(-1), logits[paired].softmax(-1)
-    kd = ((p[:, :V] - q) ** 2 * factor[paired, None]).sum()
-    return ce + kd, {"kd": kd, "pairs": paired.new_tensor(len(paired)), "choice": logits.argmax(-1)}
+    p, q = teacher.softmax(-1), logits[: len(paired)].softmax(-1)
+    kd = ((p[:, :V] - q) ** 2 * factor[: len(paired), None]).sum(-1).where(paired, 0).sum()
+    return ce + kd, {
+        "kd": kd,
+        "pairs": paired.sum(),
+        "rows": paired.new_tensor(len(logits), dtype=torch.long),
+    }
+
+
+def by_hand(
+    tensors: tuple[Tensor, ...], reads: tuple[Tensor, Head], position: Tensor, head: Head
+) -> tuple[Tensor, Tensor]:
+    """Loss and its KD, one position after the other."""
+    hidden, _weight, _bias, factor, labels = tensors
+    logits, theirs = head.logits(hidden), reads[1].logits(reads[0])
+    kd = hidden.new_zeros(())
+    for row, partner in enumerate(position.tolist()):
+        if partner >= 0:
+            p, q = theirs[partner].softmax(-1), logits[row].softmax(-1)
+            kd = kd + factor[row] * ((p[:V] - q) ** 2).sum()
+    return F.cross_entropy(logits, labels, reduction="sum") + kd, kd
 
 
 def make(dtype: torch.dtype = torch.float64, n: int = N) -> tuple[Tensor, ...]:
@@ -38,7 +57,11 @@ def teacher(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Head]:
 
 
 def run(
-    tensors: tuple[Tensor, ...], reads: tuple[Tensor, Head], position: Tensor = POSITION, **head: float
+    tensors: tuple[Tensor, ...],
+    reads: tuple[Tensor, Head],
+    position: Tensor = POSITION,
+    most: int | None = None,
+    **head: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     hidden, weight, bias, factor, labels = tensors
     return paired_logit_sum(
@@ -47,6 +70,7 @@ def run(
         reads,
         position,
         (labels, factor),
+        most=most,
         memory_budget_mb=1e-9,  # chunks of 16 rows
         copies=8,
     )
@@ -60,24 +84,56 @@ def _tile(request, monkeypatch) -> None:
 @pytest.mark.usefixtures("_tile")
 def test_values_stats_and_gradients_equal_those_of_whole_matrices() -> None:
     tensors, reads = make(), teacher()
-    hidden, weight, bias, factor, labels = tensors
+    hidden, weight, bias, factor, _labels = tensors
     loss, stats = run(tensors, reads, scale=2.0, softcap=3.0)
-    paired = (POSITION >= 0).nonzero().squeeze(1)
-    wanted, wanted_stats = loss_of(
-        Head(weight, bias, 2.0, 3.0).logits(hidden),
-        reads[1].logits(reads[0][POSITION[paired]]),
-        paired,
-        (labels, factor),
-    )
+    wanted, kd = by_hand(tensors, reads, POSITION, Head(weight, bias, 2.0, 3.0))
     torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(stats["kd"], wanted_stats["kd"].detach())
-    assert torch.equal(stats["choice"], wanted_stats["choice"])
-    assert int(stats["pairs"]) == len(paired)
+    torch.testing.assert_close(stats["kd"], kd.detach())
+    assert int(stats["pairs"]) == int((POSITION >= 0).sum())
+    assert int(stats["rows"]) == N
     leaves = (hidden, weight, bias, factor)
     for found, expected in zip(
         torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * wanted, leaves), strict=True
     ):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("most", [int((POSITION >= 0).sum()), 30, N, 10 * N])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_a_number_that_the_host_knows_to_be_enough_changes_nothing(most, heads_first) -> None:
+    tensors, reads = make(), teacher()
+    position = POSITION.flip(0) if heads_first else POSITION
+    wanted, kd = by_hand(tensors, reads, position, Head(tensors[1], tensors[2]))
+    with PretendedGpu():
+        put = [tensor.detach().to("cuda").requires_grad_(tensor.requires_grad) for tensor in tensors]
+        theirs = reads[0].to("cuda"), reads[1].to("cuda")
+        loss, stats = run(tuple(put), theirs, position.to("cuda"), most=most)
+        found = [
+            x.cpu() for x in (*torch.autograd.grad(loss, put[:4]), loss.detach(), stats["kd"], stats["pairs"])
+        ]
+    expected = (
+        *torch.autograd.grad(wanted, tensors[:4]),
+        wanted.detach(),
+        kd.detach(),
+        (position >= 0).sum(),
+    )
+    for value, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, right)
+
+
+def test_rows_of_a_mask_come_first_in_their_order() -> None:
+    mask = torch.tensor([False, True, False, True, True])
+    order, count = first_rows(mask, None)
+    assert order.tolist() == [1, 3, 4, 0, 2]
+    assert count == first_rows(mask, 4)[1] == 3  # a CPU counts for itself
+    with PretendedGpu() as gpu:
+        on_device = mask.to("cuda")
+        gpu.stalls.clear()
+        assert first_rows(on_device, 4)[1] == 4
+        assert first_rows(on_device, 9)[1] == 5
+        assert not gpu.stalls
+        assert first_rows(on_device, None)[1] == 3
+        assert gpu.stalls
 
 
 def test_gradcheck() -> None:
@@ -127,5 +183,5 @@ def test_under_autocast_products_are_half_and_the_loss_is_not() -> None:
         plain = F.linear(hidden, weight, bias).float()
     assert set(seen) == {(torch.float32, torch.float32)}
     loss.backward()
-    assert torch.equal(torch.cat(tiles), plain)
+    assert torch.equal(torch.cat(tiles), plain[(POSITION < 0).to(torch.uint8).argsort(stable=True)])
     assert weight.grad.dtype == torch.float32

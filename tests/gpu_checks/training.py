@@ -21,11 +21,8 @@ from .setup import OBJECTIVES, Setup, finite
 EVERYWHERE = ("DSKD", "ETA", "GOLD")
 """Objectives that are tried in every combination on a real GPU, whose minutes are few; others in two."""
 
-OWN_STALLS = {
-    "GOLD": 4, "ULD": 2, "MinEdit": 5, "X-Token P": 2, "X-Token H": 4,
-    "shared vocabulary": 2,
-}  # fmt: skip
-"""Most waits for the device that an objective has in a step: the host asks for sizes."""
+OWN_STALLS = {"MinEdit": 2}
+"""Most waits for the device that an objective has in a step: the host computes edit distances."""
 
 PER_MODEL = 1
 """transformers looks whether rows are packed; nothing but a cache of keys keeps it from that."""
