@@ -49,10 +49,10 @@ def check_arguments(
     for spec, objective in zip(specs, objectives, strict=False):
         if not isinstance(spec, TeacherSpec) or not spec.absent:
             continue
-        if spec.follow or spec.quantization or spec.adapter:
+        if spec.follow or spec.quantization or spec.adapter or spec.offload:
             raise UserError(
                 "model.teacher: of a teacher known by its log-probabilities no weights are loaded: "
-                "drop adapter, quantization and follow, or endpoint and log_probabilities."
+                "drop adapter, quantization, offload and follow, or endpoint and log_probabilities."
             )
         if objective.needs_teacher and not objective.learns_from_log_probabilities:
             raise UserError(

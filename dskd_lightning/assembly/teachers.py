@@ -115,6 +115,11 @@ def make_followers(
             raise UserError(
                 "model.teacher.follow: quantised weights can't follow the student's: leave quantization out."
             )
+        if spec.offload:
+            raise UserError(
+                "model.teacher.follow: weights in the host's memory can't follow the student's: leave "
+                "offload out."
+            )
         follower = Follower(spec.follow, student, teacher, spec.source)
         head = id(cast("Any", teacher).get_output_embeddings().weight)
         named = dict(teacher.named_parameters(remove_duplicate=False))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.offload import offload_layers
 from dskd_lightning.models.sources import Source, adapter_base, load_errors, quiet, resolve_source
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.models.verification import verify_causal, verify_head
@@ -104,8 +105,24 @@ def load_teacher(spec: TeacherSpec) -> PreTrainedModel:
     A quantised teacher keeps its adapter beside the weights: merging would round it away.
 
     Raises:
-        UserError: model or adapter can't be loaded, or the model's head can't be read.
+        UserError: model or adapter can't be loaded, the model's head can't be read, or its weights stay on
+            the device and shall not.
     """
+    if spec.offload and spec.quantization:
+        raise UserError(
+            "model.teacher.offload: quantised weights stay on their device; leave offload or quantization "
+            "out."
+        )
+    if not spec.offload:
+        return _frozen(spec)
+    device = torch.get_default_device()  # a strategy's context names one, which the model needn't fit
+    with torch.device("cpu"):
+        model: Any = _frozen(spec)
+    offload_layers(model)
+    return cast("PreTrainedModel", model.to(device))
+
+
+def _frozen(spec: TeacherSpec) -> PreTrainedModel:
     model: Any = load_model(spec, quantization=spec.quantization)
     if spec.adapter is not None:
         with load_errors("adapter", spec.adapter, _ADAPTER_NEEDS):

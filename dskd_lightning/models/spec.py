@@ -132,6 +132,8 @@ class TeacherSpec(ModelSpec):
     Args:
         adapter: a LoRA adapter (folder or Hub id), merged into the weights at load.
         quantization: load the weights in 8 or 4 bits through bitsandbytes.
+        offload: keep the layers in the host's memory, from where they visit the device one after another: for
+            a teacher that doesn't fit there.
         weight: weight of this teacher's objective where there are several.
         name: by which a record's ``teacher`` makes it the only one that answers for the record.
         system: its own system message in the place of the record's; the student reads what the record
@@ -143,6 +145,7 @@ class TeacherSpec(ModelSpec):
 
     adapter: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
+    offload: bool = False
     weight: float = 1.0
     name: str | None = None
     system: str | None = None

@@ -63,6 +63,12 @@ def check_strategy(
                 f"model.teacher.quantization: {teacher.quantization} weights can't be sharded; leave it out, "
                 "cache the teacher's states (data.teacher_cache), or take `trainer.strategy: ddp`."
             )
+        if isinstance(teacher, TeacherSpec) and teacher.offload:
+            raise UserError(
+                "model.teacher.offload: layers in the host's memory can't be sharded; leave it out (sharding "
+                "saves as much), cache the teacher's states (data.teacher_cache), or take "
+                "`trainer.strategy: ddp`."
+            )
         if isinstance(teacher, TeacherSpec) and teacher.follow is not None:
             raise UserError(
                 "model.teacher.follow: sharded weights can't follow the student's: take one device, or "

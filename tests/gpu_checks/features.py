@@ -32,6 +32,7 @@ def checks(setup: Setup) -> Iterator[tuple[str, Callable[[], str]]]:
         "gradient checkpointing",
         partial(fitted, setup, "DSKD", {}, student={"gradient_checkpointing": True}),
     )
+    yield "offloaded teacher", partial(fitted, setup, "ETA", {}, teacher={"offload": True})
     yield "8-bit optimizer", partial(eight_bit_optimizer, setup)
     yield "8-bit teacher", partial(quantised, setup, "8bit")
     yield "4-bit teacher", partial(quantised, setup, "4bit")

@@ -131,6 +131,7 @@ EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
             "tensor_parallel_size=2 isn't",
         ),
         ([*SHARDED, "--model.teacher.quantization", "4bit"], "4bit weights can't be sharded"),
+        ([*SHARDED, "--model.teacher.offload", "true"], "host's memory can't be sharded"),
         ([*SHARDED, "--model.teacher.follow.decay", "0.9"], "can't follow the student's"),
         ([*SHARDED, f"--trainer.callbacks+={json.dumps(EMA)}"], "EMAWeightAveraging copies the module"),
     ],
