@@ -34,7 +34,7 @@ from dskd_lightning.runs.lock import only_one
 __all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
 
 _log = logging.getLogger(__name__)
-_VERSION = 8  # of the files' layout and of the rendering
+_VERSION = 9  # of the files' layout and of the rendering
 _UNFINISHED = ".preparing-"
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write
 

@@ -224,7 +224,8 @@ def _mark_response(response: str, mark: str) -> tuple[str, list[re.Pattern[str]]
     if reasoning:
         options.insert(1, rf"{inner}.*?{outer}")
     found = [re.compile(option, re.DOTALL) for option in options]
-    return f"{parts[1]}{reasoning}{parts[3]}{outer}", found
+    # No space behind the reasoning: a template that drops what is in front of it would keep it in the prompt.
+    return f"{parts[1]}{reasoning}{parts[3].rstrip()}{outer}", found
 
 
 def _left_out(what: str, place: str, everything: bool) -> InvalidRecord:

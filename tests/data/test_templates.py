@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from public_templates import FAMILIES, public_tokenizer
 
@@ -79,6 +79,10 @@ def conversations(draw: st.DrawFn) -> Example:
     return Example(tuple(messages), (messages[-1].content,), "f", 1, TOOLS if tools else "")
 
 
+def _asked(answer: str) -> Example:
+    return Example((Message("user", "a"), Message("assistant", answer)), (answer,), "f", 1)
+
+
 @functools.cache
 def renderer(name: str, learn: Learn = "assistant") -> ChatRenderer:
     if name in FAMILIES:
@@ -94,6 +98,7 @@ def end_of(name: str, model: ChatRenderer) -> int:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(conversations(), st.sampled_from(sorted([*TEMPLATES, *FAMILIES])))
+@example(_asked("<think>\nhm\n</think>\n\n b"), "deepseek")
 def test_every_response_is_found_byte_for_byte_and_learnt_once(example: Example, name: str) -> None:
     student, teacher = renderer(name), renderer("chatml")
     if name == "gemma" and any(message.role == "tool" for message in example.messages):
@@ -159,6 +164,14 @@ def test_reasoning_stands_where_the_template_puts_it() -> None:
     assert text_of(THINKING, Message("user", "x"), Message("assistant", empty))[0].count("<think>") == 1
     whole, learnt = text_of(THINKING, Message("user", "x"), Message("assistant", "4"))
     assert whole.endswith(f"<|assistant|>\n<think>\n\n</think>\n\n{learnt}")
+
+
+@pytest.mark.parametrize("space", ["", "\n\n", "\n\n ", "  "])
+def test_the_space_behind_reasoning_is_the_responses_where_a_template_drops_what_is_before(space) -> None:
+    model = renderer("deepseek")
+    (turn,) = model.render(_asked(f"<think>\nhm\n</think>{space}b")).turns
+    assert model.tokenizer.decode(turn.prompt_ids).endswith("Assistant\uff5c>")
+    assert model.tokenizer.decode(turn.response_ids[:-1]) == f"<think>\nhm\n</think>{space}b"
 
 
 @pytest.mark.parametrize("opening", ["<think>\n", "<think>\n\n</think>\n\n"])
