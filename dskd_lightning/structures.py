@@ -265,6 +265,20 @@ class Alignment(_Movable):
     pairs: Tensor
     groups: int
 
+    @property
+    def starts(self) -> tuple[Tensor, Tensor]:
+        """``[groups]`` each: the student and the teacher position at which a group begins.
+
+        Both have read the same text there, whatever they predict of it.
+        """
+        return self._first(self.student_group), self._first(self.teacher_group)
+
+    def _first(self, group: Tensor) -> Tensor:
+        slots = group.where(group >= 0, self.groups)  # the last takes those of none: no size to wait for
+        places = torch.arange(len(group), device=group.device)
+        first = group.new_full((self.groups + 1,), len(group)).scatter_reduce(0, slots, places, "amin")
+        return first[: self.groups]
+
 
 @dataclass
 class TokenBatch(_Movable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ __all__ = ["DSKDTokenAlignmentObjective"]
 
 
 class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
-    """DSKD v2 on exact pairs: both tokens cover the same bytes after the same text.
+    """DSKD v2 on positions that have read the same text: published, those whose tokens cover the same bytes.
 
     ``KD = t2s_ce + t2s_kd + s2t_kd``, each a mean over pairs. The projected teacher's label is the
     teacher's argmax, mapped to the student's vocabulary; a pair whose label has no counterpart is
@@ -37,6 +38,8 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         agreement_threshold: where the projected teacher's argmax is the label at no more than this
             share of pairs, ``t2s_kd`` is the mean over those pairs; otherwise over all.
         topk_vocab: shared tokens that initialise the projectors, the first of them; None takes all.
+        positions: ``pairs`` are exact pairs, as published; ``boundaries`` also takes every other byte at
+            which tokens of both end: the two have read the same text there, though their next tokens differ.
         scale_inputs: the trained projector reads dimensions of unit root mean square, so that one
             learning rate holds for every teacher; False as published, see `LinearProjector`.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
@@ -52,6 +55,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         divergence: Divergence | None = None,
         agreement_threshold: float = 1.0,
         topk_vocab: int | None = None,
+        positions: Literal["pairs", "boundaries"] = "pairs",
         scale_inputs: bool = True,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
@@ -70,7 +74,12 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             )
         self.divergence = ForwardKL() if divergence is None else divergence
         self.agreement_threshold = agreement_threshold
-        self.topk_vocab = topk_vocab
+        if positions not in ("pairs", "boundaries"):
+            raise UserError(
+                f"positions of DSKDTokenAlignmentObjective must be 'pairs' or 'boundaries', not "
+                f"{positions!r}."
+            )
+        self.topk_vocab, self.positions = topk_vocab, positions
         self.scale_inputs = scale_inputs
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
@@ -93,7 +102,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         assert self.teacher_to_student is not None
         aligned = self._alignment(student, teacher, alignment)
         tokens = len(student)
-        i, j = aligned.pairs.unbind(1)
+        i, j = aligned.pairs.unbind(1) if self.positions == "pairs" else aligned.starts
         projected = self.t2s(teacher.hidden.detach()[j])
         choice, guess = token_argmax(teacher.hidden[j], teacher.head), token_argmax(projected, student.head)
         labels = self.teacher_to_student[choice]

@@ -19,21 +19,11 @@ __all__ = ["GOLDObjective", "group_starts", "measure_divergence"]
 
 
 def group_starts(student: Side, alignment: Alignment) -> Tensor:
-    """``[n]``: at the first student position of each byte group its first teacher position, else -1.
-
-    Both have read the same text there.
-    """
+    """``[n]``: at the first student position of each byte group its first teacher position, else -1."""
     position = torch.full_like(student.labels, -1)
-    first = _firsts(alignment.student_group, alignment.groups)
-    position[first] = _firsts(alignment.teacher_group, alignment.groups)
+    ours, theirs = alignment.starts
+    position[ours] = theirs
     return position
-
-
-def _firsts(group: Tensor, groups: int) -> Tensor:
-    """``[groups]``, first position of each group."""
-    slots = group.where(group >= 0, groups)  # the last takes those without a group: no size to wait for
-    places = torch.arange(len(group), device=group.device)
-    return group.new_full((groups + 1,), len(group)).scatter_reduce(0, slots, places, "amin")[:groups]
 
 
 def measure_divergence(*, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -133,17 +123,18 @@ class GOLDObjective(PairedObjective):
         position = group_starts(student, alignment)
         if self.eos is not None:
             position = position.masked_fill(student.labels == self.eos, -1)
-        later = self._later(student, alignment.student_group, alignment.groups)
+        ours, theirs = alignment.starts
+        later = self._later(student, alignment.student_group, ours)
         with torch.no_grad():
-            teacher_later = self._later(teacher, alignment.teacher_group, alignment.groups)
+            teacher_later = self._later(teacher, alignment.teacher_group, theirs)
         group = alignment.student_group.clamp(min=0)
         return Partners(position, (teacher_later[group], later[group]), alignment.groups)
 
-    def _later(self, side: Side, group: Tensor, groups: int) -> Tensor:
+    def _later(self, side: Side, group: Tensor, first: Tensor) -> Tensor:
         """``[max(groups, 1)]``, log-probability of each group's tokens behind its first."""
         later = group >= 0
-        later[_firsts(group, groups)] = False
-        order, count = first_rows(later, len(group) - groups)
+        later[first] = False
+        order, count = first_rows(later, len(group) - len(first))
         rows = order[:count]
         log_prob = token_log_prob(
             side.hidden[rows],
@@ -153,7 +144,7 @@ class GOLDObjective(PairedObjective):
             chunk_size=chunk_tokens(side.head.vocab_size, self.memory_budget_mb, device=side.hidden.device),
         )
         places = group[rows].clamp(min=0)
-        return log_prob.new_zeros(max(groups, 1)).index_add(0, places, log_prob.where(later[rows], 0))
+        return log_prob.new_zeros(max(len(first), 1)).index_add(0, places, log_prob.where(later[rows], 0))
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         teacher_later, student_later = pairs.extras

@@ -44,6 +44,7 @@ OBJECTIVES = {
     "alm_all": lambda **k: ALMObjective(divergence="log_difference", bias_threshold=None, weight=3.0, **k),
     "eta": lambda **k: DSKDTokenAlignmentObjective(**k),
     "eta_all": lambda **k: DSKDTokenAlignmentObjective(agreement_threshold=0.0, **k),
+    "eta_boundaries": lambda **k: DSKDTokenAlignmentObjective(positions="boundaries", **k),
 }
 PARAMETERS = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -223,7 +224,11 @@ def kd_eta(case, o):
     T = case.teacher.head.weight[[j for _, j in shared]].T
     torch.testing.assert_close(o.t2s.matrix.T, T @ torch.linalg.pinv(S))
     used = []
-    for i, j in case.alignment.pairs.tolist():
+    places = case.alignment.pairs.tolist()
+    if o.positions == "boundaries":
+        places = [(i[0], j[0]) for i, j in groups(case)]
+        assert len(places) > len(case.alignment.pairs)
+    for i, j in places:
         label = t2s_map[int(t[j].argmax())]
         if label >= 0:
             used.append((i, j, label))
@@ -254,6 +259,7 @@ NAIVE = {
     "alm_all": kd_alm,
     "eta": kd_eta,
     "eta_all": kd_eta,
+    "eta_boundaries": kd_eta,
 }
 
 
@@ -436,6 +442,7 @@ def test_missing_tokenizers_and_strangers_are_named():
         (lambda: XTokenHybridObjective(min_weight=0), "min_weight"),
         (lambda: DSKDTokenAlignmentObjective(topk_vocab=0), "topk_vocab"),
         (lambda: DSKDTokenAlignmentObjective(agreement_threshold=2), "agreement_threshold"),
+        (lambda: DSKDTokenAlignmentObjective(positions="x"), "positions"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_options_are_named(make, match):
