@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.preparation import PreparationSettings, read_examples
 from dskd_lightning.data.sources import resolve_sources
+from dskd_lightning.data.urls import masked
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.response_data import write_response_data
 from dskd_lightning.generation.filtering import ResponseFilter
@@ -47,7 +48,7 @@ def generate_responses(
     sources = resolve_sources(prompts)
     examples = list(read_examples(sources, reading, Counter()))
     if not examples:
-        raise UserError(f"{prompts}: holds no prompts.")
+        raise UserError(f"{masked(prompts)}: holds no prompts.")
     generator = Generator(load_model(spec), tokenizer, settings)
     cast("Any", generator.model).to(device)
     provenance = {

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_object
 
-__all__ = ["ArrowRows", "Blocks", "damaged", "read_array", "read_report", "write_report"]
+__all__ = ["ArrowRows", "Blocks", "ChainedRows", "damaged", "read_array", "read_report", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ class ArrowRows:
         # Each worker maps the file itself.
         return {**self.__dict__, "_chunks": {}, "_content": None, "_schema": None}
 
+    def __len__(self) -> int:
+        return self._rows[-1]
+
     def row(self, index: int) -> tuple[Any, int]:
         """The record batch that holds row ``index``, and where in it.
 
@@ -158,3 +161,24 @@ class ArrowRows:
         if zlib.crc32(content) != self._blocks.crc32[block]:
             raise damaged(self._path, "its checksum differs")
         return content
+
+
+class ChainedRows:
+    """The rows of several files, one behind another.
+
+    Args:
+        parts: in their order.
+    """
+
+    def __init__(self, parts: Sequence[ArrowRows]) -> None:
+        self._parts = list(parts)
+        self._rows = [0, *itertools.accumulate(map(len, parts))]
+
+    def row(self, index: int) -> tuple[Any, int]:
+        """As `ArrowRows.row`."""
+        at = bisect.bisect_right(self._rows, index) - 1
+        return self._parts[at].row(index - self._rows[at])
+
+    def chunks(self) -> Iterator[Any]:
+        """As `ArrowRows.chunks`."""
+        return itertools.chain.from_iterable(part.chunks() for part in self._parts)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TextIO, cast
 
 from dskd_lightning.data.examples import InvalidRecord
+from dskd_lightning.data.remote import DataFile
 from dskd_lightning.errors import UserError
 
 __all__ = ["PACKED", "kind_of", "not_utf8", "open_text"]
@@ -18,13 +19,13 @@ __all__ = ["PACKED", "kind_of", "not_utf8", "open_text"]
 PACKED = (".gz", ".zst")
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: DataFile) -> str:
     """The suffix that says what a file holds: that before ``.gz`` or ``.zst``."""
     return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 @contextlib.contextmanager
-def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+def open_text(path: DataFile, newline: str | None = None) -> Iterator[TextIO]:
     """The file's text, unpacked as it is read; of bytes that aren't UTF-8 `not_utf8` tells.
 
     Raises:
@@ -46,7 +47,7 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         raise UserError(f"'{path}' can't be unpacked ({error}): pack or copy it again.") from error
 
 
-def not_utf8(path: Path, line: int, text: str) -> InvalidRecord | None:
+def not_utf8(path: DataFile, line: int, text: str) -> InvalidRecord | None:
     """The error of a file's text that isn't UTF-8.
 
     Args:

@@ -28,6 +28,7 @@ from dskd_lightning.data.sources import Source, Sources, resolve_sources
 from dskd_lightning.data.splits import split_indices
 from dskd_lightning.data.templates import split_reasoning
 from dskd_lightning.data.truncation import cut_left, truncate
+from dskd_lightning.data.urls import masked
 from dskd_lightning.data.views import ExampleView
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_names
@@ -52,8 +53,9 @@ class InstructionDataModule(pl.LightningDataModule):
     """Instruction files as batches that hold the same responses for student and teachers.
 
     Args:
-        train: files, folders or Hub datasets (``owner/name[@config][:split]``), one or a list; in a program
-            also a ``datasets.Dataset`` or a list of records, such as ``{"messages": [...]}``.
+        train: files, folders, URLs of them or Hub datasets (``owner/name[@config][:split]``), one or a
+            list; in a program also a ``datasets.Dataset`` or a list of records, such as
+            ``{"messages": [...]}``.
         val: likewise, to validate on.
         test: likewise, to test on.
         predict: likewise, to answer; responses may be missing.
@@ -92,6 +94,8 @@ class InstructionDataModule(pl.LightningDataModule):
             with 2 each is read twice, with 0.5 half of them, another half in the next epoch.
         num_proc: processes that prepare the data, once; None for as many as the cores that this one may
             use. The prepared data are the same for any number.
+        streaming: read Hub datasets part by part while they are prepared, without keeping their files on
+            the disk; URLs are always read so.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class InstructionDataModule(pl.LightningDataModule):
         max_teacher_prompt_length: int | None = None,
         num_proc: int | None = None,
         group_by_length: bool = False,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         self.teacher_room = 0
@@ -161,7 +166,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.group_by_length = group_by_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
-        self.num_proc = num_proc
+        self.num_proc, self.streaming = num_proc, streaming
         self.cache_dir = default_folder("data") if cache_dir is None else Path(cache_dir).expanduser()
         self.teacher_cache, self.weights = teacher_cache, weights or {}
         self.teacher_hidden: dict[Stage, Sequence[TeacherHidden | None]] = {}
@@ -361,7 +366,7 @@ class InstructionDataModule(pl.LightningDataModule):
         entries = self.sources["train"] if own is None and self.splits.get(stage) else own
         if entries is None:
             raise UserError(f"No data to {stage} on: set `{stage}` to a file, a folder or a Hub dataset.")
-        return resolve_sources(entries, _HUB_SPLIT["train" if own is None else stage])
+        return resolve_sources(entries, _HUB_SPLIT["train" if own is None else stage], self.streaming)
 
     def _prepared(self, stage: Stage) -> PreparedDataset:
         settings = PreparationSettings(
@@ -430,11 +435,13 @@ class InstructionDataModule(pl.LightningDataModule):
         for entry, weight in self.weights.items():
             if entry not in entries:
                 raise UserError(
-                    f"`weights` names '{entry}', which isn't in `train` ({', '.join(entries)}): correct it."
+                    f"`weights` names '{masked(entry)}', which isn't in `train` "
+                    f"({', '.join(map(masked, entries))}): correct it."
                 )
             if not 0 <= weight < float("inf"):
-                raise UserError(f"`weights: {{{entry}: {weight}}}` must be a number from 0 on.")
-            weights |= {source.name: weight for source in resolve_sources(entry, _HUB_SPLIT["train"])}
+                raise UserError(f"`weights: {{{masked(entry)}: {weight}}}` must be a number from 0 on.")
+            sources = resolve_sources(entry, _HUB_SPLIT["train"], self.streaming)
+            weights |= {source.name: weight for source in sources}
         by_file = [weights[name] for name in names]
         lengths = view.dataset.longest(view.indices)
         kinds = files

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from dskd_lightning.data.compressed import kind_of, not_utf8, open_text
 from dskd_lightning.data.examples import InvalidRecord
+from dskd_lightning.data.remote import DataFile
 from dskd_lightning.errors import UserError
 
 __all__ = ["Skip", "iter_json", "leave_out"]
@@ -25,7 +25,7 @@ def leave_out(error: InvalidRecord, skip: Skip | None) -> None:
     skip(error)
 
 
-def iter_json(path: Path, skip: Skip | None = None) -> Iterator[tuple[int, Any]]:
+def iter_json(path: DataFile, skip: Skip | None = None) -> Iterator[tuple[int, Any]]:
     """Line (from 1) and value of each record of a ``.json`` or ``.jsonl`` file.
 
     A file that starts with ``[`` is an array of records, any other has one record a line or is a
@@ -51,7 +51,7 @@ def iter_json(path: Path, skip: Skip | None = None) -> Iterator[tuple[int, Any]]
         yield from _array(path, file, skip) if first == "[" else _lines(path, file, skip)
 
 
-def _is_one_object(path: Path) -> bool:
+def _is_one_object(path: DataFile) -> bool:
     """Whether the file is one object, on one line or many, rather than a record on each line."""
     with open_text(path) as file:
         line = next((line for line in file if line.strip()), "")
@@ -62,7 +62,7 @@ def _is_one_object(path: Path) -> bool:
         return not any(more.strip() for more in file)
 
 
-def _malformed(path: Path, line: int, error: ValueError | RecursionError) -> InvalidRecord:
+def _malformed(path: DataFile, line: int, error: ValueError | RecursionError) -> InvalidRecord:
     if not isinstance(error, json.JSONDecodeError):  # Python's own limits on depth and digits
         what = "is nested too deep" if isinstance(error, RecursionError) else f"can't be read ({error})"
         return InvalidRecord(f"The JSON at {path}:{line} {what}: correct that record.", "malformed JSON")
@@ -72,7 +72,7 @@ def _malformed(path: Path, line: int, error: ValueError | RecursionError) -> Inv
     )
 
 
-def _lines(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, Any]]:
+def _lines(path: DataFile, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -87,7 +87,7 @@ def _lines(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, A
         yield number, value
 
 
-def _object(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _object(path: DataFile, text: str) -> Iterator[tuple[int, Any]]:
     if (foreign := not_utf8(path, 1, text)) is not None:
         raise foreign
     try:
@@ -101,7 +101,7 @@ def _object(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         yield 1, value
 
 
-def _array(path: Path, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, Any]]:
+def _array(path: DataFile, file: TextIO, skip: Skip | None) -> Iterator[tuple[int, Any]]:
     """Decode item after item from a buffer that is refilled where an item isn't complete."""
     decoder = json.JSONDecoder()
     buffer, line, ended, expected = file.read(_CHUNK).lstrip("\ufeff"), 1, False, "["

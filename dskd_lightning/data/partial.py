@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import zlib
@@ -17,7 +18,7 @@ import numpy as np
 from dskd_lightning.data.checked_files import Blocks, write_report
 from dskd_lightning.data.chunks import RenderedChunk, file_names, schemas
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_object
+from dskd_lightning.files import read_object, replacing, sealed
 
 __all__ = ["PartialDataset"]
 
@@ -66,8 +67,11 @@ class PartialDataset:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with contextlib.suppress(OSError):  # a full disk; what is on it is in the journal
+            if isinstance(error, UserError):  # of a server or a file that is there again later
+                self._note()
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk; what is on it is in the journal
+            with contextlib.suppress(OSError):
                 file.close()
 
     def append(self, chunk: RenderedChunk) -> None:
@@ -124,7 +128,8 @@ class PartialDataset:
             "starts": self._starts,
             "checksums": self._crc32,
         }
-        write_object(self.folder / _JOURNAL, state, indent=None)
+        with replacing(self.folder / _JOURNAL) as temporary:
+            temporary.write_text(json.dumps(sealed(state), ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _resume(self) -> None:
         state = read_object(self.folder / _JOURNAL, "")

@@ -24,6 +24,7 @@ from dskd_lightning.data.examples import Example, InvalidRecord
 from dskd_lightning.data.formats import DetectedFormat, detect_format, parse_record
 from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.data.remote_faults import SourceUnavailable
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
 from dskd_lightning.data.workers import WorkerEnded, usable_cores, worked_in_order
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 _VERSION = 9  # of the files' layout and of the rendering
 _UNFINISHED = ".preparing-"
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write
+_NAMED = 10  # sources in a message
 
 
 def cache_key(
@@ -111,24 +113,65 @@ def prepare(
     Raises:
         UserError: a bad source or record, no example left, or a full or read-only disk.
     """
+    groups = _apart(sources, settings)
+    folders, made = [], False
+    for group in groups:
+        folder, is_new = _prepared(group, renderers, settings, cache_dir, num_proc or usable_cores())
+        folders.append(folder)
+        made |= is_new
+    dataset = PreparedDataset(*folders)
+    if not len(dataset):
+        raise UserError(
+            f"No example is left of {_names(sources)} ({_listed(dataset.report)}): check the files and the "
+            "lengths."
+        )
+    if made:
+        _announce(dataset, sources)
+    return dataset
+
+
+def _apart(sources: Sequence[Source], settings: PreparationSettings) -> list[list[Source]]:
+    """What is prepared together: files of this machine that stand side by side; each of others on its own.
+
+    A file that can't be read, or has changed, then costs no more than itself.
+    """
+    if settings.limit is not None:  # which is on all of them together
+        return [list(sources)]
+    groups: list[list[Source]] = []
+    for source in sources:
+        if groups and not source.is_elsewhere and not groups[-1][-1].is_elsewhere:
+            groups[-1].append(source)
+        else:
+            groups.append([source])
+    return groups
+
+
+def _prepared(
+    sources: Sequence[Source],
+    renderers: Sequence[ChatRenderer],
+    settings: PreparationSettings,
+    cache_dir: Path,
+    processes: int,
+) -> tuple[Path, bool]:
+    """The folder of what is prepared together, and whether it was made now."""
     key = cache_key(sources, renderers, settings)
     folder = cache_dir / key
-    if (found := _found(folder)) is not None:
-        return found
-    names = ", ".join(source.name for source in sources)
+    if _is_there(folder):
+        return folder, False
+    names = _names(sources)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with only_one(cache_dir / f".{key}.lock", f"prepares {names}") as alone:
-            if (found := _found(folder)) is not None:
-                return found
+            if _is_there(folder):
+                return folder, False
             making = cache_dir / f"{_UNFINISHED}{key}"
             _remove_leftovers(cache_dir, but=making)
             if not alone:
                 making = making.with_name(f"{making.name}-{uuid.uuid4().hex[:8]}")
             try:
-                _write(making, names, sources, renderers, settings, num_proc or usable_cores())
+                _write(making, names, sources, renderers, settings, processes)
             except UserError as error:
-                if not isinstance(error, WorkerEnded):  # going on would raise it again
+                if not isinstance(error, WorkerEnded | SourceUnavailable):  # going on would raise it again
                     shutil.rmtree(making, ignore_errors=True)
                 raise
             try:
@@ -140,11 +183,9 @@ def prepare(
     except OSError as error:
         raise UserError(
             f"Can't write the data cache in '{cache_dir}' ({error.strerror or error}): free space there or "
-            "set `cache_dir`."
+            "set `cache_dir`; what is finished is kept."
         ) from error
-    dataset = PreparedDataset(folder)
-    _announce(dataset, sources)
-    return dataset
+    return folder, True
 
 
 def _remove_leftovers(cache_dir: Path, but: Path) -> None:
@@ -156,12 +197,12 @@ def _remove_leftovers(cache_dir: Path, but: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _found(folder: Path) -> PreparedDataset | None:
+def _is_there(folder: Path) -> bool:
     if (folder / "report.json").is_file():
-        return PreparedDataset(folder)
+        return True
     if folder.exists():  # it is moved there whole
         raise damaged(folder / "report.json", "it is missing")
-    return None
+    return False
 
 
 def _write(
@@ -178,27 +219,38 @@ def _write(
         PartialDataset(folder, len(renderers)) as made,
         Progress(f"Preparing {names}", None, "examples") as progress,
     ):
-        chunks = chunked(read_examples(sources, settings, counts))
-        done = sum(map(len, itertools.islice(chunks, made.chunks)))  # read again, for what that counts
-        if done != made.examples:
-            raise UserError(
-                f"What is prepared in '{folder}' was begun by another version of this library: it is removed "
-                "now; start again."
-            )
-        progress.done = done
-        for renderer in renderers:  # kept, and so made once for all processes that are forked
-            token_bytes(renderer.tokenizer)
-        for chunk in worked_in_order(work, chunks, processes):
-            made.append(chunk)
-            progress.done += chunk.examples
+        with _unchanged(sources):
+            chunks = chunked(read_examples(sources, settings, counts))
+            done = sum(map(len, itertools.islice(chunks, made.chunks)))  # read again, for what that counts
+            if done != made.examples:
+                raise UserError(
+                    f"What is prepared in '{folder}' was begun by another version of this library: it is "
+                    "removed now; start again."
+                )
+            progress.done = done
+            for renderer in renderers:  # kept, and so made once for all processes that are forked
+                token_bytes(renderer.tokenizer)
+            for chunk in worked_in_order(work, chunks, processes):
+                made.append(chunk)
+                progress.done += chunk.examples
         counts.update(made.counts)
         counts["used"] = made.rows
-        if not made.rows:
-            raise UserError(
-                f"No example is left of {names} ({_listed(_ordered(counts))}): check the files and the "
-                "lengths."
-            )
         made.finish(_ordered(counts))
+
+
+@contextlib.contextmanager
+def _unchanged(sources: Sequence[Source]) -> Iterator[None]:
+    """Raise where one of ``sources`` is another at the end, which may be why it can't be read."""
+    try:
+        yield
+    except SourceUnavailable:
+        raise
+    except UserError:
+        for source in sources:
+            source.check_unchanged()
+        raise
+    for source in sources:
+        source.check_unchanged()
 
 
 def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
@@ -215,5 +267,9 @@ def _announce(dataset: PreparedDataset, sources: Sequence[Source]) -> None:
     report = dataset.report
     report = {name: number for name, number in report.items() if number}
     lost = any(number for name, number in report.items() if name not in ("read", "used"))
-    names = ", ".join(source.name for source in sources)
-    _log.log(logging.WARNING if lost else logging.INFO, "%s: %s.", names, _listed(report))
+    _log.log(logging.WARNING if lost else logging.INFO, "%s: %s.", _names(sources), _listed(report))
+
+
+def _names(sources: Sequence[Source]) -> str:
+    more = f" and {len(sources) - _NAMED} more" if len(sources) > _NAMED else ""
+    return ", ".join(source.name for source in sources[:_NAMED]) + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from dskd_lightning.alignment.byte_spans import ByteSpans
 from dskd_lightning.data.chat import RenderedConversation
-from dskd_lightning.data.checked_files import ArrowRows, read_array, read_report
+from dskd_lightning.data.checked_files import ArrowRows, ChainedRows, read_array, read_report
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.structures import IGNORE_INDEX
 
@@ -92,19 +93,31 @@ class PreparedDataset:
 
     Args:
         folder: the cache folder; its name is the fingerprint of content, tokenizers and settings.
+        more: those of the sources that follow, where these are prepared apart.
 
     Raises:
         UserError: a file is missing or damaged; damage within the large ones shows where it is read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *more: Path) -> None:
         self.folder = folder
+        parts = [(part, *read_report(part / "report.json")) for part in (folder, *more)]
         self.fingerprint = folder.name
-        self.report, arrays, streams = read_report(folder / "report.json")
-        self.lengths: _Ints = read_array(folder / "lengths.npy", arrays["lengths.npy"])
-        rows = {name: ArrowRows(folder / name, blocks) for name, blocks in streams.items()}
-        self._examples = rows["examples.arrow"]
-        self._models = [rows[f"model-{i}.arrow"] for i in range(self.lengths.shape[1])]
+        if more:
+            names = " ".join(part.name for part in (folder, *more))
+            self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[: len(folder.name)]
+        self.report: dict[str, int] = {}
+        for _, counts, _, _ in parts:
+            self.report |= {name: self.report.get(name, 0) + number for name, number in counts.items()}
+        lengths = [read_array(part / "lengths.npy", arrays["lengths.npy"]) for part, _, arrays, _ in parts]
+        self.lengths: _Ints = np.concatenate(lengths)
+
+        def rows(name: str) -> ArrowRows | ChainedRows:
+            files = [ArrowRows(part / name, streams[name]) for part, _, _, streams in parts]
+            return ChainedRows(files) if more else files[0]
+
+        self._examples = rows("examples.arrow")
+        self._models = [rows(f"model-{i}.arrow") for i in range(self.lengths.shape[1])]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,8 +1,7 @@
-"""Records out of files, folders and Hub datasets, streamed."""
+"""Records out of files, folders, URLs and Hub datasets, streamed."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -11,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dskd_lightning.data.compressed import PACKED, kind_of, not_utf8, open_text
-from dskd_lightning.data.examples import InvalidRecord
-from dskd_lightning.data.json_stream import Skip, iter_json, leave_out
+from dskd_lightning.data.compressed import PACKED, kind_of
+from dskd_lightning.data.hub_stream import HubShard, hub_shards
+from dskd_lightning.data.json_stream import Skip, iter_json
+from dskd_lightning.data.remote import DataFile, RemoteFile, remote_files
+from dskd_lightning.data.tables import ROWS, iter_csv, iter_parquet, rows_of
+from dskd_lightning.data.urls import expanded, is_url
 from dskd_lightning.demo import DATASET
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.text import visible
@@ -35,7 +37,6 @@ _KINDS = f"{', '.join((*_TEXTS, '.parquet'))} (or {' or '.join(PACKED)} of one)"
 _HUB_ID = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]:%+-]+))?"
 )
-_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,24 @@ class Source:
 
     Args:
         name: the file's path, or the dataset's name.
-        path: the file or saved dataset; None for the Hub.
+        path: the file, here or behind a URL, or saved dataset; None for the Hub.
         config: configuration of a Hub dataset.
         split: split of a Hub or saved dataset.
         memory: the records themselves, a list of them or a ``datasets.Dataset``; None reads them.
+        shard: of a Hub dataset that is read as a stream.
     """
 
     name: str
-    path: Path | None = None
+    path: DataFile | None = None
     config: str | None = None
     split: str = "train"
     memory: Any = field(default=None, repr=False, compare=False)
+    shard: HubShard | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is read over a network that may fail."""
+        return self.shard is not None or isinstance(self.path, RemoteFile)
 
     def records(self, skip: Skip | None = None) -> Iterator[Record]:
         """All records in order; never more than a chunk of them in memory.
@@ -81,7 +89,15 @@ class Source:
             raise UserError(f"Can't read '{self.name}': {error.strerror or error}.") from error
 
     def fingerprint(self) -> str:
-        """Hash of the content."""
+        """Hash of the content, or of what tells it from others where it is elsewhere.
+
+        Raises:
+            UserError: the source can't be read.
+        """
+        if self.shard is not None:
+            return self.shard.fingerprint()
+        if isinstance(self.path, RemoteFile):
+            return self.path.fingerprint()
         if isinstance(self.memory, Sequence):
             digest = hashlib.sha256()
             for value in self.memory:
@@ -95,17 +111,29 @@ class Source:
                 raise UserError(f"Can't read '{self.name}': {error.strerror or error}.") from error
         return str(self._dataset()._fingerprint)
 
+    def check_unchanged(self) -> None:
+        """Compare what is behind a URL with what its fingerprint was taken of.
+
+        Raises:
+            SourceChanged: it is something else now.
+            SourceUnavailable: it can't be looked at.
+        """
+        if isinstance(self.path, RemoteFile):
+            self.path.check_unchanged()
+
     def _values(self, skip: Skip | None) -> Iterator[tuple[int, Any]]:
         if isinstance(self.memory, Sequence):
             yield from enumerate(self.memory, 1)
-        elif self.path is None or self.path.is_dir():
-            for start in range(0, len(dataset := self._dataset()), _ROWS):
-                chunk = dataset[start : start + _ROWS]
-                yield from enumerate(_rows(chunk), start + 1)
+        elif self.shard is not None:
+            yield from self.shard.rows()
+        elif self.path is None or (isinstance(self.path, Path) and self.path.is_dir()):
+            for start in range(0, len(dataset := self._dataset()), ROWS):
+                chunk = dataset[start : start + ROWS]
+                yield from enumerate(rows_of(chunk), start + 1)
         elif self.path.suffix == ".parquet":
-            yield from _parquet(self.path)
+            yield from iter_parquet(self.path)
         elif kind_of(self.path) == ".csv":
-            yield from _csv(self.path, skip)
+            yield from iter_csv(self.path, skip)
         else:
             yield from iter_json(self.path, skip)
 
@@ -128,24 +156,27 @@ class Source:
             ) from error
 
 
-def resolve_sources(sources: Sources, split: str = "train") -> list[Source]:
+def resolve_sources(sources: Sources, split: str = "train", streaming: bool = False) -> list[Source]:
     """Find out what each entry means, without reading it.
 
     Args:
         sources: ``demo`` (the shipped instruction set), files, folders (all data files below, sorted,
-            but hidden ones and what ``dskd generate`` says of its files), datasets written by
-            ``save_to_disk``, Hub datasets (``owner/name[@config][:split]``), or what is in memory: a
-            ``datasets.Dataset`` or a list of records.
+            but hidden ones and what ``dskd generate`` says of its files), likewise URLs of files, folders
+            or patterns (``s3://bucket/train-*.jsonl``), datasets written by ``save_to_disk``, Hub datasets
+            (``owner/name[@config][:split]``), or what is in memory: a ``datasets.Dataset`` or a list of
+            records.
         split: the split of a dataset that names none.
+        streaming: read Hub datasets part by part without keeping their files.
 
     Raises:
-        UserError: a missing path, a folder without data files, an unknown kind of file.
+        UserError: a missing path, a folder without data files, an unknown kind of file, a server or bucket
+            that can't be listed.
     """
     if isinstance(sources, str):
-        return _resolve(sources, split)
+        return _resolve(sources, split, streaming)
     if not isinstance(sources, Sequence) or not all(isinstance(entry, str) for entry in sources):
         return [_in_memory(sources, split)]
-    return [found for entry in sources for found in _resolve(str(entry), split)]
+    return [found for entry in sources for found in _resolve(str(entry), split, streaming)]
 
 
 def _in_memory(records: Any, split: str) -> Source:
@@ -166,19 +197,22 @@ def _in_memory(records: Any, split: str) -> Source:
     )
 
 
-def _resolve(entry: str, split: str) -> list[Source]:
+def _resolve(entry: str, split: str, streaming: bool) -> list[Source]:
+    if is_url(entry):
+        files = remote_files(expanded(entry), lambda name: name.endswith(_SUFFIXES))
+        return [Source(visible(str(file)), file) for file in files]
     path = DATASET if entry == "demo" else Path(entry).expanduser()
     if path.is_dir():
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             return [Source(entry, path, split=split)]
-        files = sorted(
+        found = sorted(
             file
             for file in path.rglob("*")
             if file.name.endswith(_SUFFIXES) and file.is_file() and not _is_beside_data(file, path)
         )
-        if not files:
+        if not found:
             raise UserError(f"The folder '{entry}' holds no {_KINDS} file: name another folder.")
-        return [Source(visible(str(file)), file) for file in files]
+        return [Source(visible(str(file)), file) for file in found]
     if path.exists():
         if not path.name.endswith(_SUFFIXES):
             raise UserError(f"'{entry}' is no {_KINDS} file: convert or rename it.")
@@ -186,7 +220,11 @@ def _resolve(entry: str, split: str) -> list[Source]:
     match = _HUB_ID.fullmatch(entry)
     if match is None or path.name.endswith(_SUFFIXES) or entry.startswith((".", "/", "~")):
         raise UserError(f"The data file '{entry}' doesn't exist: correct the path.")
-    return [Source(entry, None, match["config"], match["split"] or split)]
+    config, split = match["config"], match["split"] or split
+    if streaming:
+        shards = hub_shards(entry, match["name"], config, split)
+        return [Source(str(shard), None, config, split, shard=shard) for shard in shards]
+    return [Source(entry, None, config, split)]
 
 
 def _is_beside_data(file: Path, folder: Path) -> bool:
@@ -197,59 +235,3 @@ def _is_beside_data(file: Path, folder: Path) -> bool:
         file.name.endswith(".meta.json")
         and file.with_name(file.name.removesuffix(".meta.json") + ".jsonl").is_file()
     )
-
-
-def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        line = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS):
-                for value in batch.to_pylist():
-                    line += 1
-                    yield line, value
-    except pa.ArrowInvalid as error:
-        raise UserError(f"'{path}' is no readable Parquet file: {error}.") from error
-
-
-def _csv(path: Path, skip: Skip | None) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(1 << 30)
-    try:
-        with open_text(path, newline="") as file:
-            reader = csv.DictReader(file)
-            if (foreign := not_utf8(path, 1, "".join(reader.fieldnames or ()))) is not None:
-                raise foreign
-            for row in reader:
-                error = _csv_fault(path, reader.line_num, row)
-                if error is None:
-                    yield reader.line_num, {key: _cell(key, value) for key, value in row.items()}
-                else:
-                    leave_out(error, skip)
-    except csv.Error as error:
-        raise UserError(f"'{path}' is no readable CSV file: {error}.") from error
-
-
-def _csv_fault(path: Path, line: int, row: Mapping[str | None, Any]) -> InvalidRecord | None:
-    if None in row or any(value is None for value in row.values()):
-        return InvalidRecord(
-            f"{path}:{line} has another number of columns than the header: quote its commas.",
-            "another number of columns",
-        )
-    return not_utf8(path, line, "".join(row.values()))
-
-
-def _cell(key: str, value: str) -> Any:
-    """Conversations in a CSV cell are JSON; everything else is text."""
-    if key in ("messages", "conversations", "tools", "history"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):  # malformed, or beyond Python's limits
-            return value
-    return value

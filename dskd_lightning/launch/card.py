@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dskd_lightning import __version__
+from dskd_lightning.data.urls import is_url, masked
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object
 from dskd_lightning.launch.arguments import read_yaml, settings_of
@@ -189,8 +190,10 @@ def _sources(found: object) -> str:
 
 
 def _name(source: object) -> str:
-    """A Hub id as it is; of a path on this machine its last part."""
-    return str(source) if source is None or _is_hub_id(source) else Path(str(source)).name
+    """A Hub id as it is, a URL without what is secret; of a path on this machine its last part."""
+    if source is None or _is_hub_id(source):
+        return str(source)
+    return masked(str(source)) if is_url(str(source)) else Path(str(source)).name
 
 
 def _is_hub_id(source: object) -> bool:

@@ -13,6 +13,7 @@ from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.preparation import PreparationSettings, read_examples
 from dskd_lightning.data.sources import resolve_sources
+from dskd_lightning.data.urls import masked
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import LoraSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
@@ -79,7 +80,7 @@ def plan(teacher: str, student: str, data: str, output: str, machine: Machine | 
     teacher_spec = TeacherSpec(source=teacher, dtype="float32" if machine.prefers_32_bits else "bfloat16")
     examples = list(read_examples(resolve_sources(data), PreparationSettings(limit=_READ), Counter()))
     if not examples:
-        raise UserError(f"{data}: has no example to train on; give a file with some.")
+        raise UserError(f"{masked(data)}: has no example to train on; give a file with some.")
     tokenizers = [load_tokenizer(spec) for spec in (student_spec, teacher_spec)]
     for spec, tokenizer in ((student_spec, tokenizers[0]), (teacher_spec, tokenizers[1])):
         if tokenizer.chat_template is None:

@@ -97,6 +97,7 @@ def read_responses(data: str, limit: int) -> list[str]:
 
     from dskd_lightning.data.preparation import PreparationSettings, read_examples
     from dskd_lightning.data.sources import resolve_sources
+    from dskd_lightning.data.urls import masked
 
     settings = PreparationSettings(limit=limit)
     texts = [
@@ -106,7 +107,7 @@ def read_responses(data: str, limit: int) -> list[str]:
         if message.role == "assistant"
     ]
     if not texts:
-        raise UserError(f"'{data}' has no response to compare tokenizers on: give a file with some.")
+        raise UserError(f"'{masked(data)}' has no response to compare tokenizers on: give a file with some.")
     return texts
 
 

@@ -98,3 +98,14 @@ def test_a_card_has_the_paired_tests_of_a_comparison(tmp_path) -> None:
 
 def test_a_run_that_python_made_has_no_card(tmp_path) -> None:
     assert model_card(tmp_path) is None
+
+
+def test_a_card_shows_urls_of_data_without_their_signature(tmp_path) -> None:
+    folder = run_folder(tmp_path)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"]["train"] = ["https://me:pass@host/train.jsonl?sig=secret", "s3://bucket/train-*.parquet"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    card = model_card(folder)
+    assert card is not None
+    assert "https://***@host/train.jsonl?***, s3://bucket/train-*.parquet" in card
+    assert "secret" not in card
