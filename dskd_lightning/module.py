@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ from dskd_lightning.training.origin import (
     weight_sample,
 )
 from dskd_lightning.training.processor import warn_of_slow_bfloat16
+from dskd_lightning.training.projector_warmup import check_warmup, forget_gradients, touched
 from dskd_lightning.training.resuming import settle_progress
 from dskd_lightning.training.tuning import check_tuning
 from dskd_lightning.training.whole_steps import (
@@ -118,6 +120,9 @@ class DistillationModule(L.LightningModule):
             whose gradients are many times larger at first, would leave the student hardly any.
         on_policy: learn from responses that the student samples, in every step or in some; None learns from
             the dataset's alone.
+        projector_warmup_steps: optimiser steps at the beginning in which projectors alone learn. The student
+            runs without a gradient, or not at all where their objective needs none of its states (DSKD v2,
+            token alignment: fast with a teacher cache); its schedule begins behind them.
         weights_from: an earlier run's folder or checkpoint whose trained weights a fit starts from; its
             student must fit, projectors that don't start anew, as do optimiser, schedule and data.
     """
@@ -135,6 +140,7 @@ class DistillationModule(L.LightningModule):
         joint_clipping: bool = False,
         on_policy: OnPolicySettings | None = None,
         weights_from: str | None = None,
+        projector_warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         self.student_spec: StudentSpec | Loaded = student
@@ -147,6 +153,9 @@ class DistillationModule(L.LightningModule):
         self.warmup_ratio = warmup_ratio
         self.min_lr_ratio = min_lr_ratio
         self.joint_clipping = joint_clipping
+        if projector_warmup_steps < 0:
+            raise UserError(f"model.projector_warmup_steps: {projector_warmup_steps} must be at least 0.")
+        self.projector_warmup_steps = projector_warmup_steps
         self.on_policy = on_policy
         self._buffer: SampleBuffer | None = None
         self._saved_samples: list[dict[str, Any]] | None = None
@@ -359,7 +368,10 @@ class DistillationModule(L.LightningModule):
         self._check_batch(batch)
         objectives = list(self._objectives())
         padded = any(o.needs_padded_statistics for o in objectives)
-        student = self.student_side(batch.student, padded, batch.sampled)
+        if self._warming_up:
+            student = self._bystander(batch, padded)
+        else:
+            student = self.student_side(batch.student, padded, batch.sampled)
         if not any(o.needs_teacher for o in objectives):
             return objectives[0](student)
         outputs = []
@@ -372,6 +384,23 @@ class DistillationModule(L.LightningModule):
             read = batch.response_bytes if answers else batch.response_bytes[:0]
             outputs.append(on_samples(output, teacher, read) if batch.sampled else output)
         return outputs[0] if len(outputs) == 1 else self._average(outputs, batch.teacher)
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether projectors alone learn in the present step."""
+        if self._trainer is None or not self.projector_warmup_steps or not self.trainer.training:
+            return False
+        return self.global_step < self.projector_warmup_steps
+
+    def _bystander(self, batch: DistillationBatch, padded: bool) -> Side:
+        """The student as it stands; it runs only where its states are needed, or its weights are sharded."""
+        alone = all(o.warms_up_alone for o in self._objectives()) and self.device_mesh is None
+        with torch.no_grad():
+            if not alone:
+                return self.student_side(batch.student, padded, batch.sampled).detach()
+            tokens = batch.student
+            nothing = language_head(self.student).weight.new_empty(len(tokens.response), 0)
+            return side(self.student, nothing, tokens, sampled=batch.sampled).detach()
 
     def answer_of(self, index: int, batch: DistillationBatch, padded_statistics: bool = False) -> Side:
         """A teacher's side of ``batch``; of no token, without running, where it doesn't answer for it."""
@@ -488,7 +517,10 @@ class DistillationModule(L.LightningModule):
             parts |= sample_metrics(batch, self._buffer, self.global_step)
             parts = {f"samples_{name}": ratio for name, ratio in parts.items()}
         self._meter.update({"loss": loss, **parts, "padding_share": padding})
-        return self.mean_over_step(output.loss, batch)
+        loss_of_all = output.loss
+        if self._warming_up and isinstance(self.trainer.strategy, DDPStrategy):
+            loss_of_all = touched(loss_of_all, self.student)
+        return self.mean_over_step(loss_of_all, batch)
 
     def _check_finite(self, total: Tensor) -> None:
         """All ranks end with the sentence of the first of whose losses one isn't a number.
@@ -621,6 +653,7 @@ class DistillationModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.student, self.objectives, self.projector_lr, self.lr)
         optimizer = self._optimizer(cast("Any", groups))
+        check_warmup(self.projector_warmup_steps, self._trainer, optimizer)
         if self._lr_scheduler is not None:
             scheduler: Any = self._lr_scheduler(optimizer)
         elif self._trainer is None:
@@ -635,7 +668,9 @@ class DistillationModule(L.LightningModule):
                     "trainer.max_epochs: the default schedule ends with training, so it must know where: set "
                     "trainer.max_epochs or trainer.max_steps, or a model.lr_scheduler that needs no end."
                 )
-            scheduler = cosine_with_warmup(optimizer, int(steps), self.warmup_ratio, self.min_lr_ratio)
+            scheduler = cosine_with_warmup(
+                optimizer, int(steps), self.warmup_ratio, self.min_lr_ratio, self.projector_warmup_steps
+            )
         if self._trainer is None:
             settle_before_steps(optimizer, self.objectives)
         self._origin |= optimization_origin(optimizer, scheduler)
@@ -650,6 +685,8 @@ class DistillationModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip norms of the student's and of the objectives' gradients apart; values as Lightning does."""
+        if self._warming_up:
+            forget_gradients(self.student)
         self._log_step()
         settle(self.objectives)
         if self.joint_clipping or not gradient_clip_val or gradient_clip_algorithm == "value":
@@ -702,7 +739,10 @@ class DistillationModule(L.LightningModule):
     def _described(self) -> dict[str, Any]:
         """The arguments from which `load_from_checkpoint` makes the module again, where they are plain."""
         several = len(self.objectives) > 1
-        names = ("projector_lr", "warmup_ratio", "min_lr_ratio", "joint_clipping", "on_policy")
+        names = (
+            "projector_lr", "warmup_ratio", "min_lr_ratio", "joint_clipping", "on_policy",
+            "projector_warmup_steps",
+        )  # fmt: skip
         return plain_arguments(
             {
                 "student": self.student_spec,

@@ -233,6 +233,10 @@ class Side(_Movable):
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
+    def detach(self) -> Side:
+        """The same view with no gradient to anything."""
+        return self._map(Tensor.detach)
+
     def nothing(self) -> Side:
         """The same model's view of no token."""
         parts = {name: getattr(self, name)[:0] for name in ("hidden", "ids", "labels", "sequence")}

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dskd_lightning.functional import Divergence, fused_distillation
+from dskd_lightning.functional import (
+    Divergence,
+    chunk_tokens,
+    fused_distillation,
+    token_argmax,
+    token_log_prob,
+)
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
-from dskd_lightning.structures import Side
+from dskd_lightning.objectives.base import ObjectiveOutput
+from dskd_lightning.structures import Ratio, Side
 
-__all__ = ["SpaceWeights", "student_space", "teacher_space"]
+__all__ = ["SpaceWeights", "projector_alone", "student_space", "teacher_space"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,32 @@ def student_space(
         "student_choice": stats["student_choice"],
         "t2s_choice": stats["teacher_choice"],
     }
+
+
+def projector_alone(
+    student: Side, projected: Tensor, targets: Tensor, weight: float | Tensor, budget_mb: float
+) -> ObjectiveOutput:
+    """The projected teacher's cross-entropy, the one term that reads no hidden state of the student.
+
+    Args:
+        student: whose head reads them, as it stands.
+        projected: ``[m, hidden]``, the teacher's hidden states in the student's space.
+        targets: ``[m]``, what they must predict; -1 leaves one out.
+        weight: factor on the loss.
+        budget_mb: MiB for the vocabulary-sized tensors of a chunk.
+    """
+    head, kept = student.head.detach(), targets >= 0
+    size = chunk_tokens(head.vocab_size, budget_mb, device=projected.device)
+    log_prob = token_log_prob(projected, head, targets.clamp(min=0), chunk_size=size)
+    total = -log_prob.where(kept, 0).sum()
+    right = (token_argmax(projected, head) == targets).sum()
+    tokens = student.labels.new_full((), len(student))
+    return ObjectiveOutput(
+        weight * total,
+        tokens,
+        {"t2s_ce": Ratio(total.detach(), kept.sum())},
+        {"t2s_agreement": Ratio(right, kept.sum())},
+    )
 
 
 def teacher_space(

@@ -52,6 +52,9 @@ class Objective(Described, nn.Module, ABC):
     learns_from_samples: bool = False
     """True where `Side.sampled` is heeded: the labels are then the student's own samples, and nothing to
     learn; only what the teacher says about them is."""
+    warms_up_alone: bool = False
+    """True where a student that hasn't run, with hidden states ``[n, 0]``, is enough for what the
+    objective's own parameters learn from."""
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
         """Make the parameters that depend on the two models; called once, before training.

@@ -11,7 +11,7 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import Divergence, ForwardKL, token_argmax
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
-from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
+from dskd_lightning.objectives._dual_space import SpaceWeights, projector_alone, student_space, teacher_space
 from dskd_lightning.objectives._vocabulary import mutual_tokens
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
@@ -47,6 +47,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
+    warms_up_alone = True
     t2s: LinearProjector
     s2t: HeadMap
 
@@ -104,14 +105,17 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         tokens = len(student)
         i, j = aligned.pairs.unbind(1) if self.positions == "pairs" else aligned.starts
         projected = self.t2s(teacher.hidden.detach()[j])
-        choice, guess = token_argmax(teacher.hidden[j], teacher.head), token_argmax(projected, student.head)
-        labels = self.teacher_to_student[choice]
+        labels = self.teacher_to_student[token_argmax(teacher.hidden[j], teacher.head)]
+        ratio = self.kd_share(student)
+        if not student.hidden.shape[1]:
+            weight = ratio * tokens / (labels >= 0).sum().clamp(min=1)
+            return projector_alone(student, projected, labels, weight, self.memory_budget_mb)
+        guess = token_argmax(projected, student.head)
         # Masks and counts stay on the device: which pairs count is never asked for by the host.
         kept = labels >= 0
         agreeing = kept & (guess == labels)
         pairs = kept.sum()
         chosen = self._chosen(kept, agreeing)
-        ratio = self.kd_share(student)
         per_pair = tokens / pairs.clamp(min=1)
         per_chosen = tokens / chosen.sum().clamp(min=1)
         targets = torch.full_like(student.labels, -1).index_put((i,), labels)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import Divergence, token_argmax
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
-from dskd_lightning.objectives._dual_space import SpaceWeights, student_space, teacher_space
+from dskd_lightning.objectives._dual_space import SpaceWeights, projector_alone, student_space, teacher_space
 from dskd_lightning.objectives._same_vocabulary import SameVocabularyObjective
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.dskd import dual_space_output
@@ -44,6 +44,7 @@ class DSKDv2Objective(SameVocabularyObjective):
     """
 
     keeps_teacher_head = True
+    warms_up_alone = True
     t2s: LinearProjector
     s2t: HeadMap
 
@@ -85,6 +86,10 @@ class DSKDv2Objective(SameVocabularyObjective):
     ) -> ObjectiveOutput:
         teacher = self._pair(student, teacher)
         ratio, budget = self.kd_share(student), self.memory_budget_mb
+        if not student.hidden.shape[1]:
+            choice = token_argmax(teacher.hidden, teacher.head)
+            targets = choice.masked_fill(choice >= student.head.vocab_size, -1)
+            return projector_alone(student, self.t2s(teacher.hidden.detach()), targets, ratio, budget)
         s2t_loss, s2t = teacher_space(
             teacher,
             self.s2t(student.hidden, student.head, teacher.head),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -45,21 +46,39 @@ def parameter_groups(
 
 
 def cosine_with_warmup(
-    optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.1, min_lr_ratio: float = 0.0
+    optimizer: Optimizer,
+    total_steps: int,
+    warmup_ratio: float = 0.1,
+    min_lr_ratio: float = 0.0,
+    student_starts: int = 0,
 ) -> LambdaLR:
     """Linear warm-up over ``warmup_ratio`` of the steps, then a cosine to ``min_lr_ratio``.
 
     The first step already has a learning rate above zero, the last one ``min_lr_ratio`` of the peak.
-    """
-    warmup = round(total_steps * warmup_ratio)
 
-    def factor(step: int) -> float:
+    Args:
+        optimizer: with groups of `parameter_groups`.
+        total_steps: of the training.
+        warmup_ratio: share of a group's steps.
+        min_lr_ratio: last learning rate over the peak.
+        student_starts: step at which the student's schedule begins; its rate is 0 before that.
+    """
+
+    def factor(step: int, begin: int) -> float:
+        step, steps = step - begin, total_steps - begin
+        warmup = round(steps * warmup_ratio)
+        if step < 0:
+            return 0.0
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+        progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return LambdaLR(optimizer, factor)
+    begins = [
+        student_starts if str(group.get("name")).startswith("student") else 0
+        for group in optimizer.param_groups
+    ]
+    return LambdaLR(optimizer, [partial(factor, begin=begin) for begin in begins])
 
 
 def follow_schedule(scheduler: LambdaLR) -> None:

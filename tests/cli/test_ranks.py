@@ -127,3 +127,19 @@ def test_a_killed_rank_ends_the_others_within_a_minute(tmp_path: Path, model_fol
     )
     assert ended.statuses[1] == -signal.SIGKILL
     assert ended.statuses[0] not in (0, None)
+
+
+def test_two_ranks_warm_projectors_up_as_one_does(tmp_path: Path, model_folder: Any) -> None:
+    changes = {"model.projector_warmup_steps": 2, "trainer.max_epochs": 1, "trainer.log_every_n_steps": 1}
+    config = write_config(
+        tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **{**TWO, **changes}
+    )
+    two, one = f"--output={tmp_path / 'two'}", f"--output={tmp_path / 'one'}"
+    dskd_ranks("fit", "--config", str(config), "--data.batch_size=2", two, folder=tmp_path)
+    assert dskd_forked("fit", "--config", str(config), *ONE, one, log=tmp_path / "one.log") == 0
+    losses = []
+    for name in ("one", "two"):
+        rows = read_rows(tmp_path / name / "metrics.csv")
+        losses.append([float(row["train/loss"]) for row in rows if row.get("train/loss")])
+    assert len(losses[0]) > 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
