@@ -164,18 +164,29 @@ def data(config: list[str], records: int = 3, json: str | None = None, html: str
     show_data(config, records, json, html)
 
 
-def doctor(config: list[str]) -> int:
-    """Check everything that a run needs without training, and estimate its memory and time.
+def doctor(
+    config: list[str],
+    ranks: int | None = None,
+    memory: str | None = None,
+    tflops: float | None = None,
+    examples: int | None = None,
+) -> int:
+    """Check everything that a run needs without training, and calculate what it takes.
 
-    Models' sizes, tokenizers, data, objective, disk; no weight is loaded. The data are prepared,
-    as the run will need them. The exit status is 1 where something keeps the run from starting.
+    Models' sizes, tokenizers, data, objective; memory, network, disk and time, here or on devices that aren't
+    here. No weight is loaded. The data are prepared, as the run will need them. The exit status is 1 where
+    something keeps the run from starting.
 
     Args:
         config: the YAML files of the run or dskd:NAME, as for ``dskd fit``.
+        ranks: plan for so many devices instead of the config's.
+        memory: of each of them, as 80GiB, instead of what is free here.
+        tflops: that a large product reaches on each, instead of what is measured here.
+        examples: plan for so many training examples as long as the config's.
     """
     from dskd_lightning.cli.planning_commands import run_doctor
 
-    return run_doctor(config)
+    return run_doctor(config, ranks, memory, tflops, examples)
 
 
 def export(

@@ -26,7 +26,7 @@ _USAGE = """usage: dskd COMMAND [options]
 
   quickstart train three small students on two CPU cores and compare them
   init       write a config for a teacher, a student and data
-  doctor     check a config's run without training, estimate its memory and time
+  doctor     check a config's run without training, calculate its memory, traffic, disk and time
   data       show how each model reads a config's data, before training
   config     list the configs that come with the package, or show one
   prune      how good, large and fast a model is with fewer layers; write one size

@@ -9,16 +9,28 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.planning import examine, plan
 from dskd_lightning.planning.benchmark import Benchmark, parse_duration
+from dskd_lightning.planning.target import Target, parse_bytes
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.text import visible
 
 __all__ = ["run_benchmark", "run_doctor", "run_init"]
 
 
-def run_doctor(config: list[str]) -> int:
-    """Print findings as they are made; 1 where one keeps the run from starting."""
+def run_doctor(
+    config: list[str],
+    ranks: int | None = None,
+    memory: str | None = None,
+    tflops: float | None = None,
+    examples: int | None = None,
+) -> int:
+    """Print findings as they are made; 1 where one keeps the run from starting.
+
+    Raises:
+        UserError: a number that can't be.
+    """
+    target = Target(ranks, None if memory is None else parse_bytes(memory), tflops, examples)
     failed = False
-    for finding in examine(config):
+    for finding in examine(config, target):
         failed = failed or finding.state == "failed"
         print(f"{finding.state:<7} {finding.what:<11} {visible(finding.text)}", flush=True)
     return int(failed)
@@ -50,7 +62,7 @@ def run_init(
     found = plan(answers["teacher"], answers["student"], answers["data"], folder)
     write_atomic(file, found.text.replace("FILE", file))
     needed, free = found.estimate.bytes / 2**30, found.machine.memory / 2**30
-    print(f"{file} written: about {needed:.1f} GiB of {free:.1f} free, {duration(found.estimate.seconds)}")
+    print(f"{file} written: about {needed:.1f} GiB of {free:.1f} free, {duration(found.seconds)}")
     if not found.fits:
         print("That is more memory than there is: take a smaller pair or another machine.")
     print(f"next: dskd doctor {file}, then dskd fit --config {file}")

@@ -63,6 +63,10 @@ class Objective(Described, nn.Module, ABC):
             UserError: the two models cannot be used together with this objective.
         """
 
+    def projector_parameters(self, student: int, teacher: int) -> int:
+        """How many parameters `configure` makes for models of these hidden sizes; for plans of memory."""
+        return 0
+
     @abstractmethod
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None

@@ -84,6 +84,10 @@ class DSKDObjective(SameVocabularyObjective):
                 )
             setattr(self, name, projector.to(student.head.weight.device))
 
+    def projector_parameters(self, student: int, teacher: int) -> int:
+        biases = student + teacher if self.initialization == "random" else 0
+        return 2 * student * teacher + biases
+
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:

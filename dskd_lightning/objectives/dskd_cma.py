@@ -119,6 +119,11 @@ class DSKDCrossAttentionObjective(CrossTokenizerObjective):
         shared = mutual_tokens(self.student_to_teacher, self.teacher_to_student)
         return shared, self.student_to_teacher[shared]
 
+    def projector_parameters(self, student: int, teacher: int) -> int:
+        query = 4 * student * teacher + 2 * teacher
+        biases = student + teacher if self.initialization == "random" else 0
+        return 2 * student * teacher + biases + query
+
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:

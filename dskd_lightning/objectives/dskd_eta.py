@@ -96,6 +96,9 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         self.t2s.to(student.head.weight.device)
         self.s2t = HeadMap(teacher.head, shared, partners)
 
+    def projector_parameters(self, student: int, teacher: int) -> int:
+        return student * teacher
+
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:

@@ -81,6 +81,9 @@ class DSKDv2Objective(SameVocabularyObjective):
         self.t2s.to(student.head.weight.device)
         self.s2t = HeadMap(teacher.head, shared, shared)
 
+    def projector_parameters(self, student: int, teacher: int) -> int:
+        return student * teacher
+
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:

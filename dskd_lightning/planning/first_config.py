@@ -17,9 +17,9 @@ from dskd_lightning.data.urls import masked
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import LoraSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
-from dskd_lightning.planning.estimate import Estimate, estimate
+from dskd_lightning.planning.calculator import DataSize, Estimate, Layout, Losses, ModelSize, estimate
 from dskd_lightning.planning.machine import Machine
-from dskd_lightning.planning.sizes import ModelSize, model_size
+from dskd_lightning.planning.sizes import model_size
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.vocab.analysis import analyze_vocabularies
 from dskd_lightning.vocab.recommendation import recommend
@@ -41,7 +41,7 @@ class Plan:
 
     Args:
         text: of the YAML file, with comments that say why.
-        estimate: of its memory and time.
+        estimate: of what it takes.
         machine: that was looked at.
         fits: False where even the smallest settings need more memory than there is.
         identical: whether both models read the same ids.
@@ -52,6 +52,11 @@ class Plan:
     machine: Machine
     fits: bool
     identical: bool
+
+    @property
+    def seconds(self) -> float:
+        """That training takes on the machine."""
+        return _seconds(self.estimate, self.machine)
 
 
 @dataclass(frozen=True)
@@ -89,19 +94,32 @@ def plan(teacher: str, student: str, data: str, output: str, machine: Machine | 
         ChatRenderer.from_spec(tokenizer, spec)
         for tokenizer, spec in zip(tokenizers, (student_spec, teacher_spec), strict=True)
     ]
-    lengths = sorted(max(_length(renderer, example) for renderer in renderers) for example in examples)
+    read = [[_lengths(renderer, example) for renderer in renderers] for example in examples]
+    lengths = sorted(max(whole for whole, _ in pair) for pair in read)
     longest = _rounded(lengths[int(0.98 * (len(lengths) - 1))])
     texts = [example.response or "" for example in examples[:_COMPARED]]
     report = analyze_vocabularies(tokenizers[1], tokenizers[0], texts)
     advice = recommend(report)
-    sizes = {"sequences": len(examples), "tokens": sum(min(n, longest) for n in lengths), "longest": longest}
+    sizes = {
+        "sequences": len(examples),
+        "tokens": sum(min(n, longest) for n in lengths),
+        "responses": sum(min(pair[0][1], longest) for pair in read),
+        "longest": longest,
+    }
     chosen, fits = _choose(student_spec, teacher_spec, machine, sizes)
     text = _written(chosen, advice, data, output, sizes, len(lengths) < _READ, machine, fits)
     return Plan(text, chosen.found, machine, fits, report.identical)
 
 
-def _length(renderer: ChatRenderer, example: Example) -> int:
-    return sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in renderer.render(example).turns)
+def _lengths(renderer: ChatRenderer, example: Example) -> tuple[int, int]:
+    """Tokens of the whole, and of the responses."""
+    turns = renderer.render(example).turns
+    responses = sum(len(turn.response_ids) for turn in turns)
+    return responses + sum(len(turn.prompt_ids) for turn in turns), responses
+
+
+def _seconds(found: Estimate, machine: Machine) -> float:
+    return found.seconds(machine.speed(not machine.prefers_32_bits))
 
 
 def _rounded(length: int) -> int:
@@ -136,20 +154,25 @@ def _choose(
 def _estimated(
     models: tuple[ModelSize, ModelSize], machine: Machine, batch: int, spec: StudentSpec, data: dict[str, int]
 ) -> Estimate:
-    return estimate(
-        models[0],
-        models[1:],
-        machine,
-        batch=batch,
-        accumulate=_TOGETHER // batch,
+    count, longest = data["sequences"], data["longest"]
+    read = DataSize(
+        examples=count,
+        tokens=data["tokens"],
+        responses=data["responses"],
+        padded=data["tokens"],
+        batches=-(-count // batch),
+        largest=batch * longest,
         epochs=_EPOCHS,
+    )
+    layout = Layout(
         mixed=not machine.prefers_32_bits,
         checkpointing=spec.gradient_checkpointing,
         cached=True,
-        sequences=data["sequences"],
-        tokens=data["tokens"],
-        longest=data["longest"],
+        accumulate=_TOGETHER // batch,
+        cuda=machine.cuda,
     )
+    projectors = 2 * models[0].hidden * models[1].hidden
+    return estimate(models[0], models[1:], read, Losses(projectors=projectors), layout)
 
 
 def _written(
@@ -171,7 +194,8 @@ def _written(
     lines = [
         "# Written by `dskd init`. Check it: dskd doctor FILE. Run it: dskd fit --config FILE",
         f"# About {found.bytes / 2**30:.1f} GiB of {machine.memory / 2**30:.1f} free"
-        f" and {duration(found.seconds)} on {machine.name}, by rules of thumb" + (":" if not fits else "."),
+        f" and {duration(_seconds(found, machine))} on {machine.name}, by rules of thumb"
+        + (":" if not fits else "."),
         *(["# MORE THAN THERE IS. Take a smaller pair or another machine."] if not fits else []),
         *([] if whole else [f"# Time and steps are of the first {_READ} examples alone; there are more."]),
         "seed_everything: 42",

@@ -1,10 +1,10 @@
-"""Model and data text made safe to show."""
+"""Model and data text made safe to show, and numbers of bytes."""
 
 from __future__ import annotations
 
 import unicodedata
 
-__all__ = ["shorten", "visible"]
+__all__ = ["byte_count", "shorten", "visible"]
 
 _KEPT = "\n\t"
 # Bidirectional overrides reorder what surrounds them; zero-width joiners are part of emoji and scripts.
@@ -30,3 +30,12 @@ def _hidden(character: str) -> bool:
         or unicodedata.category(character) in ("Cc", "Cs")
         or character in "\u2028\u2029\ufffe\uffff"
     )
+
+
+def byte_count(count: float) -> str:
+    """Bytes as a person reads them, in powers of ten."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} PB"

@@ -112,12 +112,18 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for layer in decoder_layers(module):
         fully_shard(layer, mesh=mesh)
     objectives: Any = module.objectives
+    outer: list[Any] = [module]
     for objective in objectives:
         # Their type may differ from the student's, and one unit's gradients have one type.
         if any(True for _ in objective.parameters()):
             # Small, so that it stays gathered too: not every PyTorch since 2.6 finds the tensors in a
             # dataclass that a unit returns, before whose backward pass it would be gathered again.
             fully_shard(objective, mesh=mesh, reshard_after_forward=False)
+            outer.append(objective)
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    student: Any = module.student
+    for unit in outer:
+        # Backwards the student's last layer is next; by itself PyTorch gathers a teacher's, in vain.
+        unit.set_modules_to_backward_prefetch(decoder_layers(student)[-1:])
     for step in _STEPS:
         register_fsdp_forward_method(module, step)

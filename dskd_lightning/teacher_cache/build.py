@@ -19,6 +19,7 @@ from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.output import decoder_hidden, language_head
 from dskd_lightning.runs.heartbeat import Progress
+from dskd_lightning.runs.text import byte_count
 from dskd_lightning.teacher_cache.codecs import bytes_per_token, decode, encode
 from dskd_lightning.teacher_cache.loss import StorageError
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest
@@ -81,14 +82,14 @@ class StateBuilder:
             "Teacher cache in '%s': %s examples, %s response tokens, %s (their logits in bfloat16 would be "
             "%s). %s of %s shards are missing: %s, with %s free.",
             self.folder, f"{len(self.dataset):,}", f"{self.layout.total:,}",
-            _size(self.layout.total * self._row_bytes), _size(self.layout.total * vocab_size * 2),
-            len(missing), self.layout.shards, _size(needed), _size(free),
+            byte_count(self.layout.total * self._row_bytes), byte_count(self.layout.total * vocab_size * 2),
+            len(missing), self.layout.shards, byte_count(needed), byte_count(free),
         )  # fmt: skip
         if needed + _SPARE_BYTES > free:
             raise UserError(
-                f"The teacher cache needs {_size(needed + _SPARE_BYTES)} in '{self.folder}', where "
-                f"{_size(free)} are free: free space, set `teacher_cache.folder` to another disk, or store "
-                "int8."
+                f"The teacher cache needs {byte_count(needed + _SPARE_BYTES)} in '{self.folder}', where "
+                f"{byte_count(free)} are free: free space, set `teacher_cache.folder` to another disk, or "
+                "store int8."
             )
 
     def build(self, teacher: PreTrainedModel, rank: int = 0, ranks: int = 1) -> StorageError:
@@ -157,11 +158,3 @@ class StateBuilder:
         for path in self.folder.glob(".shard-*"):
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from _measure import Memory, clock, environment, interleave, print_table, report  # noqa: E402
 
 from dskd_lightning.data.batching import BatchPlan, BatchSettings, plan_batches  # noqa: E402
+from dskd_lightning.planning.run_sizes import padded_tokens  # noqa: E402
 
 LONGEST, RANKS = 2048, 8
 MODES = {
@@ -34,16 +35,6 @@ COLUMNS = ("examples", "batches", "s", "peak MiB", "slowest rank above mean")
 def drawn(examples: int) -> np.ndarray:
     lengths = np.random.default_rng(0).lognormal(np.log(240), 0.8, examples)
     return np.clip(lengths, 8, LONGEST).astype(np.int32)
-
-
-def padded_tokens(plan: BatchPlan, lengths: np.ndarray) -> np.ndarray:
-    """``[batches]``, rows times the longest row of each batch."""
-    starts = plan.rows.numpy().astype(np.int64)
-    totals = np.concatenate([[0], np.cumsum(lengths[plan.examples.numpy()], dtype=np.int64)])
-    width = totals[starts[1:]] - totals[starts[:-1]]
-    batches = plan.batches.numpy().astype(np.int64)
-    longest = np.maximum.reduceat(width, batches[:-1])
-    return np.diff(batches) * longest
 
 
 def unevenness(plan: BatchPlan, lengths: np.ndarray) -> float:

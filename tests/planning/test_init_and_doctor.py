@@ -8,6 +8,7 @@ from tiny_runs import write_config, write_data
 
 from dskd_lightning.cli.main import main
 from dskd_lightning.planning import Machine, examine, plan
+from dskd_lightning.planning.target import Target, parse_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -34,7 +35,7 @@ def test_what_init_writes_passes_the_doctor_and_trains(model_folder, data, tmp_p
     options = [f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]
     assert main(["doctor", file]) == 0
     findings = capsys.readouterr().out
-    for what in ("student", "teacher", "data.train", "objective", "disk", "memory", "time"):
+    for what in ("student", "teacher", "data.train", "objective", "memory", "disk", "time"):
         assert f"ok      {what}" in findings
     assert "failed" not in findings
     assert main(["fit", "--config", file, *options]) == 0
@@ -107,3 +108,79 @@ def test_no_validation_and_lost_examples_are_worth_a_look(model_folder, tmp_path
     looks = {finding.what: finding.text for finding in examine([str(config)]) if finding.state == "look"}
     assert "no validation" in looks["data.val"]
     assert "truncated" in looks["data.train"]
+
+
+def pair(model_folder, tmp_path, **changes) -> str:
+    return str(write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **changes))
+
+
+SHARDED = {
+    "trainer.strategy": {
+        "class_path": "dskd_lightning.strategies.DSKDModelParallelStrategy",
+        "init_args": {"replicas": 2},
+    }
+}
+
+
+def test_a_run_is_planned_for_devices_that_are_elsewhere(model_folder, tmp_path, capsys) -> None:
+    config = pair(model_folder, tmp_path, **SHARDED, **{"data.teacher_cache": {}, "trainer.max_epochs": 1})
+    options = ["--ranks", "64", "--memory", "2GB", "--tflops", "400", "--examples", "1000000000"]
+    assert main(["doctor", config, *options]) == 0
+    said = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+    assert "GiB of 1.9 free for each rank" in said["memory"]
+    assert said["host"].startswith("look")
+    assert "plan of an epoch 37.0 GB" in said["host"]
+    assert "gradients scattered" in said["network"]
+    assert "as long as the products at" in said["network"]
+    assert "teacher cache" in said["disk"]
+    assert "free for" not in said["disk"]
+    # 1e9 examples in batches of 4 on each of 64 ranks
+    assert "3,906,250 steps on 64 ranks at 400 TFLOP/s" in said["time"]
+    assert main(["doctor", config, *options[:2], "--memory", "500MiB"]) == 1
+    said = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+    assert "of 0.5 free" in said["memory"]
+    assert said["memory"].startswith("failed")
+    assert "--tflops says how long that takes" in said["time"]
+    assert "as long as" not in said["network"]
+
+
+def test_ranks_of_one_machine_share_its_memory(model_folder, tmp_path, monkeypatch) -> None:
+    machine = Machine("test", 2**34, 1e11, 2e11, False)
+    monkeypatch.setattr(Machine, "measure", lambda accelerator="auto": machine)
+    config = pair(model_folder, tmp_path)
+    texts = [
+        next(f.text for f in examine([config], Target(ranks=ranks)) if f.what == "memory") for ranks in (1, 4)
+    ]
+    assert "of 16.0 free (" in texts[0]
+    assert "of 4.0 free for each rank (" in texts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--ranks", "0"], "--ranks 0: give a whole number from 1 on"),
+        (["--examples", "-3"], "--examples -3: give a whole number from 1 on"),
+        (["--tflops", "0"], "--tflops 0.0: give what a large product reaches"),
+        (["--tflops", "-5"], "--tflops -5.0: give what"),
+        (["--memory", "80"], "--memory 80: give a number and a unit, such as 80GiB"),
+        (["--memory", "80gib"], "--memory 80gib: give a number and a unit"),
+        (["--memory", "1.2.3GB"], "--memory 1.2.3GB: give a number"),
+        (["--memory", "0GB"], "--memory 0GB: give a number"),
+    ],
+)
+def test_nonsense_about_devices_is_one_sentence(options, sentence, capsys) -> None:
+    assert main(["doctor", "dskd:quickstart", *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_ranks_that_cannot_hold_the_copies_fail(model_folder, tmp_path) -> None:
+    config = pair(model_folder, tmp_path, **SHARDED)
+    (found,) = [f for f in examine([config], Target(ranks=3)) if f.state == "failed"]
+    assert "3 devices can't hold replicas=2" in found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * 2**30), ("24 GB", 24e9), ("1.5TB", 1.5e12), ("512MiB", 2**29)]
+)
+def test_sizes_with_units(text: str, size: float) -> None:
+    assert parse_bytes(text) == size
