@@ -97,7 +97,7 @@ def test_a_judges_server(monkeypatch, tmp_path, capsys) -> None:
 
 
 def test_a_doctor(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(planning_commands, "examine", lambda _: [Finding("look", "data", HOSTILE)])
+    monkeypatch.setattr(planning_commands, "examine", lambda *_: [Finding("look", "data", HOSTILE)])
     assert planning_commands.run_doctor([]) == 0
     check(capsys.readouterr().out)
 
