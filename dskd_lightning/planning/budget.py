@@ -19,7 +19,7 @@ __all__ = ["Place", "budget", "calculate", "parts"]
 
 _TIGHT = 0.85
 _SPARE_DISK = 2e9
-_HOST = 2**30  # less than that of what grows with the data isn't worth a line
+_HOST = 2**30  # less than that isn't worth a line
 _SHOWN = 0.01  # causes below this share of all are left out
 
 

@@ -73,6 +73,7 @@ def model_size(spec: ModelSpec) -> ModelSize:
         weight_bytes=_bytes(spec, config),
         layered=layered,
         adapted=adapted,
+        offloaded=bool(getattr(spec, "offload", False)),
         **shapes,
     )
 

@@ -83,6 +83,18 @@ def test_memory_of_whole_models_is_the_sum_of_its_causes() -> None:
     assert again.memory["activations"] == pytest.approx(kept)
 
 
+def test_an_offloaded_teacher_visits_a_gpu_layer_by_layer() -> None:
+    away, quiet = replace(TEACHER, offloaded=True), Losses("logits", budget=2**20)
+    found, whole = (estimate(STUDENT, [model], DATA, quiet) for model in (away, TEACHER))
+    assert found.memory["teacher's weights"] == 0.2 * GB
+    assert found.host["teacher's layers"] == 1.8 * GB
+    passing = 1024 * 2 * (4 * 2048 + 3 * 8192)
+    assert found.memory["for a moment"] == max(0.4 * GB, passing + 0.09 * GB)
+    on_a_cpu = estimate(STUDENT, [away], DATA, quiet, Layout(cuda=False))
+    assert on_a_cpu.memory["teacher's weights"] == whole.memory["teacher's weights"] == 2 * GB
+    assert "teacher's layers" not in on_a_cpu.host
+
+
 def test_copies_hold_all_and_shards_their_part() -> None:
     one, copied, sharded, both = (
         estimate(STUDENT, [TEACHER], DATA, layout=layout)

@@ -47,7 +47,7 @@ def disk(
 
 
 def host(teachers: Sequence[ModelSize], data: DataSize, layout: Layout) -> dict[str, float]:
-    """Cause -> bytes of the host's memory for one rank, beside what a device holds on a CPU."""
+    """Cause -> bytes of the host's memory for one rank: what grows with data or stays off a GPU."""
     wide = 2 if data.examples >= _FEW else 1
     found = {
         "plan of an epoch": float(_PLANNED_BYTES * wide * data.examples),
@@ -55,4 +55,6 @@ def host(teachers: Sequence[ModelSize], data: DataSize, layout: Layout) -> dict[
     }
     if layout.cached:
         found["places in the teacher cache"] = float(_INDEX_BYTES * len(teachers) * data.examples)
+    elif layout.cuda and (offloaded := sum(model.layer_bytes for model in teachers if model.offloaded)):
+        found["teacher's layers"] = offloaded
     return found

@@ -25,7 +25,7 @@ class Estimate:
         memory: bytes on each rank's device.
         traffic: bytes that each rank sends in an optimizer step, and receives.
         disk: bytes.
-        host: bytes of each rank in the host's memory that grow with the data.
+        host: bytes of each rank in the host's memory: what grows with the data, and layers kept there.
         work: floating-point operations of the whole fit on all ranks.
         steps: optimizer steps.
         ranks: devices.

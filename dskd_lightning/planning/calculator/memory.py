@@ -29,7 +29,8 @@ def memory(
     """Cause -> bytes on one rank at the worst moment of a step; gradients live until the next backward."""
     shards = layout.shards
     own = student.trained_bytes + 4 * losses.projectors
-    held = [model.outer_bytes if layout.cached else model.bytes for model in teachers]
+    visiting = [layout.cached or (layout.cuda and model.offloaded) for model in teachers]
+    held = [m.outer_bytes if v else m.bytes for m, v in zip(teachers, visiting, strict=True)]
     found = {
         "student's weights": student.bytes / shards,
         "teacher's weights": sum(held) / shards,
@@ -111,7 +112,8 @@ def _moment(
     moments = [loss_bytes(student, teachers, data, losses, layout)]
     for teacher in () if layout.cached else teachers:
         passing = data.largest * layout.width(teacher) * (4 * teacher.hidden + 3 * teacher.wide)
-        moments.append(passing + gathered * teacher.layer_bytes / teacher.layers)
+        whole = gathered or int(layout.cuda and teacher.offloaded)
+        moments.append(passing + whole * teacher.layer_bytes / teacher.layers)
     part = student.layer_bytes / student.layers
     moments.append(gathered * part)
     # Gradients are let go before the backward pass makes new ones.

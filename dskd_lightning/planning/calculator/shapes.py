@@ -31,6 +31,7 @@ class ModelSize:
         readers: products of a layer that read a normalised input.
         rms: whether norms are RMS norms, which transformers computes by parts.
         adapted: parameters of adapters; the others are frozen then.
+        offloaded: the layers stay in the host's memory and visit a GPU one after another.
     """
 
     parameters: int
@@ -47,6 +48,7 @@ class ModelSize:
     readers: int = 5
     rms: bool = True
     adapted: int = 0
+    offloaded: bool = False
 
     @property
     def bytes(self) -> float:
