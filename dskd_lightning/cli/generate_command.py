@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from dskd_lightning.data.chat import ChatRenderer
-from dskd_lightning.data.preparation import PreparationSettings, read_examples
+from dskd_lightning.data.preparation import PreparationSettings
+from dskd_lightning.data.reading import read_examples
 from dskd_lightning.data.sources import resolve_sources
 from dskd_lightning.data.urls import masked
 from dskd_lightning.errors import UserError

@@ -20,10 +20,9 @@ from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.checked_files import damaged
 from dskd_lightning.data.chunks import chunked, render_chunk
-from dskd_lightning.data.examples import Example, InvalidRecord
-from dskd_lightning.data.formats import DetectedFormat, detect_format, parse_record
 from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.data.reading import read_examples
 from dskd_lightning.data.remote_faults import SourceUnavailable
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
@@ -32,7 +31,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.lock import only_one
 
-__all__ = ["PreparationSettings", "cache_key", "prepare", "read_examples"]
+__all__ = ["PreparationSettings", "cache_key", "prepare"]
 
 _log = logging.getLogger(__name__)
 _VERSION = 9  # of the files' layout and of the rendering
@@ -49,45 +48,6 @@ def cache_key(
     models = [r.fingerprint if r.system is None else [r.fingerprint, r.system] for r in renderers]
     parts = json.dumps([_VERSION, content, models, asdict(settings)], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
-
-
-def read_examples(
-    sources: Sequence[Source], settings: PreparationSettings, counts: Counter[str]
-) -> Iterator[Example]:
-    """Examples of all sources, at most ``settings.limit``; ``counts`` is filled as they pass.
-
-    Raises:
-        UserError: an unreadable source or, unless ``skip_invalid``, an invalid record.
-    """
-    used = 0
-
-    def skip(error: InvalidRecord) -> None:
-        counts["read"] += 1
-        counts[f"skipped: {error.reason}"] += 1
-
-    for source in sources:
-        format: DetectedFormat | None = None if settings.format == "auto" else settings.format
-        for record in source.records(skip if settings.skip_invalid else None):
-            if settings.limit is not None and used >= settings.limit:
-                return
-            counts["read"] += 1
-            unused: Counter[str] = Counter()
-            try:
-                if format is None and isinstance(record.value, dict):
-                    format = detect_format(record.value, record.source)
-                example = parse_record(
-                    record.value, format or "alpaca", record.source, record.line,
-                    needs_response=settings.needs_response, unused=unused, teachers=settings.teachers,
-                )  # fmt: skip
-            except InvalidRecord as error:
-                if not settings.skip_invalid:
-                    raise
-                counts[f"skipped: {error.reason}"] += 1
-                continue
-            used += 1
-            for field, number in unused.items():
-                counts[f"unused field '{field}' of {source.name}"] += number
-            yield example.with_system(settings.system)
 
 
 def prepare(
@@ -114,11 +74,13 @@ def prepare(
         UserError: a bad source or record, no example left, or a full or read-only disk.
     """
     groups = _apart(sources, settings)
-    folders, made = [], False
-    for group in groups:
+    folders, made, size, told = [], False, 0, False
+    for left, group in zip(reversed(range(len(groups))), groups, strict=True):
         folder, is_new = _prepared(group, renderers, settings, cache_dir, num_proc or usable_cores())
         folders.append(folder)
         made |= is_new
+        size += sum(path.stat().st_size for path in folder.iterdir())
+        told = told or _room_is_short(size / len(folders) * left, cache_dir)
     dataset = PreparedDataset(*folders)
     if not len(dataset):
         raise UserError(
@@ -144,6 +106,18 @@ def _apart(sources: Sequence[Source], settings: PreparationSettings) -> list[lis
         else:
             groups.append([source])
     return groups
+
+
+def _room_is_short(needed: float, cache_dir: Path) -> bool:
+    """Say where what is still to be prepared will hardly find room on the disk."""
+    free = shutil.disk_usage(cache_dir).free
+    if needed > free:
+        _log.warning(
+            "The data that are still to be prepared will need about %.1f GiB in '%s', where %.1f GiB are "
+            "free: free space there, or set `cache_dir`; what is finished is kept.",
+            needed / 2**30, cache_dir, free / 2**30,
+        )  # fmt: skip
+    return needed > free
 
 
 def _prepared(

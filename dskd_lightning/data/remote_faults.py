@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from dskd_lightning.data.urls import protocol_of, scrubbed
@@ -174,12 +175,11 @@ def _reason(error: Exception) -> Exception:
 
 
 def _status(error: Exception) -> int | None:
-    """Of HTTP, as the libraries keep it: an attribute of the error or of its response."""
-    for holder, name in (
-        (error, "status"),
-        (getattr(error, "response", None), "status_code"),
-        (error, "code"),
-    ):
+    """Of HTTP, as the libraries keep it: in the error or in its response."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        response = SimpleNamespace(status_code=response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    for holder, name in ((error, "status"), (response, "status_code"), (error, "code")):
         found = getattr(holder, name, None)
         if found is not None:
             return int(found) if str(found).isdigit() and 400 <= int(found) < 600 else None

@@ -95,7 +95,8 @@ def read_responses(data: str, limit: int) -> list[str]:
     """
     from collections import Counter
 
-    from dskd_lightning.data.preparation import PreparationSettings, read_examples
+    from dskd_lightning.data.preparation import PreparationSettings
+    from dskd_lightning.data.reading import read_examples
     from dskd_lightning.data.sources import resolve_sources
     from dskd_lightning.data.urls import masked
 

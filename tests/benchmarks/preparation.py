@@ -26,7 +26,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from _measure import environment, print_table  # noqa: E402
 
 import dskd_lightning as dl  # noqa: E402
-from dskd_lightning.data.preparation import PreparationSettings, read_examples  # noqa: E402
+from dskd_lightning.data.preparation import PreparationSettings  # noqa: E402
+from dskd_lightning.data.reading import read_examples  # noqa: E402
 from dskd_lightning.data.sources import resolve_sources  # noqa: E402
 from dskd_lightning.models.loading import load_tokenizer  # noqa: E402
 

@@ -14,7 +14,8 @@ import pytest
 from dskd_lightning.data.examples import Message
 from dskd_lightning.data.formats import InvalidRecord, detect_format, parse_record
 from dskd_lightning.data.json_stream import iter_json
-from dskd_lightning.data.preparation import PreparationSettings, read_examples
+from dskd_lightning.data.preparation import PreparationSettings
+from dskd_lightning.data.reading import read_examples
 from dskd_lightning.data.sources import resolve_sources
 from dskd_lightning.errors import UserError
 
