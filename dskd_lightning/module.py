@@ -80,6 +80,7 @@ from dskd_lightning.training.origin import (
 from dskd_lightning.training.processor import warn_of_slow_bfloat16
 from dskd_lightning.training.projector_warmup import check_warmup, forget_gradients, touched
 from dskd_lightning.training.resuming import settle_progress
+from dskd_lightning.training.teacher_check import TeacherCheck
 from dskd_lightning.training.tuning import check_tuning
 from dskd_lightning.training.whole_steps import (
     mean_over_step,
@@ -286,6 +287,11 @@ class DistillationModule(L.LightningModule):
         return len(self.teachers) > 0 and not any(isinstance(t, partly) for t in self.teachers)
 
     @property
+    def has_teacher_states(self) -> bool:
+        """Whether the first teacher's hidden states can be read, by running it or from a cache."""
+        return len(self.teachers) > 0 and not isinstance(self.teachers[0], AbsentTeacher)
+
+    @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel needn't send, neither at first nor in every forward pass."""
         return alike_on_all_ranks(self, self.teacher_specs)
@@ -299,7 +305,8 @@ class DistillationModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """What a run needs whoever started it: early warnings, where the Trainer has none."""
         given = cast("Any", self.trainer).callbacks
-        return [] if any(isinstance(callback, TrainingMonitor) for callback in given) else [TrainingMonitor()]
+        kinds = (TrainingMonitor, TeacherCheck)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
 
     def setup(self, stage: str) -> None:
         """Let a Trainer that has no way of its own write checkpoints that are whole or absent."""
@@ -594,7 +601,7 @@ class DistillationModule(L.LightningModule):
         self._check_batch(batch)
         student = self.student_side(batch.student)
         teacher, alignment = None, None
-        if self.teachers and batch.teachers and not isinstance(self.teachers[0], AbsentTeacher):
+        if self.has_teacher_states and batch.teachers:
             teacher, alignment = self.answer_of(0, batch), batch.alignments[0]
         if self._shared_tokens is not None:  # once, rather than for every batch
             first, second = self._shared_tokens

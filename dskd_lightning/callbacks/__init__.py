@@ -13,6 +13,7 @@ from dskd_lightning.callbacks.summary import DistillationSummary
 from dskd_lightning.callbacks.training_cost import TrainingCost
 from dskd_lightning.callbacks.validation_responses import ValidationResponses
 from dskd_lightning.training.monitor import TrainingMonitor
+from dskd_lightning.training.teacher_check import TeacherCheck
 
 __all__ = [
     "BestCheckpoint",
@@ -25,6 +26,7 @@ __all__ = [
     "ResumableCSVLogger",
     "SampleFidelity",
     "SignalStop",
+    "TeacherCheck",
     "TrainingCost",
     "TrainingMonitor",
     "ValidationResponses",

@@ -27,6 +27,7 @@ from dskd_lightning.callbacks import (
     ResumableCSVLogger,
     SampleFidelity,
     SignalStop,
+    TeacherCheck,
     TrainingCost,
     TrainingMonitor,
     ValidationResponses,
@@ -108,8 +109,8 @@ class DistillationCLI(LightningCLI):
     Beside Lightning's own keys a config has ``output`` (the run folder), ``overwrite``,
     ``save_every_n_steps``, ``best`` (what the best checkpoint is chosen by), ``completions``
     (`CompletionsTable`), ``responses`` (`ResponseEvaluation`), ``validation`` (`ValidationResponses`),
-    ``samples`` (`SampleFidelity`), ``analysis`` (`RepresentationAnalysis`) and ``monitor``
-    (`TrainingMonitor`).
+    ``samples`` (`SampleFidelity`), ``analysis`` (`RepresentationAnalysis`), ``monitor``
+    (`TrainingMonitor`) and ``teacher_check`` (`TeacherCheck`).
     """
 
     def __init__(self, args: Any = None, run: bool = True, **kwargs: Any) -> None:
@@ -190,6 +191,7 @@ class DistillationCLI(LightningCLI):
         parser.add_lightning_class_args(SampleFidelity, "samples")
         parser.add_lightning_class_args(RepresentationAnalysis, "analysis")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
+        parser.add_lightning_class_args(TeacherCheck, "teacher_check")
         parser.link_arguments("output", "responses.output")
         parser.link_arguments("output", "samples.output")
         parser.link_arguments("output", "analysis.output")

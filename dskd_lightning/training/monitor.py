@@ -25,18 +25,38 @@ class TrainingMonitor(L.Callback):
         min_projector_rank: effective rank of a projector's weight over its smaller side, below
             which its output no longer tells hidden states apart.
         check_every: optimiser steps between the checks of projectors.
+        max_projector_rise: share by which the projected teacher's cross-entropy may rise above its first.
+        min_partner_attention: share of the attention between tokenisations that the byte-exact partner must
+            have once projectors have had time to learn.
+        patience: optimiser steps that they have, for this and to predict half of the teacher's choices.
     """
 
     def __init__(
-        self, min_student_entropy: float = 0.05, min_projector_rank: float = 0.02, check_every: int = 50
+        self,
+        min_student_entropy: float = 0.05,
+        min_projector_rank: float = 0.02,
+        check_every: int = 50,
+        max_projector_rise: float = 0.2,
+        min_partner_attention: float = 0.1,
+        patience: int = 200,
     ) -> None:
         self.min_student_entropy = min_student_entropy
         self.min_projector_rank = min_projector_rank
         self.check_every = check_every
+        self.max_projector_rise, self.min_partner_attention = max_projector_rise, min_partner_attention
+        self.patience = patience
+        self._began: dict[str, float] = {}
+        self._looks: dict[str, list[float]] = {}
         self._tokens = 0
         self._since = 0.0
         self._last_step = -1
         self._warned: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"began": self._began, "looks": self._looks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._began, self._looks = state_dict["began"], state_dict["looks"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tokens, self._since = 0, time.perf_counter()
@@ -66,6 +86,7 @@ class TrainingMonitor(L.Callback):
         pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, batch_size=1)
         self._tokens, self._since = 0, now
         self._check_entropy(trainer)
+        self._check_projected(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()  # validation is not training time
@@ -78,6 +99,41 @@ class TrainingMonitor(L.Callback):
                 f"The student's entropy is {float(entropy):.3f} nats: it answers with near certainty. "
                 "Lower the learning rate or take forward_kl.",
             )
+
+    def _check_projected(self, trainer: L.Trainer) -> None:
+        """What the objectives log of the projected teacher, a mean over the last five to ten looks."""
+        for name, value in trainer.callback_metrics.items():
+            kind = name.removeprefix("train/").rstrip("_0123456789")
+            if not name.startswith("train/") or kind not in ("t2s_ce", "t2s_agreement", "partner_attention"):
+                continue
+            began = self._began.setdefault(name, float(value))
+            looks = self._looks[name] = [*self._looks.get(name, []), float(value)][-10:]
+            if len(looks) < 5:  # one batch is no trend
+                continue
+            lately = sum(looks) / len(looks)
+            if kind == "t2s_ce" and lately > began * (1 + self.max_projector_rise):
+                self._warn(
+                    name,
+                    f"The projected teacher's cross-entropy ({name}) has risen from {began:.2f} to "
+                    f"{lately:.2f} nats: its projector diverges; lower model.projector_lr, or let it read "
+                    "scaled inputs (scale_inputs: true of the objective).",
+                )
+            if trainer.global_step < self.patience:
+                continue
+            if kind == "t2s_agreement" and lately < min(0.5, began + 0.02):
+                self._warn(
+                    name,
+                    f"The projected teacher chooses as the teacher does at {lately:.0%} of the positions "
+                    f"after {trainer.global_step} steps, {began:.0%} at first: its projector doesn't learn; "
+                    "take initialization: heads where the objective has it, or another model.projector_lr.",
+                )
+            if kind == "partner_attention" and lately < self.min_partner_attention:
+                self._warn(
+                    name,
+                    f"The attention gives the byte-exact partner {lately:.1%} of its weight after "
+                    f"{trainer.global_step} steps: the teacher's states come from elsewhere; set "
+                    "`attention: {byte_prior: 1.0}` of the objective.",
+                )
 
     def _check_projectors(self, module: L.LightningModule) -> None:
         for name, parameter in module.named_parameters():

@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import os
+import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,6 +198,39 @@ def test_vanished_entropy_warns():
     trainer = SimpleNamespace(callback_metrics={"train/student_entropy": torch.tensor(0.001)})
     with pytest.warns(UserWarning, match="near certainty"):
         TrainingMonitor()._check_entropy(trainer)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "step", "sentence"),
+    [
+        ("t2s_ce", [3.4, 5.0, 8.7, 8.7, 8.7], 75, r"\(train/t2s_ce\) has risen from 3.40 to 6.90 nats"),
+        ("t2s_ce_1", [3.4] + [9.0] * 9, 75, "train/t2s_ce_1"),
+        ("t2s_ce", [3.4, 9.0, 3.2, 2.5, 2.0], 75, None),
+        ("t2s_agreement", [0.33] * 5, 200, "at 33% of the positions after 200 steps, 33% at first"),
+        ("t2s_agreement", [0.33] * 5, 199, None),
+        ("t2s_agreement", [0.3] + [0.6] * 20, 200, None),
+        ("t2s_agreement", [0.9] + [0.8] * 5, 200, None),
+        ("partner_attention", [0.012] * 12, 200, r"byte-exact partner 1.2% of its weight after 200 steps"),
+        ("partner_attention", [0.012] * 12, 100, None),
+        ("partner_attention", [0.012] + [0.9] * 12, 300, None),
+        ("partner_attention", [0.012] * 4, 300, None),
+    ],
+)
+def test_projectors_that_go_wrong_are_named_once(name, values, step, sentence) -> None:
+    monitor = TrainingMonitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index, value in enumerate(values):
+            if index == 2:  # a resumed run remembers where it began
+                state, warned = monitor.state_dict(), monitor._warned
+                monitor = TrainingMonitor()
+                monitor.load_state_dict(state)
+                monitor._warned = warned
+            metrics = {f"train/{name}": torch.tensor(value), "train/loss": torch.tensor(99.0)}
+            monitor._check_projected(SimpleNamespace(callback_metrics=metrics, global_step=step))
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == (sentence is not None)
+    assert sentence is None or re.search(sentence, found[0])
 
 
 def test_training_cost_counts_on_where_a_run_resumes(tmp_path, monkeypatch):
