@@ -93,7 +93,7 @@ class TeacherCheck(L.Callback):
 
         modes = {part: part.training for part in module.modules()}
         module.eval()
-        with torch.no_grad(), torch.random.fork_rng([]), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             module.as_step(measure)
         _restore(modes)
         ratios = meter.reduce(module._all_reduce)

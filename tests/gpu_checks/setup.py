@@ -95,9 +95,8 @@ class Setup:
         """
         kind, same = OBJECTIVES[objective]
         L.seed_everything(0, verbose=False)
-        ours = dl.StudentSpec(
-            self.source("bpe", 16, 1), lora=dl.LoraSpec(rank=2) if lora else None, **(student or {})
-        )
+        adapters = {"lora": dl.LoraSpec(rank=2) if lora else None}
+        ours = dl.StudentSpec(self.source("bpe", 16, 1), **{**adapters, **(student or {})})
         theirs = None
         if kind.needs_teacher:
             tokenizer = "bpe" if same else "sentencepiece"

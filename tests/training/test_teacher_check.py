@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 import dskd_lightning as dl
 from dskd_lightning.callbacks import TeacherCheck
 from dskd_lightning.runs.metrics_file import read_rows
+from dskd_lightning.training import teacher_check
 
 
 def nats_per_byte(spec: dl.StudentSpec | dl.TeacherSpec, data: dl.InstructionDataModule, index: int) -> float:
@@ -61,12 +62,21 @@ def test_both_likelihoods_are_those_of_the_models_themselves(tmp_path: Path, cac
     assert float(validated["val/teacher_nll_per_byte"]) == pytest.approx(wanted[1], rel=1e-4)
 
 
-def test_it_changes_nothing_of_the_training(tmp_path: Path) -> None:
-    setup, found = Setup("cpu"), []
+def test_it_changes_nothing_of_the_training(tmp_path: Path, monkeypatch: Any) -> None:
+    setup, found, modes = Setup("cpu"), [], []
+    read = teacher_check._likelihoods
+
+    def watched(module: Any, batch: Any) -> Any:
+        modes.append(any(part.training for part in module.modules()))
+        return read(module, batch)
+
+    monkeypatch.setattr(teacher_check, "_likelihoods", watched)
     for name in ("draws", "on", "off"):  # what is made once draws numbers, too
-        module, *_ = fit(setup, tmp_path / name, TeacherCheck(enabled=name != "off"), lora=True)
+        check = TeacherCheck(enabled=name != "off")
+        module, *_ = fit(setup, tmp_path / name, check, student={"lora": dl.LoraSpec(rank=2, dropout=0.5)})
         found.append({key: value.clone() for key, value in module.state_dict().items()})
         assert any(part.training for part in module.student.modules())
+    assert modes == [False, False]  # dropout is off while it measures, one batch each
     assert all(torch.equal(found[1][key], found[2][key]) for key in found[1])
 
 
