@@ -19,6 +19,8 @@ RUNS = (
     ("planning.py",),
     ("comparing.py",),
     ("on_policy.py", "--rounds", "1"),
+    ("scale.py",),
+    ("scale_plans.py",),
 )
 
 

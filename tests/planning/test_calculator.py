@@ -88,10 +88,18 @@ def test_what_else_a_run_may_be(tmp_path: Path, other: str) -> None:
     check(count(replace(SIZES["small"], **OTHERS[other]), tmp_path))
 
 
+SHARDED: dict[str, dict[str, Any]] = {
+    "two copies": {"ranks": 4, "replicas": 2},
+    "SFT": {"objective": "sft"},
+    "mixed": {"precision": "bf16-mixed"},
+    "mixed, checkpointing": {"precision": "bf16-mixed", "options": AGAIN},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"ranks": 4, "replicas": 2}, {"ranks": 2, "objective": "sft"}], ids=str)
-def test_shards_of_wide_layers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    check(count(replace(WIDE, strategy="fsdp2", **changes), tmp_path))
+@pytest.mark.parametrize("sharded", SHARDED)
+def test_shards_of_wide_layers(tmp_path: Path, sharded: str) -> None:
+    check(count(replace(WIDE, **{"ranks": 2, "strategy": "fsdp2", **SHARDED[sharded]}), tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

@@ -148,6 +148,8 @@ def test_half_precision_halves_what_products_leave() -> None:
         assert found["activations"] == expected
     assert mixed["weights in 16 bits"] == 2 * (80_000_000 + 20_000 * 512)
     assert "weights in 16 bits" not in half
+    again = estimate(STUDENT, [], DATA, Losses("sft"), Layout(mixed=True, checkpointing=True)).memory
+    assert again["weights in 16 bits"] == 2 * 20_000 * 512
 
 
 @pytest.mark.parametrize(("ranks", "replicas"), [(0, 1), (8, 3), (8, 0)])

@@ -43,10 +43,10 @@ def memory(
     if layout.sharded:
         outer = student.outer_bytes + sum(model.outer_bytes for model in teachers)
         found["embeddings and heads, gathered"] = outer + 4 * losses.projectors
-    if layout.precision(student) == "mixed":
-        found["weights in 16 bits"] = 2.0 * (
-            student.layered + student.adapted + student.vocabulary * student.hidden
-        )
+    short = 2.0 if layout.precision(student) == "mixed" else 0.0
+    # The backward pass needs what weights are cast to, unless layers are computed again.
+    cast = 0 if layout.checkpointing else student.layered + student.adapted
+    found["weights in 16 bits"] = short * (cast + student.vocabulary * student.hidden)
     layer = activation_bytes(student, data.largest, layout)
     inputs = data.largest * student.hidden * (2 if student.weight_bytes == 2 else 4)
     kept = inputs if layout.checkpointing else layer
@@ -118,7 +118,8 @@ def _moment(
     moments.append(gathered * part)
     # Gradients are let go before the backward pass makes new ones.
     trained = part * (student.adapted * 4 / student.layer_bytes if student.adapted else 1)
-    again = layer if layout.checkpointing else 0.0
+    short = 2.0 if layout.precision(student) == "mixed" else 0.0
+    again = layer + short * student.layered / student.layers if layout.checkpointing else 0.0
     sent = _GRADIENTS * trained if layout.sharded else 0.0
     moments.append(gathered * part + sent + again - (gradients if layout.sharded else 0))
     moments.append(gradients if layout.cuda else 0.0)  # one kernel steps all weights
