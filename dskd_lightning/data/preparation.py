@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 _VERSION = 9  # of the files' layout and of the rendering
 _UNFINISHED = ".preparing-"
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write
+_TOGETHER = 16  # questions to servers
 _NAMED = 10  # sources in a message
 
 
@@ -73,6 +75,7 @@ def prepare(
     Raises:
         UserError: a bad source or record, no example left, or a full or read-only disk.
     """
+    _look_at(sources)
     groups = _apart(sources, settings)
     folders, made, size, told = [], False, 0, False
     for left, group in zip(reversed(range(len(groups))), groups, strict=True):
@@ -90,6 +93,15 @@ def prepare(
     if made:
         _announce(dataset, sources)
     return dataset
+
+
+def _look_at(sources: Sequence[Source]) -> None:
+    """Ask for the version of each file that is elsewhere: a missing one is told before hours of work."""
+    elsewhere = [source for source in sources if source.is_elsewhere]
+    if elsewhere:
+        with ThreadPoolExecutor(min(_TOGETHER, len(elsewhere))) as pool:
+            for found in [pool.submit(source.fingerprint) for source in elsewhere]:
+                found.result()
 
 
 def _apart(sources: Sequence[Source], settings: PreparationSettings) -> list[list[Source]]:

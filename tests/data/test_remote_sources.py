@@ -255,6 +255,13 @@ def test_a_server_that_is_gone_keeps_what_is_finished(server, build, tmp_path: P
     assert [len(part) for part in folders(tmp_path / "cache")] == [3, 0]
 
 
+def test_a_file_that_is_not_there_is_told_before_others_are_read(server, build) -> None:
+    urls = in_thirds(server)
+    with pytest.raises(UserError, match=r"none\.jsonl' doesn't exist"):
+        build("cache", [*urls, f"{server.url}/none.jsonl"])._prepared("train")
+    assert server.asked == []
+
+
 def test_a_killed_preparation_is_gone_on_with(server, build, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("dskd_lightning.data.partial._EVERY", 4)
     urls = in_thirds(server)
