@@ -29,7 +29,12 @@ __all__ = [
 
 
 def cache(
-    config: list[str], output: str | None = None, dtype: str | None = None, estimate: bool = False
+    config: list[str],
+    output: str | None = None,
+    dtype: str | None = None,
+    estimate: bool = False,
+    part: str | None = None,
+    join: list[str] | None = None,
 ) -> None:
     """Store the teachers' hidden states at response positions, once for all epochs.
 
@@ -40,10 +45,12 @@ def cache(
         output: folder of the cache, instead of the config's ``data.teacher_cache.folder``.
         dtype: how states are stored, instead of the config's ``data.teacher_cache.dtype``.
         estimate: only say how many requests and tokens the teachers' endpoints would get.
+        part: compute the third of sixteen parts alone (3/16), for jobs that know nothing of each other.
+        join: folders of other jobs' caches to copy what is missing from, where they don't share one.
     """
     from dskd_lightning.cli.cache_command import build_cache
 
-    build_cache(config, output, dtype, estimate)
+    build_cache(config, output, dtype, estimate, part, join)
 
 
 def chat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import zlib
@@ -26,17 +27,19 @@ from dskd_lightning.models.output import input_embeddings, language_head
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.ranks import barrier, gathered, rank_and_world
+from dskd_lightning.runs.lock import locked
 from dskd_lightning.teacher_cache.build import StateBuilder, shard_tokens
 from dskd_lightning.teacher_cache.codecs import bytes_per_token
 from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
 from dskd_lightning.teacher_cache.identity import Memory, cache_parts, response_tokens
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest, cache_key, differing_parts
+from dskd_lightning.teacher_cache.parts import Part, join_parts
 from dskd_lightning.teacher_cache.store import TeacherStates, is_complete
 
 if TYPE_CHECKING:
     from dskd_lightning.data.datamodule import InstructionDataModule, Stage
 
-__all__ = ["begin_cache", "cache_root", "ensure_caches"]
+__all__ = ["begin_cache", "build_part", "cache_root", "ensure_caches", "join_caches"]
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +97,64 @@ def ensure_caches(
     """
     with torch.device("cpu"):  # Trainer calls this with the training device as the default
         return _ensure(datamodule, specs, stages, settings, required)
+
+
+def build_part(
+    datamodule: InstructionDataModule,
+    specs: Sequence[TeacherSpec],
+    stages: Sequence[Stage],
+    settings: TeacherCacheSettings,
+    part: Part,
+) -> None:
+    """Compute one part of each teacher's caches of ``stages``; other jobs compute the others.
+
+    Raises:
+        UserError: as `ensure_caches`, or another job computes that part in the same folder.
+    """
+    root = cache_root(datamodule, settings)
+    for index, spec in enumerate(specs):
+        caches = _caches_of(datamodule, spec, index, stages, settings, root)
+        with contextlib.ExitStack() as held:
+            for cache in caches if rank_and_world()[0] == 0 else ():
+                _check_manifest(cache, spec)
+                told = f"--part: another job computes {part} in '{cache.folder}': let it, or end it first."
+                held.enter_context(locked(cache.folder / f".{part.file}.lock", told))
+            absent = [cache for cache in caches if not is_complete(cache.folder)]
+            if absent:
+                _build(datamodule, spec, absent, settings, part)
+            for cache in caches if rank_and_world()[0] == 0 else ():
+                part.done(cache.folder)
+
+
+def join_caches(
+    datamodule: InstructionDataModule,
+    specs: Sequence[TeacherSpec],
+    stages: Sequence[Stage],
+    settings: TeacherCacheSettings,
+    places: Sequence[Path],
+) -> None:
+    """Complete each teacher's caches of ``stages`` from other folders; see `join_parts`."""
+    root = cache_root(datamodule, settings)
+    for index, spec in enumerate(specs):
+        for cache in _caches_of(datamodule, spec, index, stages, settings, root):
+            _check_manifest(cache, spec)
+            join_parts(cache.folder, places, cache.parts, spec.source)
+
+
+def _caches_of(
+    datamodule: InstructionDataModule,
+    spec: TeacherSpec,
+    index: int,
+    stages: Sequence[Stage],
+    settings: TeacherCacheSettings,
+    root: Path,
+) -> list[_Wanted]:
+    """Each once; none of a teacher that is known by its log-probabilities."""
+    if spec.absent:
+        return []
+    memory = Memory(root / "fingerprints.json")
+    wanted = (_wanted(datamodule, spec, index, stage, settings, root, memory) for stage in stages)
+    return list({cache.folder: cache for cache in wanted}.values())
 
 
 def _ensure(
@@ -217,6 +278,7 @@ def _build(
     spec: TeacherSpec,
     caches: Sequence[_Wanted],
     settings: TeacherCacheSettings,
+    part: Part | None = None,
 ) -> TeacherHead:
     rank, ranks = rank_and_world()
     teacher = load_teacher(spec)
@@ -227,7 +289,7 @@ def _build(
     for cache in caches:
         builder = _builder(datamodule, spec, cache, settings, teacher, fingerprints, rank)
         builder.announce(vocab)
-        error = builder.build(teacher, rank, ranks)
+        error = builder.build(teacher, *((rank, ranks) if part is None else part.rank(rank, ranks)))
         barrier()
         _log.info("Teacher cache of '%s' as %s: %s.", spec.source, settings.dtype, error)
     return TeacherHead.from_model(teacher).cpu()
