@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +110,9 @@ class Measured:
         return f"{min(self.seconds):.2f} to {max(self.seconds):.2f}"
 
 
+Cells = Callable[[Measured], list[str]]
+
+
 def interleave(
     script: str | Path,
     cases: dict[str, Sequence[str]],
@@ -152,6 +155,24 @@ def interleave(
             {k: v for k, v in found[-1].items() if k not in ("seconds", "extra_mb", "total_mb")},
         )
     return results
+
+
+def rows_of(
+    measured: Mapping[str, Measured | str], labels: Mapping[str, str], width: int, cells: Cells
+) -> list[list[str]]:
+    """A table's row for each case, which says so where the case failed.
+
+    Args:
+        measured: of `interleave`.
+        labels: the first cell of each case's row.
+        width: cells of a row.
+        cells: the others, of what was measured.
+    """
+    rows = []
+    for name, found in measured.items():
+        others = [f"failed: {found}", *[""] * (width - 2)] if isinstance(found, str) else cells(found)
+        rows.append([labels[name], *others])
+    return rows
 
 
 def available_mb() -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _measure import Memory, environment, interleave, print_table, report  # noqa: E402
+from _measure import Measured, Memory, environment, interleave, print_table, report, rows_of  # noqa: E402
 from conftest import CORPUS  # noqa: E402
 from rich.console import Console  # noqa: E402
 
@@ -53,6 +53,10 @@ def case(prompts: int) -> None:
         report([seconds], memory, size=size)
 
 
+def cells(m: Measured) -> list[str]:
+    return [f"{m.median:.1f}", f"{m.extra_mb:.0f}", f"{m.more['size']:.2f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[10_000, 100_000])
@@ -62,12 +66,8 @@ def main() -> None:
     if a.case:
         case(a.case)
         return
-    rows = []
-    for name, m in interleave(__file__, {str(n): [] for n in a.prompts}, a.rounds).items():
-        if isinstance(m, str):
-            rows.append([name, f"failed: {m}", "", ""])
-        else:
-            rows.append([f"{int(name):,}", f"{m.median:.1f}", f"{m.extra_mb:.0f}", f"{m.more['size']:.2f}"])
+    measured = interleave(__file__, {str(n): [] for n in a.prompts}, a.rounds)
+    rows = rows_of(measured, {str(n): f"{n:,}" for n in a.prompts}, len(COLUMNS), cells)
     print(environment())
     print_table("Two runs, one response to each prompt", COLUMNS, rows)
 

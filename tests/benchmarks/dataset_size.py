@@ -19,7 +19,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _measure import MIB, Memory, clock, environment, interleave, print_table, report  # noqa: E402
+from _measure import (  # noqa: E402
+    MIB,
+    Measured,
+    Memory,
+    clock,
+    environment,
+    interleave,
+    print_table,
+    report,
+    rows_of,
+)
 from _training import tiny_source  # noqa: E402
 from conftest import CORPUS  # noqa: E402
 
@@ -66,6 +76,12 @@ def case(examples: int) -> None:
         )  # fmt: skip
 
 
+def cells(m: Measured) -> list[str]:
+    more, million = m.more, m.more["tokens"] / 1e6
+    found = (m.median / million, more["prepared_mb"], more["read"] / million, m.extra_mb, more["private"])
+    return [f"{million:.2f}", *(f"{cell:.1f}" for cell in found)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, nargs="+", default=[1_000, 10_000, 100_000])
@@ -75,14 +91,8 @@ def main() -> None:
     if a.case:
         case(a.case)
         return
-    rows = []
-    for name, m in interleave(__file__, {str(n): [] for n in a.examples}, a.rounds).items():
-        if isinstance(m, str):
-            rows.append([name, f"failed: {m}", *[""] * (len(COLUMNS) - 2)])
-            continue
-        more, million = m.more, m.more["tokens"] / 1e6
-        cells = (m.median / million, more["prepared_mb"], more["read"] / million, m.extra_mb, more["private"])
-        rows.append([f"{int(name):,}", f"{million:.2f}", *(f"{cell:.1f}" for cell in cells)])
+    measured = interleave(__file__, {str(n): [] for n in a.examples}, a.rounds)
+    rows = rows_of(measured, {str(n): f"{n:,}" for n in a.examples}, len(COLUMNS), cells)
     print(f"Datasets of growing size\n{environment()}")
     print_table("Per token of the student; memory of the process", COLUMNS, rows)
 

@@ -17,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _measure import Memory, clock, environment, interleave, print_table, report  # noqa: E402
+from _measure import Measured, Memory, clock, environment, interleave, print_table, report, rows_of  # noqa: E402
 
 from dskd_lightning.data.batching import BatchPlan, BatchSettings, plan_batches  # noqa: E402
 from dskd_lightning.planning.run_sizes import padded_tokens  # noqa: E402
@@ -56,6 +56,11 @@ def case(examples: int, mode: str) -> None:
     report([seconds], memory, uneven=uneven, batches=count)
 
 
+def cells(m: Measured) -> list[str]:
+    count, uneven = f"{int(m.more['batches']):,}", f"{m.more['uneven']:.1%}"
+    return [count, f"{m.median:.2f}", f"{m.extra_mb:.0f}", uneven]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, nargs="+", default=[1_000_000, 3_000_000, 10_000_000])
@@ -68,17 +73,9 @@ def main() -> None:
         return
     print(f"Plans of an epoch, {RANKS} ranks\n{environment()}")
     for mode in MODES:
-        rows = []
-        for name, m in interleave(__file__, {f"{n}:{mode}": [] for n in a.examples}, a.rounds).items():
-            count = f"{int(name.split(':')[0]):,}"
-            if isinstance(m, str):
-                rows.append([count, f"failed: {m}", *[""] * (len(COLUMNS) - 2)])
-                continue
-            uneven = f"{m.more['uneven']:.1%}"
-            rows.append(
-                [count, f"{int(m.more['batches']):,}", f"{m.median:.2f}", f"{m.extra_mb:.0f}", uneven]
-            )
-        print_table(mode, COLUMNS, rows)
+        labels = {f"{n}:{mode}": f"{n:,}" for n in a.examples}
+        measured = interleave(__file__, {name: [] for name in labels}, a.rounds)
+        print_table(mode, COLUMNS, rows_of(measured, labels, len(COLUMNS), cells))
 
 
 if __name__ == "__main__":
