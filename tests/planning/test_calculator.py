@@ -28,9 +28,10 @@ from dskd_lightning.planning import DataSize, Layout, Losses, ModelSize, estimat
 from dskd_lightning.planning.calculator.disk import disk, host
 from dskd_lightning.planning.run_sizes import data_size, optimizer_states
 
-WITHIN = 0.15
+WITHIN = 0.1
 STUDENT = ModelSize(1, 1, 1, 1, 1, 4, layered=1, attention=1, keys=1, wide=1)
-SMALL = Case(96, layers=3, vocabulary=512, batch=2, words=6)
+LONG = Case(96, layers=5, vocabulary=512, batch=4, words=24)
+"""Of which activations are most."""
 WIDE = Case(256, layers=3, vocabulary=512, batch=1, words=4)
 """Of which the weights are most."""
 LORA = (("lora", dl.LoraSpec(rank=8)),)
@@ -38,7 +39,7 @@ AGAIN = (("gradient_checkpointing", True),)
 
 
 def check(found: Counted) -> None:
-    """Everything within 15 %; what is kept of weights is exact but for counters."""
+    """Everything within a tenth; what is kept of weights is exact but for counters."""
     memory = found.estimate.memory
     weights = memory["student's weights"] + memory.get("teacher's weights", 0) + memory.get("projectors", 0)
     assert weights == pytest.approx(found.weights, rel=0.02)
@@ -53,7 +54,7 @@ def check(found: Counted) -> None:
 
 
 def test_one_rank(tmp_path: Path) -> None:
-    check(count(SMALL, tmp_path))
+    check(count(LONG, tmp_path))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
