@@ -79,6 +79,7 @@ from dskd_lightning.training.origin import (
 )
 from dskd_lightning.training.processor import warn_of_slow_bfloat16
 from dskd_lightning.training.projector_warmup import check_warmup, forget_gradients, touched
+from dskd_lightning.training.rank_loads import RankLoads
 from dskd_lightning.training.resuming import settle_progress
 from dskd_lightning.training.teacher_check import TeacherCheck
 from dskd_lightning.training.tuning import check_tuning
@@ -177,7 +178,7 @@ class DistillationModule(L.LightningModule):
         self.strict_loading = False  # a checkpoint lacks frozen weights; see on_load_checkpoint
         self._shared_tokens: tuple[Tensor, Tensor] | None = None
         self._checked_tokenizers: tuple[str, ...] = ()
-        self._meter = RatioMeter()
+        self._meter, self._loads = RatioMeter(), RankLoads()
         self._losses: list[tuple[Tensor, Tensor, int]] = []  # since the last look: loss, examples, batch
         self._evaluation_meter = RatioMeter()
         check_arguments(self.teacher_specs, self._objectives(), on_policy)
@@ -515,6 +516,7 @@ class DistillationModule(L.LightningModule):
         """This batch's part of the step's mean loss; what subclasses add is a mean over them."""
         output = self.distil(batch)
         self._losses.append((output.loss.detach(), batch.examples, batch_idx))
+        self._loads.add(batch.student.input_ids.numel())
         if self._trainer is None:
             self._check_finite(sum_over_ranks(output.loss.detach().clone()))
         loss = Ratio(output.loss.detach(), output.tokens)
@@ -567,10 +569,11 @@ class DistillationModule(L.LightningModule):
 
         The backward pass is under way while the host waits here, once for all figures.
         """
-        ratios = self._meter.reduce(self._all_reduce)
+        ranks = self.trainer.world_size
+        ratios = self._meter.reduce(self._loads.beside(self._all_reduce, self.global_rank, ranks))
         if not ratios:
             return
-        values = {f"train/{name}": ratio.value for name, ratio in ratios.items()}
+        values = {f"train/{name}": ratio.value for name, ratio in ratios.items()} | self._loads.figures()
         values |= gradient_norms(self.student, self.objectives)
         values["train/tokens"] = ratios["loss"].count
         values = on_host(values)

@@ -141,6 +141,11 @@ def test_two_ranks_warm_projectors_up_as_one_does(tmp_path: Path, model_folder: 
     losses = []
     for name in ("one", "two"):
         rows = read_rows(tmp_path / name / "metrics.csv")
+        uneven = [float(row["train/slowest_rank"]) for row in rows if row.get("train/slowest_rank")]
+        assert len(uneven) == (name == "two") * len([row for row in rows if row.get("train/loss")])
+        assert all(
+            0 <= share < 1 for share in uneven
+        )  # of two ranks the fullest has less than twice the mean
         losses.append([float(row["train/loss"]) for row in rows if row.get("train/loss")])
     assert len(losses[0]) > 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
