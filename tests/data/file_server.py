@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 import threading
@@ -23,6 +24,7 @@ class FileServer:
         ranges: whether it begins in the middle of a file.
         versions: the header that tells a file's version: ``ETag``, ``Last-Modified`` or none.
         head: whether it answers HEAD.
+        packs: whether it packs what it sends for those that take that, and says of packed files that it did.
         asked: path and first byte of each request for content.
         sent: bytes of all bodies.
         before: called with the path before content is sent.
@@ -33,7 +35,7 @@ class FileServer:
         self.faults: list[str | int] = []
         self.statuses: dict[str, int] = {}
         self.always: dict[str, tuple[int, str | int]] = {}
-        self.ranges, self.head, self.versions = True, True, "ETag"
+        self.ranges, self.head, self.versions, self.packs = True, True, "ETag", False
         self.asked: list[tuple[str, int]] = []
         self.queries: list[str] = []
         self.sent = 0
@@ -74,6 +76,8 @@ def serving(server: FileServer) -> Iterator[FileServer]:
                 server.asked.append((path, int(asked[1]) if asked else 0))
             server.before(path)
             content, fault = server.files[path], server.fault(path)
+            if self._packs():
+                content = gzip.compress(content)
             if fault == "drop":
                 self.close_connection = True
                 return
@@ -96,6 +100,9 @@ def serving(server: FileServer) -> Iterator[FileServer]:
             if fault == "stall":
                 server.closing.wait(60)
 
+        def _packs(self) -> bool:
+            return server.packs and "gzip" in (self.headers.get("Accept-Encoding") or "")
+
         def _path(self) -> str:
             path, _, query = self.path.partition("?")
             server.queries.append(query)
@@ -109,6 +116,8 @@ def serving(server: FileServer) -> Iterator[FileServer]:
                 self.send_header("ETag", f'"{digest[:16]}"')
             elif server.versions == "Last-Modified":
                 self.send_header("Last-Modified", self.date_time_string(int(digest[:7], 16)))
+            if self._packs() or (server.packs and self.path.endswith(".gz")):
+                self.send_header("Content-Encoding", "gzip")
             if self.path.endswith("/"):
                 self.send_header("Content-Type", "text/html")
             self.end_headers()

@@ -188,6 +188,13 @@ def test_parquet_needs_a_server_that_begins_anywhere(server) -> None:
     assert values(f"{server.url}/a.parquet") == ROWS
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_bytes_come_as_they_lie_there(server, name: str) -> None:
+    server.files[f"/{name}"], server.packs = FILES[name], True
+    server.faults = ["", "cut", "", "cut"]
+    assert values(f"{server.url}/{name}") == ROWS
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_prepared_bytes_are_those_of_the_local_file(server, build, tmp_path: Path, head: bool) -> None:
     server.files["/a.jsonl"], server.head = LINES, head
