@@ -562,21 +562,22 @@ def test_a_full_disk_keeps_what_is_finished(server, build, tmp_path: Path, monke
     assert len(appended) == (20 - 8) + 17
 
 
-@pytest.mark.parametrize("enough", [True, False])
+@pytest.mark.parametrize(("parts", "more", "times"), [(2, 1, 0), (2, -1, 1), (1, -1, 1)])
 def test_a_disk_that_will_be_full_is_told_before_it_is(
-    server, build, tmp_path: Path, monkeypatch, caplog, enough
+    server, build, tmp_path: Path, monkeypatch, caplog, parts: int, more: int, times: int
 ) -> None:
+    """Once, with room for as many parts as the first and some bytes."""
     urls = in_thirds(server)
     for url in urls[1:]:  # each takes the room that the first does
         server.files[url.removeprefix(server.url)] = server.files["/0.jsonl"]
     data = build("cache", urls)
     first = build("first", urls[:1])._prepared("train").folder
     size = sum(path.stat().st_size for path in first.iterdir())
-    free = 2 * size + (1 if enough else -1)
+    free = parts * size + more
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     data._prepared("train")
-    told = f"will need about {2 * size / 2**30:.1f} GiB in '{tmp_path / 'cache'}', where "
-    assert caplog.text.count(told) == (0 if enough else 1)
+    told = f"GiB in '{tmp_path / 'cache'}', where "
+    assert caplog.text.count(told) == times
 
 
 def test_proxies_are_not_asked_for_this_machine(server, monkeypatch) -> None:
