@@ -102,6 +102,8 @@ class TeacherCheck(L.Callback):
 
 def _batches(trainer: L.Trainer) -> tuple[Iterable[DistillationBatch], int]:
     """A validation loader and how many of its batches a validation reads."""
+    if not trainer.enable_validation:
+        return [], 0
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
     counts, loader = trainer.num_val_batches, trainer.val_dataloaders
     if not counts or not isinstance(counts, list) or len(counts) != 1 or not 0 < counts[0] < float("inf"):

@@ -110,11 +110,16 @@ def test_a_resumed_run_measures_nothing_again(tmp_path: Path, monkeypatch: Any) 
 
 def test_nothing_is_measured_without_a_teacher_or_a_validation_set() -> None:
     setup = Setup("cpu")
-    cases: list[tuple[str, dict[str, Any]]] = [("SFT", {}), ("ETA", {"limit_val_batches": 0})]
-    for objective, options in cases:
+    cases: list[tuple[str, dict[str, Any], bool]] = [
+        ("SFT", {}, True), ("ETA", {"limit_val_batches": 0}, True), ("ETA", {}, False),
+    ]  # fmt: skip
+    for objective, options, given in cases:
         module, data = setup.run(objective)
+        data.setup("fit")
         check = TeacherCheck()
         trainer = setup.trainer(callbacks=[check], **options)
-        trainer.fit(module, datamodule=data)
+        trainer.fit(
+            module, **({"datamodule": data} if given else {"train_dataloaders": data.train_dataloader()})
+        )
         assert check._teacher is None
         assert "val/teacher_nll_per_byte" not in trainer.callback_metrics
