@@ -127,3 +127,26 @@ def test_a_mistake_that_one_rank_alone_sees_ends_all(tmp_path: Path, model_folde
     assert ended.statuses[rank] == 2
     assert 0 not in ended.statuses
     assert "model.student: this rank can't read it." in ended.logs[rank]
+
+
+def test_sharded_projectors_warm_up_as_whole_ones_do(tmp_path: Path, model_folder: Any) -> None:
+    changes = {
+        **sharded(),
+        "model.objective": {"class_path": "dskd_lightning.objectives.DSKDTokenAlignmentObjective"},
+        "model.projector_warmup_steps": 2,
+        "trainer.max_epochs": 1,
+        "trainer.log_every_n_steps": 1,
+        "completions": {"prompts": 0},
+    }
+    teacher = model_folder(tokenizer="unigram", hidden=24, seed=2)
+    given = ("--config", str(write_config(tmp_path, model_folder(seed=1), teacher, **changes)))
+    dskd_ranks("fit", *given, "--data.batch_size=2", f"--output={tmp_path / 'two'}", folder=tmp_path)
+    one = (*ONE, "--data.batch_size=4", f"--output={tmp_path / 'one'}")
+    alone("fit", *given, *one, log=tmp_path / "one.log")
+    found = []
+    for name in ("one", "two"):
+        rows = read_rows(tmp_path / name / "metrics.csv")
+        found.append([float(row["train/t2s_ce"]) for row in rows if "train/t2s_ce" in row])
+    assert len(found[0]) > 2
+    # The first step's scale of the inputs and means over pairs depend on how a step is split.
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
