@@ -56,10 +56,17 @@ def test_a_changed_digit_in_any_result_is_seen(run, tmp_path) -> None:
         good = (folder / file).read_bytes()
         digits = [found.start() for found in re.finditer(rb"(?<=[ ,.0-9])[1-8](?=[^:\"]*\n)", good)]
         for at in digits[:: len(digits) // 5 + 1]:
-            (folder / file).write_bytes(good[:at] + b"%d" % (int(good[at : at + 1]) + 1) + good[at + 1 :])
+            bad = good[:at] + b"%d" % (int(good[at : at + 1]) + 1) + good[at + 1 :]
+            if _numbers(bad) == _numbers(good):  # the seventeenth digit of a float may mean nothing
+                continue
+            (folder / file).write_bytes(bad)
             with pytest.raises(UserError, match=rf"{file.name}.* isn't as it was written"):
                 RunFolder.read(folder, "r").mixtures()
         assert digits, file
+
+
+def _numbers(content: bytes) -> list[float]:
+    return [float(number) for number in re.findall(rb"\d+(?:\.\d+)?(?:e-?\d+)?", content)]
 
 
 def built(run: Path) -> DistillationCLI:
