@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.waiting import answer_within
 
 __all__ = ["EndpointError", "JsonEndpoint"]
 
@@ -163,33 +164,20 @@ class JsonEndpoint:
 def _fetch(request: urllib.request.Request, seconds: float) -> bytes:
     """The body of the reply.
 
-    A socket's timeout bounds each of its reads, not their number: a server that sends a byte now
-    and then would hold us for ever. So a thread reads, and is waited for no longer than this.
-
     Raises:
         TimeoutError: the reply isn't whole in time.
         OSError: there is none.
         _RefusedError: its status is no success.
     """
-    found: list[bytes | Exception] = []
 
-    def read() -> None:
+    def read() -> bytes:
         try:
             with _OPENER.open(request, timeout=seconds) as response:
-                found.append(_body(response, time.monotonic() + seconds))
+                return _body(response, time.monotonic() + seconds)
         except urllib.error.HTTPError as error:
-            found.append(_RefusedError(error))
-        except Exception as error:  # raised where it is waited for
-            found.append(error)
+            raise _RefusedError(error) from error
 
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not found:
-        raise TimeoutError(f"no whole reply in {seconds:g} s")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    return answer_within(seconds, read, f"no whole reply in {seconds:g} s")
 
 
 def _body(response: http.client.HTTPResponse, until: float) -> bytes:

@@ -13,7 +13,7 @@ import dskd_lightning
 
 PACKAGE = Path(dskd_lightning.__file__).parent
 FLOORS: list[set[str]] = [
-    {"errors", "structures", "cache_dir", "memory", "ranks"},
+    {"errors", "structures", "cache_dir", "memory", "modes", "ranks", "waiting"},
     {"described"},
     {"files", "http_json", "tokenizers", "functional", "demo"},
     {"projection", "checkpoints"},

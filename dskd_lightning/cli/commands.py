@@ -192,8 +192,10 @@ def doctor(
         examples: plan for so many training examples as long as the config's.
     """
     from dskd_lightning.cli.planning_commands import run_doctor
+    from dskd_lightning.planning.target import Target, parse_bytes
 
-    return run_doctor(config, ranks, memory, tflops, examples)
+    size = None if memory is None else parse_bytes(memory)
+    return run_doctor(config, Target(ranks, size, tflops, examples))
 
 
 def export(

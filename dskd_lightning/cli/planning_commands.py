@@ -9,26 +9,15 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.planning import examine, plan
 from dskd_lightning.planning.benchmark import Benchmark, parse_duration
-from dskd_lightning.planning.target import Target, parse_bytes
+from dskd_lightning.planning.target import Target
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.text import visible
 
 __all__ = ["run_benchmark", "run_doctor", "run_init"]
 
 
-def run_doctor(
-    config: list[str],
-    ranks: int | None = None,
-    memory: str | None = None,
-    tflops: float | None = None,
-    examples: int | None = None,
-) -> int:
-    """Print findings as they are made; 1 where one keeps the run from starting.
-
-    Raises:
-        UserError: a number that can't be.
-    """
-    target = Target(ranks, None if memory is None else parse_bytes(memory), tflops, examples)
+def run_doctor(config: list[str], target: Target | None = None) -> int:
+    """Print findings as they are made; 1 where one keeps the run from starting."""
     failed = False
     for finding in examine(config, target):
         failed = failed or finding.state == "failed"

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
+from dskd_lightning.data.file_names import is_beside_data
 from dskd_lightning.data.file_systems import file_system
 from dskd_lightning.data.remote_faults import Patience, SourceChanged, asked
 from dskd_lightning.data.remote_stream import RemoteStream
@@ -160,16 +161,18 @@ def remote_files(url: str, wanted: Callable[[str], bool]) -> list[RemoteFile]:
     system, path = file_system(url)
     list_files = partial(system.glob, path) if pattern else partial(system.find, path)
     paths = {system.unstrip_protocol(found) for found in asked(list_files, url, masked(url))}
-    beside = {f"{found.removesuffix('.jsonl')}.meta.json" for found in paths}  # `dskd generate`'s
-    files = sorted(found for found in paths - beside if wanted(path_of(found)) and not _is_hidden(found, url))
+    files = sorted(
+        found for found in paths if wanted(path_of(found)) and not _is_beside_data(found, url, paths)
+    )
     if not files:
         raise UserError(f"'{masked(url)}' names no data file: correct the URL.")
     return [RemoteFile(found) for found in files]
 
 
-def _is_hidden(found: str, folder: str) -> bool:
-    parts = PurePosixPath(path_of(found)).parts
-    return any(part.startswith(".") for part in parts[len(PurePosixPath(path_of(folder)).parts) - 1 :])
+def _is_beside_data(found: str, folder: str, all_of_them: set[str]) -> bool:
+    below = PurePosixPath(path_of(found)).parts[len(PurePosixPath(path_of(folder)).parts) - 1 :]
+    folder, _, name = found.rpartition("/")
+    return is_beside_data(below, name, lambda other: f"{folder}/{other}" in all_of_them)
 
 
 def _version(info: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 from dskd_lightning.data.urls import protocol_of, scrubbed
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.text import shorten, visible
+from dskd_lightning.waiting import answer_within
 
 __all__ = ["Patience", "SourceChanged", "SourceUnavailable", "asked", "final_fault", "said", "within"]
 
@@ -96,31 +96,12 @@ def asked(ask: Callable[[], _T], url: str, name: str) -> _T:
 
 
 def within(ask: Callable[[], _T]) -> _T:
-    """The answer of ``ask``, or its error.
-
-    A thread asks, and is waited for no longer than `_SECONDS`: libraries have time limits of their own or
-    none, and a server that sends a byte now and then would hold us for ever.
+    """The answer of ``ask``, or its error, waited for no longer than `_SECONDS`.
 
     Raises:
         TimeoutError: there is none in time.
     """
-    answers: list[_T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            answers.append(ask())
-        except BaseException as error:  # raised where it is waited for
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_SECONDS)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise TimeoutError(f"no answer within {_SECONDS:g} s")
-    return answers[0]
+    return answer_within(_SECONDS, ask, f"no answer within {_SECONDS:g} s")
 
 
 def final_fault(error: Exception, url: str, name: str) -> UserError | None:

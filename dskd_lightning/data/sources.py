@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dskd_lightning.data.compressed import PACKED, kind_of
+from dskd_lightning.data.file_names import is_beside_data
 from dskd_lightning.data.hub_stream import HubShard, hub_shards
 from dskd_lightning.data.json_stream import Skip, iter_json
 from dskd_lightning.data.remote import DataFile, RemoteFile, remote_files
@@ -228,10 +229,5 @@ def _resolve(entry: str, split: str, streaming: bool) -> list[Source]:
 
 
 def _is_beside_data(file: Path, folder: Path) -> bool:
-    """Copies that editors and systems leave behind: ``.ipynb_checkpoints``, ``._train.jsonl``, ...; and
-    ``train.meta.json``, in which ``dskd generate`` says how it made ``train.jsonl``."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return hidden or (
-        file.name.endswith(".meta.json")
-        and file.with_name(file.name.removesuffix(".meta.json") + ".jsonl").is_file()
-    )
+    below = file.relative_to(folder).parts
+    return is_beside_data(below, file.name, lambda other: file.with_name(other).is_file())

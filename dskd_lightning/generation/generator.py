@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.generation.in_step import in_step, is_sharded
 from dskd_lightning.generation.sampling import InverseTransformSampling, RowBudget, prompt_uniforms
 from dskd_lightning.generation.stop_tokens import stop_token_ids
+from dskd_lightning.modes import evaluating
 
 __all__ = ["Generation", "GenerationSettings", "Generator"]
 
@@ -233,7 +233,7 @@ class Generator:
                 InverseTransformSampling(uniforms, length, settings.temperature, settings.top_p)
             )
         generate: Any = self.model.generate
-        with _evaluating(self.model):
+        with evaluating(self.model):
             output = generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -286,15 +286,3 @@ class _Streamer(BaseStreamer):
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.head_reading import measure_head
 from dskd_lightning.models.output import base_model, decoder_hidden, language_head
+from dskd_lightning.modes import evaluating
 from dskd_lightning.structures import DistillationBatch, ModelSpace, TokenBatch
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
@@ -79,7 +79,7 @@ def verify_head(model: PreTrainedModel, name: str) -> None:
     batch = _probe(model, [4])
     if model.get_output_embeddings() is None:
         language_head(model)  # says what is missing
-    with _eval_mode(model):
+    with evaluating(model):
         measure_head(model, batch.input_ids)
         expected = model(input_ids=batch.input_ids, use_cache=False).logits
         found = language_head(model).logits(decoder_hidden(model, batch))
@@ -102,7 +102,7 @@ def verify_causal(model: PreTrainedModel, name: str) -> None:
     ids = _probe(model, [6]).input_ids
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
-    with _eval_mode(model):
+    with evaluating(model):
         first, second = (model(input_ids=row, use_cache=False).logits[0, :-1] for row in (ids, changed))
     if not _close(first, second):
         raise UserError(
@@ -123,7 +123,7 @@ def verify_packing(model: PreTrainedModel | PeftModel, name: str) -> None:
         return
     packed, alone = _probe(model, [3, 4]), _probe(model, [3])
     twice = replace(packed, **{n: getattr(packed, n).repeat(2, 1) for n in ("input_ids", "position_ids")})
-    with _eval_mode(base_model(model)):
+    with evaluating(base_model(model)):
         first = decoder_hidden(model, alone)[0]
         second = decoder_hidden(model, _cut(packed, 3))[0]
         both = decoder_hidden(model, twice)  # of two rows, which some attention treats unlike one
@@ -148,18 +148,6 @@ def _cut(batch: TokenBatch, start: int) -> TokenBatch:
     ids, positions = batch.input_ids[:, start:], batch.position_ids[:, start:]
     rest = torch.arange(ids.numel(), device=ids.device)
     return TokenBatch(ids, ids, torch.ones_like(ids), positions, rest, torch.zeros_like(rest))
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without touching the modes of single modules for good."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

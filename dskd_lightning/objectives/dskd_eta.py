@@ -109,17 +109,14 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         i, j = aligned.pairs.unbind(1) if self.positions == "pairs" else aligned.starts
         projected = self.t2s(teacher.hidden.detach()[j])
         labels = self.teacher_to_student[token_argmax(teacher.hidden[j], teacher.head)]
-        ratio = self.kd_share(student)
-        if not student.hidden.shape[1]:
-            weight = ratio * tokens / (labels >= 0).sum().clamp(min=1)
-            return projector_alone(student, projected, labels, weight, self.memory_budget_mb)
-        guess = token_argmax(projected, student.head)
         # Masks and counts stay on the device: which pairs count is never asked for by the host.
         kept = labels >= 0
-        agreeing = kept & (guess == labels)
         pairs = kept.sum()
+        ratio, per_pair = self.kd_share(student), tokens / pairs.clamp(min=1)
+        if not student.hidden.shape[1]:
+            return projector_alone(student, projected, labels, ratio * per_pair, self.memory_budget_mb)
+        agreeing = kept & (token_argmax(projected, student.head) == labels)
         chosen = self._chosen(kept, agreeing)
-        per_pair = tokens / pairs.clamp(min=1)
         per_chosen = tokens / chosen.sum().clamp(min=1)
         targets = torch.full_like(student.labels, -1).index_put((i,), labels)
         moved = projected.new_zeros(tokens, projected.shape[1]).index_put((i,), projected)

@@ -90,8 +90,7 @@ class DSKDv2Objective(SameVocabularyObjective):
         teacher = self._pair(student, teacher)
         ratio, budget = self.kd_share(student), self.memory_budget_mb
         if not student.hidden.shape[1]:
-            choice = token_argmax(teacher.hidden, teacher.head)
-            targets = choice.masked_fill(choice >= student.head.vocab_size, -1)
+            targets = _targets(token_argmax(teacher.hidden, teacher.head), student)
             return projector_alone(student, self.t2s(teacher.hidden.detach()), targets, ratio, budget)
         s2t_loss, s2t = teacher_space(
             teacher,
@@ -101,9 +100,7 @@ class DSKDv2Objective(SameVocabularyObjective):
             ratio,
             memory_budget_mb=budget,
         )
-        # What the teacher chooses beyond the student's vocabulary has no label there.
-        choice = s2t["teacher_choice"]
-        targets = choice.masked_fill(choice >= student.head.vocab_size, -1)
+        targets = _targets(s2t["teacher_choice"], student)
         projected = self.t2s(teacher.hidden.detach())
         t2s_loss, t2s = student_space(
             student,
@@ -125,3 +122,8 @@ class DSKDv2Objective(SameVocabularyObjective):
         agreeing = agree.sum()
         averaged = agree * (len(student) / agreeing.clamp(min=1))
         return averaged.where(agreeing <= self.agreement_threshold * len(student), 1.0)
+
+
+def _targets(choice: Tensor, student: Side) -> Tensor:
+    """What the teacher chooses; -1 beyond the student's vocabulary, where it has no label."""
+    return choice.masked_fill(choice >= student.head.vocab_size, -1)

@@ -18,11 +18,10 @@ from dskd_lightning.structures import Alignment, ModelSpace, Side
 __all__ = ["GOLDObjective", "group_starts", "measure_divergence"]
 
 
-def group_starts(student: Side, alignment: Alignment) -> Tensor:
-    """``[n]``: at the first student position of each byte group its first teacher position, else -1."""
+def group_starts(student: Side, starts: tuple[Tensor, Tensor]) -> Tensor:
+    """``[n]``: at the student position of each of `Alignment.starts` the teacher position, else -1."""
     position = torch.full_like(student.labels, -1)
-    ours, theirs = alignment.starts
-    position[ours] = theirs
+    position[starts[0]] = starts[1]
     return position
 
 
@@ -120,13 +119,13 @@ class GOLDObjective(PairedObjective):
             self.register_buffer(name, value, persistent=False)
 
     def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
-        position = group_starts(student, alignment)
+        starts = alignment.starts
+        position = group_starts(student, starts)
         if self.eos is not None:
             position = position.masked_fill(student.labels == self.eos, -1)
-        ours, theirs = alignment.starts
-        later = self._later(student, alignment.student_group, ours)
+        later = self._later(student, alignment.student_group, starts[0])
         with torch.no_grad():
-            teacher_later = self._later(teacher, alignment.teacher_group, theirs)
+            teacher_later = self._later(teacher, alignment.teacher_group, starts[1])
         group = alignment.student_group.clamp(min=0)
         return Partners(position, (teacher_later[group], later[group]), alignment.groups)
 

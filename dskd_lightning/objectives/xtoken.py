@@ -78,7 +78,7 @@ class XTokenProjectionObjective(PairedObjective):
         self.register_buffer("projection_weight", transposed.values().to(rows.device), persistent=False)
 
     def partners(self, student: Side, teacher: Side, alignment: Alignment) -> Partners:
-        return Partners(group_starts(student, alignment), most=alignment.groups)
+        return Partners(group_starts(student, alignment.starts), most=alignment.groups)
 
     def compare(self, pairs: Pairs) -> dict[str, Tensor]:
         q = (pairs.student / self.temperature).softmax(-1)

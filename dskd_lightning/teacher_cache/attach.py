@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -112,8 +112,9 @@ def build_part(
         UserError: as `ensure_caches`, or another job computes that part in the same folder.
     """
     root = cache_root(datamodule, settings)
+    memory = Memory(root / "fingerprints.json")
     for index, spec in enumerate(specs):
-        caches = _caches_of(datamodule, spec, index, stages, settings, root)
+        caches = _each_once(_caches_of(datamodule, spec, index, stages, settings, root, memory))
         with contextlib.ExitStack() as held:
             for cache in caches if rank_and_world()[0] == 0 else ():
                 _check_manifest(cache, spec)
@@ -135,8 +136,9 @@ def join_caches(
 ) -> None:
     """Complete each teacher's caches of ``stages`` from other folders; see `join_parts`."""
     root = cache_root(datamodule, settings)
+    memory = Memory(root / "fingerprints.json")
     for index, spec in enumerate(specs):
-        for cache in _caches_of(datamodule, spec, index, stages, settings, root):
+        for cache in _each_once(_caches_of(datamodule, spec, index, stages, settings, root, memory)):
             _check_manifest(cache, spec)
             join_parts(cache.folder, places, cache.parts, spec.source)
 
@@ -148,13 +150,16 @@ def _caches_of(
     stages: Sequence[Stage],
     settings: TeacherCacheSettings,
     root: Path,
-) -> list[_Wanted]:
-    """Each once; none of a teacher that is known by its log-probabilities."""
-    if spec.absent:
-        return []
-    memory = Memory(root / "fingerprints.json")
-    wanted = (_wanted(datamodule, spec, index, stage, settings, root, memory) for stage in stages)
-    return list({cache.folder: cache for cache in wanted}.values())
+    memory: Memory,
+) -> dict[Stage, _Wanted]:
+    """By stage; none of a teacher that is known by its log-probabilities."""
+    names: Sequence[Stage] = () if spec.absent else stages
+    return {stage: _wanted(datamodule, spec, index, stage, settings, root, memory) for stage in names}
+
+
+def _each_once(caches: Mapping[Stage, _Wanted]) -> list[_Wanted]:
+    """Stages with the same data have the same cache."""
+    return list({cache.folder: cache for cache in caches.values()}.values())
 
 
 def _ensure(
@@ -167,15 +172,14 @@ def _ensure(
     settings = settings or datamodule.teacher_cache or TeacherCacheSettings()
     root = cache_root(datamodule, settings)
     memory = Memory(root / "fingerprints.json")
-    wanted = {
-        (index, stage): _wanted(datamodule, spec, index, stage, settings, root, memory)
+    wanted = [
+        _caches_of(datamodule, spec, index, stages, settings, root, memory)
         for index, spec in enumerate(specs)
-        for stage in stages
-        if not spec.absent
-    }
-    for cache in wanted.values():
+    ]
+    everything = [cache for caches in wanted for cache in caches.values()]
+    for cache in everything:
         _check_manifest(cache, specs[cache.teacher])
-    missing = [cache for cache in wanted.values() if not is_complete(cache.folder)]
+    missing = [cache for cache in everything if not is_complete(cache.folder)]
     _check_agreement([cache.folder.name for cache in missing], root)
     if missing and not required:
         return None
@@ -190,7 +194,7 @@ def _ensure(
                 previous = tuple(datamodule.teacher_hidden.get(stage, ()))[:index]
                 datamodule.teacher_hidden[stage] = (*previous, None)
             continue
-        caches = list({c.folder: c for (i, _), c in wanted.items() if i == index}.values())
+        caches = _each_once(wanted[index])
         absent = [cache for cache in caches if cache in missing]
         if absent:
             _log.info("%s", _explanation(absent[0], spec))
@@ -204,7 +208,7 @@ def _ensure(
             store.verify(content=settings.verify, rank=rank, ranks=ranks)
         for stage in stages:
             previous = tuple(datamodule.teacher_hidden.get(stage, ()))[:index]
-            datamodule.teacher_hidden[stage] = (*previous, stores[wanted[index, stage].folder])
+            datamodule.teacher_hidden[stage] = (*previous, stores[wanted[index][stage].folder])
     return heads
 
 
@@ -256,8 +260,7 @@ def _check_manifest(cache: _Wanted, spec: TeacherSpec) -> None:
 
 def _explanation(cache: _Wanted, spec: TeacherSpec) -> str:
     """Why there is no cache: the nearest one differs in these parts, or there is none."""
-    others = [m for f in sorted(cache.root.glob("*/")) if (m := Manifest.read(f)) is not None]
-    nearest = min(others, key=lambda m: len(differing_parts(cache.parts, m.parts)), default=None)
+    nearest = Manifest.nearest([cache.root], cache.parts)
     if nearest is None:
         found = "there is none"
     elif nearest.parts == cache.parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -90,6 +90,13 @@ class Manifest:
             raise UserError(
                 f"'{path}' is no manifest of a teacher cache ({error}): delete '{folder}'."
             ) from error
+
+    @classmethod
+    def nearest(cls, roots: Iterable[Path], parts: Mapping[str, str]) -> Manifest | None:
+        """Of the caches in these folders the one that differs in fewest parts; None where there is none."""
+        folders = (folder for root in roots for folder in sorted(root.glob("*/")))
+        found = [manifest for folder in folders if (manifest := cls.read(folder)) is not None]
+        return min(found, key=lambda manifest: len(differing_parts(parts, manifest.parts)), default=None)
 
     def write(self, folder: Path) -> None:
         """Write it atomically."""

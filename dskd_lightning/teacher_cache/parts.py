@@ -124,8 +124,7 @@ def _place(place: Path, key: str, parts: dict[str, str], source: str) -> Path:
     for candidate in (place, *(root / key for root in roots)):
         if candidate.name == key and Manifest.read(candidate) is not None:
             return candidate
-    others = [m for root in roots for f in sorted(root.glob("*/")) if (m := Manifest.read(f)) is not None]
-    nearest = min(others, key=lambda m: len(differing_parts(parts, m.parts)), default=None)
+    nearest = Manifest.nearest(roots, parts)
     why = "no cache lies there"
     if nearest is not None:
         why = f"the nearest one differs in: {', '.join(differing_parts(parts, nearest.parts))}"

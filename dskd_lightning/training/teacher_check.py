@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 
+from dskd_lightning.modes import evaluating
 from dskd_lightning.structures import DistillationBatch, Ratio
 from dskd_lightning.training.fidelity import likelihood
 from dskd_lightning.training.meter import RatioMeter
@@ -91,11 +91,8 @@ class TeacherCheck(L.Callback):
             for batch in islice(loader, count):
                 meter.update(_likelihoods(module, batch.to(module.device)))
 
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
             module.as_step(measure)
-        _restore(modes)
         ratios = meter.reduce(module._all_reduce)
         return {name: float(ratio.value) for name, ratio in ratios.items()}
 
@@ -118,8 +115,3 @@ def _likelihoods(module: DistillationModule, batch: DistillationBatch) -> dict[s
         "nll_per_byte": Ratio(likelihood(student)["nll"], size),
         "teacher_nll_per_byte": Ratio(likelihood(teacher)["nll"], size * int(batch.answers(0))),
     }
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for part, training in modes.items():
-        part.training = training

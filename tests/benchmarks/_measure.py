@@ -48,6 +48,8 @@ def synchronize() -> None:
 class Memory:
     """Peak memory in MiB from now on, above what is held now (``extra``) and in all (``total``)."""
 
+    _ended: float | None = None
+
     def __init__(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -59,8 +61,14 @@ class Memory:
             print("the high-water mark can't be reset here: it includes preparation", file=sys.stderr)
         self.before = status_bytes("VmRSS") / MIB
 
+    def end(self) -> None:
+        """What is held from now on doesn't count."""
+        self._ended = self.total
+
     @property
     def total(self) -> float:
+        if self._ended is not None:
+            return self._ended
         cuda = torch.cuda.is_available()
         return (torch.cuda.max_memory_allocated() if cuda else status_bytes("VmHWM")) / MIB
 

@@ -52,6 +52,7 @@ def case(examples: int, mode: str) -> None:
     plan = plan_batches(lengths, MODES[mode], seed=1, epoch=0)
     plan.of_rank(0, RANKS)
     seconds = clock() - begin
+    memory.end()
     uneven, count = unevenness(plan, lengths), len(plan)
     report([seconds], memory, uneven=uneven, batches=count)
 

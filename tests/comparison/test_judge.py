@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from served import served
 
 from dskd_lightning.comparison.endpoint import ChatEndpoint, EndpointError
 from dskd_lightning.comparison.judge import CostLimit, judge_pairs, judgement_counts
@@ -50,12 +51,8 @@ class FakeServer:
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     fake = FakeServer()
-    thread = threading.Thread(target=fake.server.serve_forever, daemon=True)
-    thread.start()
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
-    thread.join()
+    with served(fake.server):
+        yield fake
 
 
 def endpoint(server: FakeServer, **options) -> ChatEndpoint:
@@ -148,7 +145,7 @@ def test_the_key_comes_from_the_environment(server, tmp_path, monkeypatch) -> No
 @pytest.fixture
 def raw_server() -> Iterator[Callable[..., str]]:
     """``raw_server(reply)`` -> URL of a server whose ``reply(handler)`` writes what it likes."""
-    servers: list[ThreadingHTTPServer] = []
+    servers = contextlib.ExitStack()
 
     def make(reply: Callable[[BaseHTTPRequestHandler], None]) -> str:
         class Handler(BaseHTTPRequestHandler):
@@ -161,14 +158,10 @@ def raw_server() -> Iterator[Callable[..., str]]:
             def log_message(self, *args: object) -> None:
                 pass
 
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/v1"
+        return f"{servers.enter_context(served(ThreadingHTTPServer(('127.0.0.1', 0), Handler)))}/v1"
 
-    yield make
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers:
+        yield make
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+from served import served
+
+from dskd_lightning.data import remote_faults, remote_stream
+
 
 class FileServer:
     """What lies there, what was asked for, and how to answer.
@@ -50,6 +55,13 @@ class FileServer:
             if path in self.always and sum(found == path for found, _ in self.asked) > count:
                 return fault
             return self.faults.pop(0) if self.faults else ""
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Pieces of some rows, so that files have many, and no waiting."""
+    for name, size in (("_FIRST", 64), ("_LEAST", 16), ("_MOST", most)):
+        monkeypatch.setattr(remote_stream, name, size)
+    monkeypatch.setattr(remote_faults, "_BACKOFF", 0.001)
 
 
 @contextmanager
@@ -136,13 +148,8 @@ def serving(server: FileServer) -> Iterator[FileServer]:
         def handle_error(self, *_: Any) -> None:
             """Of connections that the other side has given up."""
 
-    http = Quiet(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{http.server_port}"
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        http.shutdown()
-        http.server_close()
+    with served(Quiet(("127.0.0.1", 0), Handler)) as server.url:
+        try:
+            yield server
+        finally:
+            server.closing.set()

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from served import served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -87,12 +88,6 @@ def serving(server: Server) -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{http.server_port}/v1"
-    try:
+    with served(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        server.url = f"{address}/v1"
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()

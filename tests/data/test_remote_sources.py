@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from file_server import FileServer, serving
+from file_server import FileServer, serving, small_pieces
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dskd_lightning import InstructionDataModule, StudentSpec, UserError
@@ -59,12 +59,8 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of some rows, so that files have many, and no waiting."""
-    monkeypatch.setattr(remote_stream, "_FIRST", 64)
-    monkeypatch.setattr(remote_stream, "_LEAST", 16)
-    monkeypatch.setattr(remote_stream, "_MOST", 1024)
+    small_pieces(monkeypatch, most=1024)
     monkeypatch.setattr(remote, "_PIECE", 128)
-    monkeypatch.setattr(remote_faults, "_BACKOFF", 0.001)
     monkeypatch.setattr(remote_faults, "_SECONDS", 1.0)
     monkeypatch.setattr(chunks, "_EXAMPLES", 3)
 

@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable
 
 import pytest
+from file_server import small_pieces
 
-from dskd_lightning.data import remote_faults, remote_stream
 from dskd_lightning.data.remote_faults import Patience, SourceUnavailable
 from dskd_lightning.data.remote_stream import RemoteStream
 
@@ -35,10 +35,7 @@ class Breaking(io.BytesIO):
 
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_stream, "_FIRST", 64)
-    monkeypatch.setattr(remote_stream, "_LEAST", 16)
-    monkeypatch.setattr(remote_stream, "_MOST", 512)
-    monkeypatch.setattr(remote_faults, "_BACKOFF", 0.0)
+    small_pieces(monkeypatch, most=512)
 
 
 def stream(open: Callable[[bool], io.BytesIO], ranges: bool, size: int | None = len(CONTENT)) -> RemoteStream:

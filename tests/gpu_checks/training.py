@@ -68,7 +68,7 @@ class _Stalls(L.Callback):
         assert self.of_evaluation.total() <= PER_MODEL * models, f"evaluation: {dict(self.of_evaluation)}"
 
 
-class _Save(L.Callback):
+class SaveFirstStep(L.Callback):
     """Saves a checkpoint after the first step."""
 
     def __init__(self, path: str) -> None:
@@ -98,7 +98,7 @@ def train(setup: Setup, name: str, cached: bool, lora: bool) -> str:
     for start in (None, path):
         module, data = setup.run(name, cached=cached, cache=cache, lora=lora)
         trainer = setup.trainer(
-            callbacks=[stalls, _Save(path)], logger=DummyLogger(), log_every_n_steps=1,
+            callbacks=[stalls, SaveFirstStep(path)], logger=DummyLogger(), log_every_n_steps=1,
             limit_test_batches=1, limit_predict_batches=1,
         )  # fmt: skip
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=False)

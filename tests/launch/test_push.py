@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from served import served
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.push import push_folder
@@ -59,15 +59,12 @@ class _Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[type[_Hub]]:
     kind = type("Hub", (_Hub,), {"files": {}, "calls": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with served(ThreadingHTTPServer(("127.0.0.1", 0), kind)) as address:
         make = huggingface_hub.HfApi
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: make(endpoint=address, token=token))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         yield kind
-        server.shutdown()
 
 
 @pytest.fixture

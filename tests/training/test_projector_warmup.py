@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from gpu_checks.setup import Setup, finite
+from gpu_checks.training import SaveFirstStep
 from torch import Tensor
 
 from dskd_lightning.errors import UserError
@@ -98,19 +99,10 @@ def test_adapters_stay_too() -> None:
     assert not same(watch.students[0], watch.students[4])
 
 
-class _Stop(L.Callback):
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 1:
-            trainer.save_checkpoint(self.path)
-
-
 def test_a_run_that_is_resumed_within_goes_on_with_it() -> None:
     setup = Setup("cpu")
     path = str(setup.folder / "warm.ckpt")
-    whole = fit(setup, "ETA", 2, _Stop(path))
+    whole = fit(setup, "ETA", 2, SaveFirstStep(path))
     module, data = setup.run("ETA", optimizer=adam)
     module.projector_warmup_steps = 2
     watch = _Watch()
