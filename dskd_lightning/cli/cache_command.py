@@ -11,13 +11,13 @@ from dskd_lightning.launch.configs import config_path
 from dskd_lightning.launch.lightning_cli import DistillationCLI
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
+from dskd_lightning.runs.parts import Part
 from dskd_lightning.teacher_cache.attach import build_part, cache_root, ensure_caches, join_caches
 from dskd_lightning.teacher_cache.log_probabilities import ensure_log_probabilities
-from dskd_lightning.teacher_cache.parts import Part
 
 __all__ = ["build_cache"]
 
-_DTYPES = ("bfloat16", "float32", "float16", "float8_e4m3", "int8")
+_DTYPES = ("bfloat16", "float32", "float16", "int8", "int4")
 
 
 def build_cache(

@@ -38,7 +38,7 @@ data: files, folders, Hub datasets or demo
   --data.max_length NUMBER            tokens of prompt and response
   --data.max_prompt_length NUMBER     tokens of the prompt
   --data.batch_size NUMBER            sequences of each device
-  --data.teacher_cache.dtype TYPE     keep the teacher's states: bfloat16, float8_e4m3, int8
+  --data.teacher_cache.dtype TYPE     keep the teacher's states: bfloat16, int8, int4
 
 the trainer, which is Lightning's
   --trainer.max_epochs NUMBER

@@ -28,12 +28,13 @@ from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.ranks import barrier, gathered, rank_and_world
 from dskd_lightning.runs.lock import locked
+from dskd_lightning.runs.parts import Part
 from dskd_lightning.teacher_cache.build import StateBuilder, shard_tokens
 from dskd_lightning.teacher_cache.codecs import bytes_per_token
 from dskd_lightning.teacher_cache.head import TeacherHead, head_fingerprint, load_teacher_head
 from dskd_lightning.teacher_cache.identity import Memory, cache_parts, response_tokens
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest, cache_key, differing_parts
-from dskd_lightning.teacher_cache.parts import Part, join_parts
+from dskd_lightning.teacher_cache.parts import join_parts, say_done
 from dskd_lightning.teacher_cache.store import TeacherStates, is_complete
 
 if TYPE_CHECKING:
@@ -119,12 +120,12 @@ def build_part(
             for cache in caches if rank_and_world()[0] == 0 else ():
                 _check_manifest(cache, spec)
                 told = f"--part: another job computes {part} in '{cache.folder}': let it, or end it first."
-                held.enter_context(locked(cache.folder / f".{part.file}.lock", told))
+                held.enter_context(locked(cache.folder / f".{part.name}.lock", told))
             absent = [cache for cache in caches if not is_complete(cache.folder)]
             if absent:
                 _build(datamodule, spec, absent, settings, part)
             for cache in caches if rank_and_world()[0] == 0 else ():
-                part.done(cache.folder)
+                say_done(cache.folder, part)
 
 
 def join_caches(

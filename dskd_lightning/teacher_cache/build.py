@@ -89,7 +89,7 @@ class StateBuilder:
             raise UserError(
                 f"The teacher cache needs {byte_count(needed + _SPARE_BYTES)} in '{self.folder}', where "
                 f"{byte_count(free)} are free: free space, set `teacher_cache.folder` to another disk, or "
-                "store int8."
+                "store int8 or int4."
             )
 
     def build(self, teacher: PreTrainedModel, rank: int = 0, ranks: int = 1) -> StorageError:

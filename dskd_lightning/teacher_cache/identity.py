@@ -18,7 +18,7 @@ from dskd_lightning.files import read_object, write_object
 from dskd_lightning.models.sources import adapter_base, load_errors, resolve_source
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import CacheDtype
-from dskd_lightning.teacher_cache.manifest import VERSION
+from dskd_lightning.teacher_cache.codecs import format_version
 from dskd_lightning.tokenizers import tokenizer_fingerprint
 
 __all__ = ["Memory", "cache_parts", "response_tokens", "source_fingerprint"]
@@ -167,5 +167,5 @@ def cache_parts(
         "template": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest(),
         "data or truncation": memory.data(dataset, model),
         "cache dtype": dtype,
-        "cache version": VERSION,
+        "cache version": format_version(dtype),
     }

@@ -26,7 +26,7 @@ from dskd_lightning.structures import IGNORE_INDEX, LogProbabilities
 from dskd_lightning.teacher_cache.attach import begin_cache, cache_root
 from dskd_lightning.teacher_cache.endpoint import CompletionsEndpoint
 from dskd_lightning.teacher_cache.identity import Memory, response_tokens
-from dskd_lightning.teacher_cache.manifest import VERSION, Layout, Manifest, cache_key
+from dskd_lightning.teacher_cache.manifest import Layout, Manifest, cache_key
 from dskd_lightning.teacher_cache.shards import shard_name, write_shard
 from dskd_lightning.teacher_cache.store import ShardStore, read_layout
 from dskd_lightning.teacher_cache.told import (
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "TeacherLogProbabilities", "ensure_log_probabilities"]
 
 _log = logging.getLogger(__name__)
+_VERSION = "1"
 _SHARD_TOKENS = 2048  # what a killed collection may have to ask for again
 _FIELD_ENTRIES = 64  # of a position, besides the observed one
 
@@ -166,7 +167,7 @@ def _begun(
         "data or truncation": memory.data(dataset, model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "split": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
-        "cache version": VERSION,
+        "cache version": _VERSION,
     }
     if endpoint is not None:
         parts |= {"endpoint": endpoint.base_url, "model": endpoint.model or spec.source}

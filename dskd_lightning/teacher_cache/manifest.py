@@ -20,7 +20,6 @@ from dskd_lightning.teacher_cache.shards import shard_name
 __all__ = ["Layout", "Manifest", "cache_key", "differing_parts"]
 
 _Counts = npt.NDArray[np.int64]
-VERSION = "1"
 _TEACHER_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

@@ -3,58 +3,26 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, replacing, write_object
+from dskd_lightning.files import replacing, write_object
+from dskd_lightning.runs.parts import Part, missing_parts, number_ranges
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest, differing_parts
 from dskd_lightning.teacher_cache.shards import check_shard, shard_name
 from dskd_lightning.teacher_cache.store import read_layout
 
-__all__ = ["Part", "join_parts"]
+__all__ = ["join_parts", "say_done"]
 
 _log = logging.getLogger(__name__)
 _OF_WEIGHTS = ("weights", "head", "hidden_size", "teacher_dtype", "shard_tokens", "index_crc32")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Every ``of``-th shard of a cache, beginning with number ``number``, counted from 1."""
-
-    number: int
-    of: int
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """``3/16``.
-
-        Raises:
-            UserError: it is no such thing.
-        """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise UserError(f"--part: {text!r} is no part: write 3/16 for the third of sixteen.")
-        return cls(int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        return f"part {self.number} of {self.of}"
-
-    @property
-    def file(self) -> str:
-        """What says in a cache's folder that the part is complete."""
-        return f"part-{self.number:05d}-of-{self.of:05d}.json"
-
-    def rank(self, rank: int, ranks: int) -> tuple[int, int]:
-        """Of a process of this job, among the processes of all jobs."""
-        return (self.number - 1) * ranks + rank, self.of * ranks
-
-    def done(self, folder: Path) -> None:
-        """Say so there."""
-        write_object(folder / self.file, {"part": self.number, "of": self.of})
+def say_done(folder: Path, part: Part) -> None:
+    """Leave a note in a cache's folder that the part is complete."""
+    write_object(folder / f"{part.name}.json", {"part": part.number, "of": part.of})
 
 
 def join_parts(folder: Path, places: Sequence[Path], parts: dict[str, str], source: str) -> None:
@@ -85,7 +53,11 @@ def join_parts(folder: Path, places: Sequence[Path], parts: dict[str, str], sour
     twice = [
         shard for shard in range(layout.shards) if sum((p / shard_name(shard)).is_file() for p in found) > 1
     ]
-    told = f"; {_numbers(twice)} are in several folders, of which the first is taken" if twice else ""
+    told = (
+        f"; shards {number_ranges(twice)} are in several folders, of which the first is taken"
+        if twice
+        else ""
+    )
     _log.info("Teacher cache of '%s': %s shards copied to '%s'%s.", source, copied, folder, told)
     if missing:
         raise UserError(
@@ -96,27 +68,9 @@ def join_parts(folder: Path, places: Sequence[Path], parts: dict[str, str], sour
 
 def _lacking(found: Sequence[Path], layout: Layout, missing: Sequence[int]) -> str:
     """The parts that nobody has completed, or the shards."""
-    notes = [
-        read_object(path, f"delete '{path}'") for place in found for path in place.glob("part-*-of-*.json")
-    ]
-    numbers = {int(note["of"]) for note in notes}
-    if len(numbers) == 1:
-        (of,) = numbers
-        absent = sorted(set(range(1, of + 1)) - {int(note["part"]) for note in notes})
-        if absent:
-            return f"{'part' if len(absent) == 1 else 'parts'} {_numbers(absent, '')} of {of}"
-    return f"{_numbers(missing)} of {layout.shards}"
-
-
-def _numbers(values: Sequence[int], name: str = "shards ") -> str:
-    """``shards 1, 4-6``."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and runs[-1][1] == value - 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return name + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    notes = (Part.from_name(path.stem) for place in found for path in place.glob("part-*-of-*.json"))
+    absent = missing_parts(part for part in notes if part is not None)
+    return absent or f"shards {number_ranges(missing)} of {layout.shards}"
 
 
 def _place(place: Path, key: str, parts: dict[str, str], source: str) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.teacher_cache.codecs import decode
+from dskd_lightning.teacher_cache.codecs import decode, stored_width
 from dskd_lightning.teacher_cache.manifest import Layout, Manifest
 from dskd_lightning.teacher_cache.shards import check_shard, open_shard, shard_name
 
@@ -59,7 +59,7 @@ class ShardStore(ABC, Generic[_T]):
     """
 
     main: str
-    """Name of the tensor ``[tokens, hidden_size]`` of every shard."""
+    """Name of the tensor ``[tokens, width]`` of every shard."""
 
     def __init__(self, folder: Path) -> None:
         manifest = Manifest.read(folder)
@@ -87,8 +87,13 @@ class ShardStore(ABC, Generic[_T]):
             path = self.folder / shard_name(shard)
             check_shard(path, self.manifest.key, content=content)
             shape = tuple(open_shard(path)[self.main].shape)
-            if shape != (self.layout.tokens(shard), self.manifest.hidden_size):
+            if shape != (self.layout.tokens(shard), self.width):
                 raise UserError(f"The teacher cache shard '{path}' has the wrong size: delete that file.")
+
+    @property
+    def width(self) -> int:
+        """Columns of that tensor."""
+        return self.manifest.hidden_size
 
     @abstractmethod
     def read(self, shard: dict[str, Tensor], rows: slice) -> _T:
@@ -109,6 +114,10 @@ class TeacherStates(ShardStore[Tensor]):
     """A teacher's last hidden states at response positions, in its own type."""
 
     main = "hidden"
+
+    @property
+    def width(self) -> int:
+        return stored_width(self.manifest.hidden_size, self.manifest.dtype)
 
     def read(self, shard: dict[str, Tensor], rows: slice) -> Tensor:
         """Hidden states ``[m, hidden]`` of ``rows``."""

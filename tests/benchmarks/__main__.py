@@ -13,6 +13,7 @@ RUNS = (
     ("peers.py", "--rounds", "1"),
     ("gold.py", "--rounds", "1"),
     ("teacher_cache.py",),
+    ("state_codecs.py",),
     ("alignment_speed.py",),
     ("dataset_size.py",),
     ("preparation.py",),

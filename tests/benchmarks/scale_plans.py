@@ -21,6 +21,7 @@ from _measure import print_table  # noqa: E402
 from transformers import LlamaConfig, Qwen2Config  # noqa: E402
 
 from dskd_lightning import StudentSpec, TeacherSpec  # noqa: E402
+from dskd_lightning.models.teacher_cache_settings import CacheDtype  # noqa: E402
 from dskd_lightning.planning import DataSize, Estimate, Layout, Losses, ModelSize, estimate, model_size  # noqa: E402
 from dskd_lightning.runs.heartbeat import duration  # noqa: E402
 from dskd_lightning.runs.text import byte_count  # noqa: E402
@@ -185,8 +186,12 @@ def trillion() -> None:
     speed = setting.tflops * 1e12
     seconds = found.seconds(speed)
     flat = planned(setting, replace(setting.layout, replicas=1))
-    cached = planned(setting, replace(setting.layout, cached=True, codec="int8"))
-    wide = planned(setting, replace(setting.layout, cached=True))
+    cached = planned(setting, replace(setting.layout, cached=True))
+    codecs: tuple[CacheDtype, ...] = ("bfloat16", "int8", "int4")
+    caches = {
+        codec: planned(setting, replace(setting.layout, cached=True, codec=codec)).disk["teacher cache"]
+        for codec in codecs
+    }
     blocks = planned(replace(setting, examples=setting.examples // 100))
     held = sum(found.host.values())
     saved = found.disk["checkpoints"] / 2
@@ -206,10 +211,8 @@ def trillion() -> None:
          f"two renderings, {PREPARING * 1e6:.1f} us a token each"],
         ["order and lengths, in the host's memory", f"{byte_count(held)} a rank",
          f"{byte_count(node * held)} a node; in 100 parts {byte_count(node * sum(blocks.host.values()))}"],
-        ["teacher cache, bfloat16", byte_count(wide.disk["teacher cache"]),
-         f"{wide.disk['teacher cache'] / SHARD_BYTES / 1e6:,.0f} million files"],
-        ["teacher cache, int8", byte_count(cached.disk["teacher cache"]),
-         f"{cached.disk['teacher cache'] / SHARD_BYTES / 1e6:,.0f} million files"],
+        *([f"teacher cache, {codec}", byte_count(size), f"{size / SHARD_BYTES / 1e6:,.0f} million files"]
+          for codec, size in caches.items()),
         ["training without the teacher", duration(_trained(cached).seconds(speed)), "as from a cache"],
     ]  # fmt: skip
     print_table("A trillion tokens on 1,024 GPUs, calculated", ("part", "takes", ""), rows)

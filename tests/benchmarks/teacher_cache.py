@@ -111,7 +111,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
     table = Table(title="Stored states")
     for column in ("stored as", "bytes a token", "of bfloat16 logits", "build, tokens/s"):
         table.add_column(column, justify="right")
-    for dtype in ("bfloat16", "int8", "float8_e4m3"):
+    for dtype in ("bfloat16", "int8", "int4"):
         begin = time.perf_counter()
         settings = TeacherCacheSettings(dtype=dtype)  # type: ignore[arg-type]
         (head,) = ensure_caches(sizes, [teacher], ("train",), settings) or []

@@ -21,6 +21,8 @@ import gold
 import on_policy
 import planning
 import preparation
+import state_codecs
+import torch
 import training_step
 from _measure import Measured
 from _training import tiny_source
@@ -28,6 +30,7 @@ from _training import tiny_source
 from dskd_lightning import DSKDObjective, OnPolicySettings, TeacherSpec
 from dskd_lightning.models.loading import load_tokenizer
 from dskd_lightning.models.tokenizer_swap import train_bpe
+from dskd_lightning.structures import Head
 
 
 def measure(case, name: str, arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> Measured:
@@ -132,3 +135,19 @@ def test_comparing_two_runs(capsys: pytest.CaptureFixture[str]) -> None:
     comparing.case(5)
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert line["size"] > 0
+
+
+def test_stored_states_are_compared_with_exact_ones() -> None:
+    hidden = torch.randn(60, 64, generator=torch.Generator().manual_seed(0))
+    hidden[:, 3] += 40
+    head = Head(torch.randn(30, 64, generator=torch.Generator().manual_seed(1)) / 8)
+    rows = {row[0]: row[1:] for row in state_codecs.rows_of(hidden, head, 50, torch.float32)}
+    assert [rows[name][0] for name in ("bfloat16", "int8", "int4")] == ["128", "68", "34"]
+    kl = {name: float(row[2]) for name, row in rows.items()}
+    assert kl["int8"] < kl["int4"] < kl["4 bits, a scale a row alone"]
+    assert kl["int8"] < kl["8 bits, a scale a row alone"]
+    true, other = (h.double() @ head.weight.double().T for h in (hidden, hidden + 0.1))
+    p, q = true.log_softmax(-1), other.log_softmax(-1)
+    largest, same = state_codecs.distances(hidden, hidden + 0.1, head)
+    assert largest == pytest.approx(float((p.exp() * (p - q)).sum(-1).max()), rel=1e-3)
+    assert same == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))

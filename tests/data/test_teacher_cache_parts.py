@@ -13,8 +13,8 @@ from tiny_runs import write_config
 from dskd_lightning.cli.main import main
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.lock import locked
+from dskd_lightning.runs.parts import Part
 from dskd_lightning.teacher_cache import build
-from dskd_lightning.teacher_cache.parts import Part
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_two_jobs_do_not_compute_the_same_part(config: Path, tmp_path: Path, cap
     assert cache(config, tmp_path / "parts", "--part", "1/2") == 0
     (folder,) = (path for path in (tmp_path / "parts").iterdir() if path.is_dir())
     capsys.readouterr()
-    with locked(folder / ".part-00002-of-00002.json.lock", ""):
+    with locked(folder / ".part-00002-of-00002.lock", ""):
         assert cache(config, tmp_path / "parts", "--part", "2/2") == 2
         assert "another job computes part 2 of 2" in capsys.readouterr().err
     assert cache(config, tmp_path / "parts", "--part", "2/2") == 0

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
@@ -32,6 +33,7 @@ from dskd_lightning.teacher_cache import (
     TeacherStates,
     attach,
     build,
+    codecs,
     ensure_caches,
     is_complete,
 )
@@ -505,16 +507,17 @@ def test_an_unwritable_folder(make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "bound"),
-    [("float32", 0.0), ("bfloat16", 2**-8), ("float16", 2**-11), ("float8_e4m3", 2**-3), ("int8", 0.02)],
+    [("float32", 0.0), ("bfloat16", 2**-8), ("float16", 2**-11), ("int8", 0.01), ("int4", 0.1)],
 )
 def test_codecs_lose_what_their_type_loses(dtype: str, bound: float) -> None:
     hidden = torch.randn(50, 64)
     hidden[3] = 0
     stored = encode(hidden, dtype)
-    assert sum(t.numel() * t.element_size() for t in stored.values()) == 50 * bytes_per_token(64, dtype)
+    statistics = 0 if bound < 0.01 else 2 * 64 * 4
+    held = sum(t.numel() * t.element_size() for t in stored.values()) - statistics
+    assert held == 50 * bytes_per_token(64, dtype)
     found = decode(stored, slice(0, 50), torch.float32)
     assert float((found - hidden).norm() / hidden.norm()) <= bound
-    assert torch.equal(found[3], hidden[3])
     assert torch.equal(decode(stored, slice(7, 9), torch.float32), found[7:9])
     error = StorageError()
     head = Head(torch.randn(30, 64) / 8)
@@ -525,8 +528,83 @@ def test_codecs_lose_what_their_type_loses(dtype: str, bound: float) -> None:
     assert ("exact" in str(error)) == (bound == 0)
 
 
+_NORMAL_FLOAT = (
+    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
+)  # fmt: skip
+"""As the paper prints them (arXiv 2305.14314, appendix E)."""
+
+
+def nearest_levels(hidden: Tensor, group: int, levels: Tensor) -> Tensor:
+    """In float64: each value at the nearest level of its group, in deviations from its dimension's mean."""
+    wide = hidden.double()
+    mean, deviation = wide.mean(0), wide.std(0, correction=0)
+    deviation[deviation == 0] = 1
+    scaled = (wide - mean) / deviation
+    rows = []
+    for row in scaled:
+        values = []
+        for part in row.split(group):
+            steps = levels * part.abs().max()
+            values.append(steps[(part[:, None] - steps).abs().argmin(dim=1)])
+        rows.append(torch.cat(values))
+    return torch.stack(rows) * deviation + mean
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["int8", "int4"]), st.integers(1, 9), st.sampled_from([1, 2, 63, 64, 65, 130]),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_quantised_states_are_at_the_nearest_level(dtype: str, rows: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator)
+    hidden[:, 0] = 80 + 9 * hidden[:, 0]  # as one of a real model's dimensions
+    hidden[:, width // 2] = 3  # one that doesn't vary
+    if dtype == "int8":
+        group, levels = width, torch.arange(-127, 128, dtype=torch.float64) / 127
+    else:
+        group, levels = 64, torch.tensor(_NORMAL_FLOAT, dtype=torch.float64)
+    expected = nearest_levels(hidden, group, levels)
+    found = decode(encode(hidden, dtype), slice(0, rows), torch.float64)
+    deviation = hidden.double().std(0, correction=0).clamp(min=1e-30)
+    excess = (found - hidden).abs() - (expected - hidden).abs()
+    assert (excess <= 4e-3 * deviation + 1e-5).all()  # scales of int4 are rounded to float16
+    assert torch.equal(found[:, width // 2], torch.full((rows,), 3.0, dtype=torch.float64))
+
+
+def test_a_few_large_dimensions_cost_the_others_nothing() -> None:
+    """As real last hidden states have them: one scale for all would leave the small ones few steps."""
+    hidden = torch.randn(400, 128)
+    hidden[:, 5] = 200 + 30 * hidden[:, 5]
+    small = torch.arange(128) != 5
+    for dtype, bound in (("int8", 0.01), ("int4", 0.1)):
+        found = decode(encode(hidden, dtype), slice(0, 400), torch.float32)
+        assert (found - hidden)[:, small].norm() / hidden[:, small].norm() < bound
+        assert (found - hidden)[:, 5].norm() / 30 / 20 < bound
+
+
+def test_rows_are_quantised_in_blocks_as_at_once(monkeypatch) -> None:
+    half = torch.randint(-9, 10, (25, 70)).float()
+    hidden = torch.cat((half, -half))  # whole numbers with mean 0: any order of summing is exact
+    for dtype in ("int8", "int4"):
+        once = encode(hidden, dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(codecs, "_ROWS", 7)
+            blocks = encode(hidden, dtype)
+        assert {name: tensor.tolist() for name, tensor in blocks.items()} == {
+            name: tensor.tolist() for name, tensor in once.items()
+        }
+
+
+def test_no_rows_are_no_rows() -> None:
+    for dtype in ("bfloat16", "int8", "int4"):
+        assert decode(encode(torch.empty(0, 6), dtype), slice(0, 0), torch.float32).shape == (0, 6)
+
+
 @pytest.mark.parametrize(
-    ("value", "dtype"), [(1e6, "float16"), (float("nan"), "bfloat16"), (float("inf"), "int8")]
+    ("value", "dtype"),
+    [(1e6, "float16"), (float("nan"), "bfloat16"), (float("inf"), "int8"), (float("nan"), "int4")],
 )
 def test_values_that_do_not_fit_are_refused(value: float, dtype: str) -> None:
     hidden = torch.ones(2, 3)

@@ -169,11 +169,11 @@ def test_padded_statistics_are_refused_before_training(model_folder, tmp_path) -
         fit(*make(model_folder, tmp_path, objective, TeacherCacheSettings()))
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3", "int8"])
-def test_small_types_train_close_to_exact(model_folder, tmp_path, dtype) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.01), ("int4", 0.1)])
+def test_small_types_train_close_to_exact(model_folder, tmp_path, dtype, bound) -> None:
     exact = fit(*make(model_folder, tmp_path, cache=TeacherCacheSettings(dtype="float32")))
     small = fit(*make(model_folder, tmp_path, cache=TeacherCacheSettings(dtype=dtype)))
-    assert small["val/kl"] == pytest.approx(exact["val/kl"], rel=0.05)
+    assert small["val/kl"] == pytest.approx(exact["val/kl"], rel=bound)
 
 
 class SaveState(L.Callback):
