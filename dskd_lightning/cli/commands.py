@@ -269,11 +269,14 @@ def generate(
     duplicates: bool = False,
     max_nll: float | None = None,
     likeliest: int | None = None,
+    part: str | None = None,
+    join: list[str] | None = None,
 ) -> None:
     """Let a model answer a file of prompts: data for sequence-level distillation.
 
     Writes what data.train takes, and where it comes from in a .meta.json beside it. Interrupted, it goes
-    on where it stopped; under torchrun each process takes its share of the prompts.
+    on where it stopped; under torchrun each process takes its share of the prompts. Jobs that know nothing of
+    each other take a --part each; without one, their responses are put together.
 
     Args:
         model: a Hub id, a local folder, a GGUF file, or demo.
@@ -293,6 +296,8 @@ def generate(
         duplicates: keep repeated responses to the same prompt.
         max_nll: drop those that the model finds less likely, in nats per token.
         likeliest: of those left, keep so many of each prompt that the model finds most likely.
+        part: 3/16 answers every sixteenth prompt, beginning with the third, into OUTPUT.samples.
+        join: folders with such parts (OUTPUT.samples of other machines), which together must hold all.
     """
     from dskd_lightning.cli.generate_command import generate_responses
     from dskd_lightning.generation.filtering import ResponseFilter
@@ -309,7 +314,7 @@ def generate(
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
-    generate_responses(model, prompts, output, settings, seeds, keep, dtype, limit)
+    generate_responses(model, prompts, output, settings, seeds, keep, dtype, limit, part, join)
 
 
 def harness(

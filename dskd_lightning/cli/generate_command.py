@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +17,16 @@ from dskd_lightning.data.reading import read_examples
 from dskd_lightning.data.sources import resolve_sources
 from dskd_lightning.data.urls import masked
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.response_data import write_response_data
+from dskd_lightning.evaluation.response_data import prompt_records, samples_folder, write_response_data
+from dskd_lightning.evaluation.response_parts import answer_part
 from dskd_lightning.generation.filtering import ResponseFilter
 from dskd_lightning.generation.generator import GenerationSettings, Generator
+from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_model, load_tokenizer
 from dskd_lightning.models.spec import ModelSpec
 from dskd_lightning.ranks import rank_and_world
 from dskd_lightning.runs.heartbeat import Progress
+from dskd_lightning.runs.parts import Part
 
 __all__ = ["generate_responses"]
 
@@ -36,11 +40,19 @@ def generate_responses(
     keep: ResponseFilter,
     dtype: Any,
     limit: int | None,
+    part: str | None = None,
+    join: Sequence[str] | None = None,
 ) -> None:
     """Answer every prompt and write ``{"messages": [...]}`` lines and where they come from.
 
     Started by ``torchrun``, each process takes its share of the prompts.
+
+    Raises:
+        UserError: there are no prompts, or as `answer_part` and `write_response_data`.
     """
+    chosen = None if part is None else Part.parse(part)
+    if chosen is not None and join:
+        raise UserError("--part: generates, where --join puts together; give one of them.")
     device = _join()
     spec = ModelSpec(source=model, dtype=dtype)
     tokenizer = load_tokenizer(spec)
@@ -63,11 +75,23 @@ def generate_responses(
             progress.what = "Greedy responses" if seed is None else f"Responses of seed {seed}"
             progress.done, progress.total = done, total
 
-        meta = write_response_data(
-            generator, renderer, examples, Path(output), seeds, keep, provenance, report
-        )
+        if chosen is not None:
+            folder = samples_folder(Path(output))
+            records, identity = prompt_records(renderer, examples), weights_fingerprint(generator.model)
+            count = answer_part(
+                generator, records, folder, chosen, model_id=identity, seeds=seeds, progress=report
+            )
+        else:
+            places = [Path(place).expanduser() for place in join] if join else None
+            meta = write_response_data(
+                generator, renderer, examples, Path(output), seeds, keep, provenance, report, places
+            )
         progress.say()
-    if rank_and_world()[0] == 0:
+    if rank_and_world()[0] != 0:
+        return
+    if chosen is not None:
+        print(f"{chosen}: responses to {count} prompts in {folder / chosen.name}")
+    else:
         _tell(output, meta)
 
 

@@ -17,7 +17,7 @@ from dskd_lightning.generation.generator import Generator
 from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
 
-__all__ = ["PAPER_SEEDS", "PromptRecord", "predict"]
+__all__ = ["PAPER_SEEDS", "SETTINGS_FILE", "PromptRecord", "check_settings", "predict"]
 
 SETTINGS_FILE = "settings.json"
 
@@ -62,7 +62,12 @@ def predict(
         UserError: partial results of other settings are in the way, or indices repeat.
     """
     rank, world = rank_and_world()
-    _check_settings(generator, records, Path(folder) / SETTINGS_FILE, model_id, write=rank == 0)
+    settings_file = Path(folder) / SETTINGS_FILE
+    settings = check_settings(generator, records, settings_file, model_id)
+    barrier()
+    if rank == 0:
+        write_object(settings_file, settings)
+    barrier()
     indices = [record.index for record in records]
     results: dict[int | None, list[Prediction]] = {}
     for seed in seeds:
@@ -80,9 +85,14 @@ def predict(
     return results
 
 
-def _check_settings(
-    generator: Generator, records: Sequence[PromptRecord], path: Path, model_id: str, write: bool
-) -> None:
+def check_settings(
+    generator: Generator, records: Sequence[PromptRecord], path: Path, model_id: str
+) -> dict[str, Any]:
+    """What predictions depend on, compared with what lies at ``path`` where there is something.
+
+    Raises:
+        UserError: that was made with other settings.
+    """
     prompts = json.dumps([[r.index, list(r.ids), *r.references] for r in records]).encode()
     lengths = {
         key: value for key, value in asdict(generator.settings).items() if not key.startswith("batch_")
@@ -96,10 +106,7 @@ def _check_settings(
                 f"{path.parent}: holds predictions made with other settings ({', '.join(changed)} changed); "
                 "choose another folder, or delete this one to start over."
             )
-    barrier()
-    if write:
-        write_object(path, settings)
-    barrier()
+    return settings
 
 
 def _generate(

@@ -18,6 +18,7 @@ from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.prepared import conversation_row, rendered_example
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.predict import PromptRecord, predict
+from dskd_lightning.evaluation.response_parts import adopt_parts
 from dskd_lightning.files import read_object, write_atomic, write_object
 from dskd_lightning.functional import token_log_prob
 from dskd_lightning.generation.filtering import Candidate, ResponseFilter
@@ -27,11 +28,30 @@ from dskd_lightning.models.output import decoder_hidden, side
 from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.predictions import Prediction
 
-__all__ = ["response_likelihoods", "write_response_data"]
+__all__ = ["prompt_records", "response_likelihoods", "samples_folder", "write_response_data"]
 
 _log = logging.getLogger(__name__)
 _TOGETHER = 8
 _REMEDY = "delete it, which computes it anew"
+
+
+def prompt_records(renderer: ChatRenderer, examples: Sequence[Example]) -> list[PromptRecord]:
+    """What is to be answered, as the model of ``renderer`` reads it: behind their ``teacher_messages`` where
+    examples have such; responses in them are ignored."""
+    return [
+        PromptRecord(
+            index,
+            e.place,
+            renderer.generation_prompt(e.for_teacher(renderer.system).prompt, e.place, tools=e.tools),
+            (),
+        )
+        for index, e in enumerate(examples)
+    ]
+
+
+def samples_folder(output: Path) -> Path:
+    """Where responses lie until the file ``output`` is complete."""
+    return output.with_name(f"{output.name}.samples")
 
 
 def write_response_data(
@@ -43,39 +63,38 @@ def write_response_data(
     keep: ResponseFilter,
     provenance: dict[str, Any],
     progress: Callable[[int | None, int, int], None] | None = None,
+    places: Sequence[Path] | None = None,
 ) -> dict[str, Any]:
     """Answer every example once per seed and write the responses that are kept, one record each.
 
     What was generated lies in ``OUTPUT.samples`` until the file is complete, so that an interrupted call
-    goes on where it stopped. ``OUTPUT.meta.json`` says where the responses come from.
+    goes on where it stopped, or where `answer_part` has been. ``OUTPUT.meta.json`` says where the responses
+    come from.
 
     Args:
         generator: the model with its settings.
         renderer: how the model reads a conversation.
-        examples: what to answer, behind their ``teacher_messages`` where they have such; responses in them
-            are ignored.
+        examples: what to answer, see `prompt_records`.
         output: the JSONL file.
         seeds: one sample of each prompt per seed; None decodes greedily.
         keep: which responses are written.
         provenance: what else to say of them.
         progress: called with (seed, prompts done, prompts of this rank).
+        places: folders with parts of the responses, which together must hold all; None generates what is
+            missing.
 
     Returns:
         The content of ``OUTPUT.meta.json``.
 
     Raises:
-        UserError: nothing is left, or what lies in ``OUTPUT.samples`` was made with other settings.
+        UserError: nothing is left, what lies in ``OUTPUT.samples`` was made with other settings, or a part
+            is missing.
     """
-    prompts = [
-        renderer.generation_prompt(e.for_teacher(renderer.system).prompt, e.place, tools=e.tools)
-        for e in examples
-    ]
-    records = [
-        PromptRecord(index, example.place, ids, ())
-        for index, (example, ids) in enumerate(zip(examples, prompts, strict=True))
-    ]
-    folder = output.with_name(f"{output.name}.samples")
+    records = prompt_records(renderer, examples)
+    prompts = [record.ids for record in records]
+    folder = samples_folder(output)
     identity = weights_fingerprint(generator.model)
+    adopt_parts(generator, records, folder, places, model_id=identity, seeds=seeds)
     predictions = predict(generator, records, folder, model_id=identity, seeds=seeds, progress=progress)
     found: list[Candidate] = []
     for seed, answered in predictions.items():

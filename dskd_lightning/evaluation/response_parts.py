@@ -1,0 +1,145 @@
+"""Responses that several jobs generate, each for a part of the prompts, put together afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.predict import SETTINGS_FILE, PromptRecord, check_settings, predict
+from dskd_lightning.evaluation.writer import PredictionWriter
+from dskd_lightning.generation.generator import Generator
+from dskd_lightning.ranks import barrier, rank_and_world
+from dskd_lightning.runs.lock import locked
+from dskd_lightning.runs.parts import Part, missing_parts
+from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
+
+__all__ = ["adopt_parts", "answer_part"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The folder of one part's responses."""
+
+    part: Part
+    folder: Path
+
+
+def answer_part(
+    generator: Generator,
+    records: Sequence[PromptRecord],
+    folder: Path,
+    part: Part,
+    *,
+    model_id: str,
+    seeds: Sequence[int | None],
+    progress: Callable[[int | None, int, int], None] | None = None,
+) -> int:
+    """Generate one part's responses into a folder of its own in ``folder``; see `predict`.
+
+    Returns:
+        Number of its prompts.
+
+    Raises:
+        UserError: there are more parts than prompts, or another job is at this part.
+    """
+    mine = part.take(records)
+    if not mine:
+        raise UserError(f"--part: {part} is empty, since there are {len(records)} prompts: take fewer parts.")
+    with _held(folder, part):
+        predict(generator, mine, folder / part.name, model_id=model_id, seeds=seeds, progress=progress)
+    return len(mine)
+
+
+def adopt_parts(
+    generator: Generator,
+    records: Sequence[PromptRecord],
+    folder: Path,
+    places: Sequence[Path] | None,
+    *,
+    model_id: str,
+    seeds: Sequence[int | None],
+) -> None:
+    """Write to ``folder`` what parts in it and in ``places`` have answered, for `predict` to go on from.
+
+    Args:
+        generator: the model with its settings.
+        records: all prompts.
+        folder: where the responses are put together.
+        places: other folders with parts; None lets prompts that no part has answered be.
+        model_id: names the weights.
+        seeds: as the parts had them.
+
+    Raises:
+        UserError: a part was generated with other settings, is still being generated, or, with
+            ``places``, is missing.
+    """
+    if rank_and_world()[0] == 0:
+        check_settings(generator, records, folder / SETTINGS_FILE, model_id)
+        with contextlib.ExitStack() as held:
+            found = list(_parts(folder))
+            for place in places or ():
+                there = list(_parts(place))
+                if not there:
+                    raise UserError(f"--join: '{place}' holds no parts of responses (part-00001-of-00016).")
+                found += there
+            for each in found:
+                held.enter_context(_held(each.folder.parent, each.part))
+                path = each.folder / SETTINGS_FILE
+                check_settings(generator, each.part.take(records), path, model_id)
+            for seed in seeds:
+                _adopt(found, records, folder / prediction_file(seed), seed, required=places is not None)
+    barrier()
+
+
+def _adopt(
+    found: Sequence[_Found], records: Sequence[PromptRecord], target: Path, seed: int | None, required: bool
+) -> None:
+    if target.exists():
+        return
+    answered: dict[int, Prediction] = {}
+    complete = []
+    for each in found:
+        path = each.folder / target.name
+        if path.is_file():
+            indices = [record.index for record in each.part.take(records)]
+            for prediction in read_predictions(path, indices):
+                answered.setdefault(prediction.index, prediction)
+            complete.append(each.part)
+    with PredictionWriter(target) as writer:
+        known = answered.keys() | writer.done.keys()
+        missing = sum(record.index not in known for record in records)
+        if missing and required:
+            which = missing_parts(complete) or f"{missing} of {len(records)} prompts"
+            told = "greedy responses" if seed is None else f"responses of seed {seed}"
+            raise UserError(
+                f"--join: {which} of the {told} in none of the folders: generate them with --part, or leave "
+                "--join out, which generates what is missing here."
+            )
+        new = [prediction for index, prediction in answered.items() if index not in writer.done]
+        if new:
+            writer.append(new)
+            _log.info("%s: %d responses of %d parts", target, len(new), len(complete))
+
+
+def _parts(folder: Path) -> Iterator[_Found]:
+    for path in sorted(folder.glob("part-*-of-*")):
+        part = Part.from_name(path.name)
+        if part is not None and (path / SETTINGS_FILE).is_file():
+            yield _Found(part, path)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, part: Part) -> Iterator[None]:
+    """Keep a part to this job; the other processes of its ``torchrun`` come with the first."""
+    if rank_and_world()[0] != 0:
+        yield
+        return
+    told = f"{folder}: another job is at {part}: let it end, or end it first."
+    with locked(folder / f".{part.name}.lock", told):
+        yield
