@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from types import SimpleNamespace
@@ -46,6 +47,9 @@ class DistillationLoader:
         mixture: who of ``indices`` takes which place of an epoch; None for each of them once.
         processed: number of batches of this epoch that training has finished. Without it, a
             batch counts as finished when it was handed out.
+
+    Attributes:
+        waited: seconds that whoever iterates has waited for batches so far.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class DistillationLoader:
         self.num_workers, self._processed = num_workers, processed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.epoch = 0
+        self.waited = 0.0
         self.mixture = mixture
         self._lengths = collator.dataset.longest(indices) if mixture is None else mixture.lengths
         self._teachers = self._teachers_of_places()
@@ -119,9 +124,16 @@ class DistillationLoader:
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(self.seed),  # leave the global one to training
         )
-        for batch in _plain_errors(loader):
+        ready = _plain_errors(loader)
+        while (batch := self._next(ready)) is not None:
             self._position += 1
             yield batch
+
+    def _next(self, batches: Iterator[DistillationBatch]) -> DistillationBatch | None:
+        begin = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - begin
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of finished batches, in plain types."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -15,6 +15,16 @@ from dskd_lightning.ranks import whole
 from dskd_lightning.structures import DistillationBatch
 
 __all__ = ["TrainingMonitor"]
+
+
+_WORTH_A_WORD = 60.0  # seconds of waiting for batches
+
+
+@runtime_checkable
+class _CountsWaiting(Protocol):
+    """A loader that says how many seconds training has waited for its batches."""
+
+    waited: float
 
 
 class TrainingMonitor(L.Callback):
@@ -29,6 +39,7 @@ class TrainingMonitor(L.Callback):
         min_partner_attention: share of the attention between tokenisations that the byte-exact partner must
             have once projectors have had time to learn.
         patience: optimiser steps that they have, for this and to predict half of the teacher's choices.
+        max_data_wait: share of its time that training may wait for batches, once it has lost a minute.
     """
 
     def __init__(
@@ -39,16 +50,18 @@ class TrainingMonitor(L.Callback):
         max_projector_rise: float = 0.2,
         min_partner_attention: float = 0.1,
         patience: int = 200,
+        max_data_wait: float = 0.1,
     ) -> None:
         self.min_student_entropy = min_student_entropy
         self.min_projector_rank = min_projector_rank
         self.check_every = check_every
         self.max_projector_rise, self.min_partner_attention = max_projector_rise, min_partner_attention
-        self.patience = patience
+        self.patience, self.max_data_wait = patience, max_data_wait
         self._began: dict[str, float] = {}
         self._looks: dict[str, list[float]] = {}
         self._tokens = 0
-        self._since = 0.0
+        self._since = self._waited = 0.0
+        self._waits: list[float] = []
         self._last_step = -1
         self._warned: set[str] = set()
 
@@ -59,7 +72,7 @@ class TrainingMonitor(L.Callback):
         self._began, self._looks = state_dict["began"], state_dict["looks"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tokens, self._since = 0, time.perf_counter()
+        self._tokens, self._since, self._waited = 0, time.perf_counter(), _waited(trainer)
 
     def on_train_batch_end(
         self,
@@ -78,18 +91,31 @@ class TrainingMonitor(L.Callback):
         if trainer.global_step % max(trainer.log_every_n_steps, 1):  # type: ignore[attr-defined]
             return  # figures that nobody logs would make the host wait for its GPU
         now = time.perf_counter()
+        seconds, waited = max(now - self._since, 1e-9), _waited(trainer)
         values = {
-            "monitor/tokens_per_second": self._tokens / max(now - self._since, 1e-9),
+            "monitor/tokens_per_second": self._tokens / seconds,
             "monitor/memory_gib": peak_memory_bytes() / 2**30,
+            "monitor/data_wait": (waited - self._waited) / seconds,
         }
         # Tensors: Lightning would bring numbers to the device, and wait for them there.
         pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, batch_size=1)
-        self._tokens, self._since = 0, now
+        self._tokens, self._since, self._waited = 0, now, waited
+        self._check_waiting(values["monitor/data_wait"], waited)
         self._check_entropy(trainer)
         self._check_projected(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.perf_counter()  # validation is not training time
+        self._since, self._waited = time.perf_counter(), _waited(trainer)  # validation is not training time
+
+    def _check_waiting(self, share: float, seconds: float) -> None:
+        self._waits = [*self._waits, share][-10:]
+        usual = sum(self._waits) / len(self._waits)
+        if usual > self.max_data_wait and seconds > _WORTH_A_WORD:
+            self._warn(
+                "waiting",
+                f"Training waits for its batches {usual:.0%} of the time (monitor/data_wait): raise "
+                "data.num_workers, which build them ahead, or keep data and teacher cache on a faster disk.",
+            )
 
     def _check_entropy(self, trainer: L.Trainer) -> None:
         entropy = trainer.callback_metrics.get("train/student_entropy")
@@ -149,3 +175,9 @@ class TrainingMonitor(L.Callback):
         if key not in self._warned:
             self._warned.add(key)
             rank_zero_warn(message)
+
+
+def _waited(trainer: L.Trainer) -> float:
+    """Seconds that training has waited for batches; 0 where its loader doesn't say."""
+    loader = trainer.train_dataloader
+    return loader.waited if isinstance(loader, _CountsWaiting) else 0.0

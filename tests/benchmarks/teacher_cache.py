@@ -33,16 +33,18 @@ from dskd_lightning.teacher_cache import TeacherCacheSettings, ensure_caches  # 
 
 
 class EpochTimer(L.Callback):
-    """Seconds of each training epoch."""
+    """Seconds of each training epoch, and what it waited for its batches."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.waits: list[float] = []
 
-    def on_train_epoch_start(self, *_: object) -> None:
-        self._begin = time.perf_counter()
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: object) -> None:
+        self._begin, self._waited = time.perf_counter(), trainer.train_dataloader.waited  # type: ignore[union-attr]
 
-    def on_train_epoch_end(self, *_: object) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: object) -> None:
         self.seconds.append(time.perf_counter() - self._begin)
+        self.waits.append(trainer.train_dataloader.waited - self._waited)  # type: ignore[union-attr]
 
 
 def made_up(folder: Path, vocab: int, examples: int) -> tuple[str, str, str]:
@@ -96,7 +98,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
             teacher_cache=cache,
         )  # fmt: skip
 
-    def epoch(objective: Objective, cache: TeacherCacheSettings | None) -> float:
+    def epoch(objective: Objective, cache: TeacherCacheSettings | None) -> tuple[float, float]:
         timer = EpochTimer()
         trainer = L.Trainer(
             accelerator="auto", devices=1, logger=False, enable_checkpointing=False, callbacks=[timer],
@@ -104,7 +106,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
             max_epochs=1 + arguments.repeat, precision=arguments.precision,
         )  # fmt: skip
         trainer.fit(dl.DistillationModule(student, objective, teacher), datamodule=datamodule(cache))
-        return min(timer.seconds[1:])
+        return min(zip(timer.seconds[1:], timer.waits[1:], strict=True))
 
     sizes = datamodule(TeacherCacheSettings())
     dataset = sizes.examples("train").dataset
@@ -134,12 +136,13 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
     }
     tokens = int(dataset.lengths[:, 0].sum())
     table = Table(title=f"An epoch of {len(dataset)} examples, {tokens:,} tokens, {total:,} of responses")
-    for column in ("training", "seconds", "tokens/s", "times SFT"):
+    for column in ("training", "seconds", "tokens/s", "times SFT", "waits for data"):
         table.add_column(column, justify="left" if column == "training" else "right")
     seconds_of = {name: epoch(*case) for name, case in cases.items()}
-    for name, seconds in seconds_of.items():
-        ratio = seconds / seconds_of["SFT"]
-        table.add_row(name, f"{seconds:.2f}", f"{tokens / seconds:,.0f}", f"{ratio:.2f}")
+    for name, (seconds, waits) in seconds_of.items():
+        ratio = seconds / seconds_of["SFT"][0]
+        speed = f"{tokens / seconds:,.0f}"
+        table.add_row(name, f"{seconds:.2f}", speed, f"{ratio:.2f}", f"{waits / seconds:.1%}")
     Console(width=100).print(table)
 
 

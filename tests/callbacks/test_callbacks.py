@@ -233,6 +233,41 @@ def test_projectors_that_go_wrong_are_named_once(name, values, step, sentence) -
     assert sentence is None or re.search(sentence, found[0])
 
 
+@pytest.mark.parametrize(
+    ("wait", "steps", "warns"), [(3.0, 30, True), (3.0, 15, False), (0.5, 300, False), (None, 300, False)]
+)
+def test_waiting_for_batches_is_measured_and_named(wait, steps, warns, monkeypatch) -> None:
+    """Steps of 7 s of work; a validation of 1000 s in between counts as neither."""
+    now, logged = [0.0], []
+    monkeypatch.setattr("dskd_lightning.training.monitor.time.perf_counter", lambda: now[0])
+    loader = SimpleNamespace() if wait is None else SimpleNamespace(waited=5.0)
+    trainer = SimpleNamespace(
+        train_dataloader=loader, global_step=0, log_every_n_steps=2, callback_metrics={}
+    )
+    module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values), named_parameters=list)
+    batch = SimpleNamespace(student=SimpleNamespace(input_ids=torch.zeros(2, 35)))
+    monitor = TrainingMonitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor.on_train_start(trainer, module)
+        for step in range(1, steps + 1):
+            if wait is not None:
+                loader.waited += wait
+            now[0] += 7.0 + (wait or 0.0)
+            trainer.global_step = step
+            monitor.on_train_batch_end(trainer, module, None, batch, step - 1)
+            if step == 4:
+                now[0] += 1000.0
+                monitor.on_validation_end(trainer, module)
+    expected = 0.0 if wait is None else wait / (7.0 + wait)
+    assert [float(values["monitor/data_wait"]) for values in logged] == pytest.approx(
+        [expected] * (steps // 2)
+    )
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == warns
+    assert not warns or "waits for its batches 30% of the time" in found[0]
+
+
 def test_training_cost_counts_on_where_a_run_resumes(tmp_path, monkeypatch):
     now = iter([100.0, 107.0, 200.0, 203.0])
     monkeypatch.setattr("dskd_lightning.callbacks.training_cost.time.perf_counter", lambda: next(now))

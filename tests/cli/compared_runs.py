@@ -20,7 +20,9 @@ from dskd_lightning.checkpoints.folders import tensors_of
 
 SFT = {"class_path": "dskd_lightning.objectives.SFTObjective"}
 COUNTED = ("call", "in save", "command")
-CLOCKS = {"monitor/tokens_per_second", "monitor/memory_gib", "train/samples_time_share"}
+CLOCKS = {
+    "monitor/tokens_per_second", "monitor/memory_gib", "monitor/data_wait", "train/samples_time_share",
+}  # fmt: skip
 
 
 class ComparedRun:

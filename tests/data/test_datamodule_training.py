@@ -459,6 +459,25 @@ def test_two_ranks_share_every_batch(make, tmp_path: Path) -> None:
     assert sorted(states[0][1] + states[1][1]) == list(range(23))
 
 
+def test_a_loader_counts_what_is_waited_for_it(make, monkeypatch) -> None:
+    """Three seconds for each batch, a hundred for what is done with it."""
+    now = [0.0]
+    monkeypatch.setattr("dskd_lightning.data.loader.time.perf_counter", lambda: now[0])
+    dm = make()
+    loader = dm.train_dataloader()
+    collate = loader.collator
+
+    def slow(rows):
+        now[0] += 3.0
+        return collate(rows)
+
+    loader.collator = slow
+    for _ in range(2):
+        for _ in loader:
+            now[0] += 100.0
+    assert loader.waited == 2 * 3.0 * len(loader)
+
+
 def test_a_workers_error_is_its_sentence_alone(make, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise UserError("one sentence.")
