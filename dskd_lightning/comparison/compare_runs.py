@@ -23,6 +23,11 @@ from dskd_lightning.comparison.compare import Comparison, compare_all
 from dskd_lightning.comparison.gate import Condition, Measured, parse_condition
 from dskd_lightning.comparison.judge import judgement_counts
 from dskd_lightning.comparison.report import GateResult, ReportData, write_report
+from dskd_lightning.comparison.self_consistency import (
+    SelfConsistency,
+    self_consistency,
+    self_consistency_columns,
+)
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
 from dskd_lightning.files import replacing, write_object
@@ -79,26 +84,40 @@ def compare_runs(
     options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
     comparisons = compare_all(folders, chosen, **options)
     gates = check_gates(conditions, folders, comparisons, options)
-    beside = against_teacher(folders)
+    beside, itself = against_teacher(folders), self_consistency(folders)
     output = Path(output)
     verdicts = _verdicts(judge, [run.name for run in folders[1:]])
     report = write_report(
         ReportData(
-            folders, comparisons, gates, judge=verdicts, max_examples=max_examples, beside_teacher=beside
+            folders,
+            comparisons,
+            gates,
+            judge=verdicts,
+            max_examples=max_examples,
+            beside_teacher=beside,
+            beside_itself=itself,
         ),
         output,
     )
     summary = _summary(comparisons, gates)
     if beside:
         summary["against_teacher"] = [asdict(item) for item in beside]
+    if itself:
+        summary["self_consistency"] = [_numbers(item) for item in itself]
     write_object(output / "comparison.json", summary)
     with (
         replacing(output / "regressions.jsonl") as temporary,
         temporary.open("w", encoding="utf-8", errors="replace") as file,
     ):
         file.writelines(_regressions(comparisons, folders))
-    _print(console or Console(), comparisons, gates, report, beside)
+    _print(console or Console(), comparisons, gates, report, beside, itself)
     return int(any(gate.failed for gate in gates))
+
+
+def _numbers(item: SelfConsistency) -> dict[str, Any]:
+    """As JSON; of the worst pairs the indices of the prompts."""
+    pairs = [[pair.first.index, pair.second.index] for pair in item.worst]
+    return {**{key: value for key, value in vars(item).items() if key != "worst"}, "worst": pairs}
 
 
 def _verdicts(judge: Sequence[str], candidates: Sequence[str]) -> dict[str, dict[str, int]] | None:
@@ -203,6 +222,7 @@ def _print(
     gates: Sequence[GateResult],
     report: Path,
     beside: Sequence[AgainstTeacher] = (),
+    itself: Sequence[SelfConsistency] = (),
 ) -> None:
     first = comparisons[0]
     title = Text(f"{first.metric.label} against {visible(first.baseline)} ({first.baseline_scores.mean:.2f})")
@@ -222,16 +242,25 @@ def _print(
     for table in number_tables(headings, rows, console.width, title):
         console.print(table)
     if beside:
-        labels, values = teacher_columns(beside)
-        cells = [
-            [visible(item.run), *("" if value is None else f"{value:.1f}" for value in row)]
-            for item, row in zip(beside, values, strict=True)
-        ]
-        for table in number_tables(["run", *labels], cells, console.width, Text("beside the teacher")):
-            console.print(table)
+        _print_rows(console, "beside the teacher", [i.run for i in beside], teacher_columns(beside))
+    if itself:
+        title_of = "the same question in other words"
+        _print_rows(console, title_of, [i.run for i in itself], self_consistency_columns(itself))
     for gate in gates:
         word = Text("failed", style="bold red") if gate.failed else Text("passed", style="green")
         console.print(
             Text.assemble(word, f"  {visible(gate.candidate)}: fail if {visible(gate.condition.text)}")
         )
     console.print(Text(f"Report: {report}"))
+
+
+def _print_rows(
+    console: Console, title: str, names: Sequence[str], columns: tuple[list[str], list[list[float | None]]]
+) -> None:
+    labels, values = columns
+    cells = [
+        [visible(name), *("" if value is None else f"{value:.1f}" for value in row)]
+        for name, row in zip(names, values, strict=True)
+    ]
+    for table in number_tables(["run", *labels], cells, console.width, Text(title)):
+        console.print(table)

@@ -34,7 +34,10 @@ _LEARNT_KEYS = ("train", "loss")  # axolotl's and ms-swift's
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value")
-_PROVENANCE = ("finished",)  # beside generated responses, ours and the demo's: not meant to be learnt from
+_PROVENANCE = (
+    "finished",
+    "same_as",
+)  # of generated responses; of prompts that ask the same: not to be learnt
 
 
 class RecordReader:

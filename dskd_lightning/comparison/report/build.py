@@ -19,6 +19,7 @@ from dskd_lightning.comparison.compare import Comparison
 from dskd_lightning.comparison.report import content, plots
 from dskd_lightning.comparison.report.examples import collect_examples
 from dskd_lightning.comparison.report.svg import inline_svg
+from dskd_lightning.comparison.self_consistency import SelfConsistency
 from dskd_lightning.files import write_atomic
 from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.text import visible
@@ -41,6 +42,7 @@ class ReportData:
         max_examples: most prompts shown with their responses.
         max_curves: most curves shown, validation first.
         beside_teacher: each run beside its teacher, where that is among them.
+        beside_itself: each run's answers to different wordings of a question, where there are such.
     """
 
     runs: Sequence[RunFolder]
@@ -51,6 +53,7 @@ class ReportData:
     max_examples: int = 200
     max_curves: int = 12
     beside_teacher: Sequence[AgainstTeacher] = ()
+    beside_itself: Sequence[SelfConsistency] = ()
 
 
 def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
@@ -83,7 +86,11 @@ def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
         scatter=scatter,
         spectra=spectra,
         maps=maps,
-        tables=[*content.teacher_tables(data.beside_teacher), *content.run_tables(data.runs)],
+        tables=[
+            *content.teacher_tables(data.beside_teacher),
+            *content.self_consistency_tables(data.beside_itself),
+            *content.run_tables(data.runs),
+        ],
         examples=examples,
         example_count=example_count,
         seed=next(iter(data.runs[0].predictions)),

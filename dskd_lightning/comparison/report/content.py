@@ -10,10 +10,12 @@ from typing import Any
 from dskd_lightning.comparison.against_teacher import AgainstTeacher, teacher_columns
 from dskd_lightning.comparison.compare import Comparison
 from dskd_lightning.comparison.gate import Condition
+from dskd_lightning.comparison.self_consistency import SelfConsistency, self_consistency_columns
 from dskd_lightning.evaluation.metrics import DistinctN
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, score_run
 from dskd_lightning.runs.predictions import describe_problems
 from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.text import shorten
 
 __all__ = [
     "GateResult",
@@ -22,9 +24,13 @@ __all__ = [
     "headline",
     "number",
     "run_tables",
+    "self_consistency_tables",
     "teacher_tables",
     "warnings_of",
 ]
+
+
+_LONGEST_CELL = 400
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,29 @@ def teacher_tables(beside: Sequence[AgainstTeacher]) -> list[Table]:
         Table("Beside the teacher", ("run", *labels), rows),
         Table("Furthest from the teacher's responses", ("run", "prompts, worst first"), furthest),
     ]
+
+
+def self_consistency_tables(items: Sequence[SelfConsistency]) -> list[Table]:
+    """How alike a run's answers to different wordings are, and where they are least alike."""
+    if not items:
+        return []
+    labels, values = self_consistency_columns(items)
+    rows = tuple((item.run, *row) for item, row in zip(items, values, strict=True))
+    worst = tuple(
+        (item.run, pair.consistency, *map(_shown, (pair.first.prompt, pair.first.response)),
+         *map(_shown, (pair.second.prompt, pair.second.response)))
+        for item in items
+        for pair in item.worst
+    )  # fmt: skip
+    columns = ("run", "ROUGE-L", "prompt", "response", "in other words", "response")
+    return [
+        Table("The same question in other words", ("run", *labels), rows),
+        Table("Least like each other", columns, worst),
+    ]
+
+
+def _shown(text: str) -> str:
+    return shorten(text, _LONGEST_CELL)
 
 
 def _cost_table(title: str, measured: Sequence[tuple[str, dict[str, Any]]]) -> Table:
