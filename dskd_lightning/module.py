@@ -609,9 +609,11 @@ class DistillationModule(L.LightningModule):
         if self._shared_tokens is not None:  # once, rather than for every batch
             first, second = self._shared_tokens
             self._shared_tokens = first.to(student.labels.device), second.to(student.labels.device)
+        checked = self._trainer is not None and self.trainer.state.fn == "fit"  # by `TeacherCheck`
         ratios = fidelity(
-            student, teacher, alignment, batch.response_bytes, self._shared_tokens, batch.answers(0)
-        )
+            student, teacher, alignment, batch.response_bytes, self._shared_tokens, batch.answers(0),
+            of_teacher=not checked,
+        )  # fmt: skip
         self._evaluation_meter.update(ratios)
 
     def _log_evaluation(self, stage: str) -> None:

@@ -15,7 +15,7 @@ from dskd_lightning.generation.samples import ResponseSampler, sample_key
 from dskd_lightning.models.tokenizer import load_tokenizer
 from dskd_lightning.runs.samples import SampledResponse
 from dskd_lightning.structures import SAMPLE_STATISTICS, Alignment, DistillationBatch, Ratio, Side
-from dskd_lightning.training.fidelity import fidelity, likelihood
+from dskd_lightning.training.fidelity import fidelity
 
 if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule
@@ -46,12 +46,11 @@ def sampled_fidelity(module: DistillationModule, batch: DistillationBatch) -> di
     distillation lowers.
     """
     student, teacher, alignment = _sides(module, batch)
-    answers = batch.answers(0)
-    ratios = fidelity(student, teacher, alignment, batch.response_bytes, module._shared_tokens, answers)
+    ratios = fidelity(
+        student, teacher, alignment, batch.response_bytes, module._shared_tokens, batch.answers(0),
+        of_teacher=True,
+    )  # fmt: skip
     del ratios["accuracy"], ratios["nll_per_token"]  # of its own samples it says nothing
-    if teacher is not None:
-        read = batch.response_bytes if answers else batch.response_bytes[:0]
-        ratios["teacher_nll_per_byte"] = Ratio(likelihood(teacher)["nll"], read.sum())
     assert batch.samples is not None
     pairs = zip(SAMPLE_STATISTICS, batch.samples.unbind(), strict=True)
     return ratios | {name: Ratio(total, count) for name, (total, count) in pairs}

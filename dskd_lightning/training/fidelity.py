@@ -34,6 +34,7 @@ def fidelity(
     response_bytes: Tensor,
     shared_tokens: tuple[Tensor, Tensor] | None = None,
     answers: bool = True,
+    of_teacher: bool = False,
 ) -> dict[str, Ratio]:
     """Likelihood of the gold responses, and closeness to the teacher at temperature 1.
 
@@ -49,11 +50,12 @@ def fidelity(
             an alignment.
         answers: False where the teacher doesn't answer for these records (it has no positions): closeness
             then counts nothing, under the same names.
+        of_teacher: measure its likelihood, too.
 
     Returns:
         ``nll_per_token``, ``nll_per_byte`` (nats), ``accuracy`` of the gold token, and with a teacher
         ``kl`` (nats, teacher to student), ``reverse_kl`` (student to teacher) and ``agreement`` of the two
-        argmaxes.
+        argmaxes, and ``teacher_nll_per_byte``.
     """
     with torch.no_grad():
         sums = likelihood(student)
@@ -65,6 +67,9 @@ def fidelity(
         }
         if teacher is None:
             return ratios
+        if of_teacher:
+            read = response_bytes.sum() * int(answers)
+            ratios["teacher_nll_per_byte"] = Ratio(likelihood(teacher)["nll"], read)
         if not answers:
             student = student.nothing()
             count = count.new_zeros(())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import pytest
@@ -60,6 +60,20 @@ def test_both_likelihoods_are_those_of_the_models_themselves(tmp_path: Path, cac
     assert float(trainer.callback_metrics["val/teacher_nll_per_byte"]) == pytest.approx(wanted[1], rel=1e-4)
     (validated,) = [row for row in rows if row.get("val/nll_per_byte")]
     assert float(validated["val/teacher_nll_per_byte"]) == pytest.approx(wanted[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_an_evaluation_without_training_tells_both(stage: Literal["val", "test"]) -> None:
+    setup = Setup("cpu")
+    module, data = setup.run("ETA")
+    data.setup("fit")
+    specs = (module.student_spec, module.teacher_specs[0])
+    wanted = [nats_per_byte(spec, data, index) for index, spec in enumerate(specs)]
+    trainer = setup.trainer()
+    evaluate = trainer.validate if stage == "val" else trainer.test
+    (found,) = evaluate(module, dataloaders=data.val_dataloader(), verbose=False)
+    assert found[f"{stage}/nll_per_byte"] == pytest.approx(wanted[0], rel=1e-4)
+    assert found[f"{stage}/teacher_nll_per_byte"] == pytest.approx(wanted[1], rel=1e-4)
 
 
 def test_it_changes_nothing_of_the_training(tmp_path: Path, monkeypatch: Any) -> None:
