@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "objectives"))
 
 import comparing
 import dataset_size
@@ -21,11 +23,13 @@ import gold
 import on_policy
 import planning
 import preparation
+import projected_teacher
 import state_codecs
 import torch
 import training_step
 from _measure import Measured
 from _training import tiny_source
+from cross_tokenizer_cases import make_case
 
 from dskd_lightning import DSKDObjective, OnPolicySettings, TeacherSpec
 from dskd_lightning.models.loading import load_tokenizer
@@ -151,3 +155,34 @@ def test_stored_states_are_compared_with_exact_ones() -> None:
     largest, same = state_codecs.distances(hidden, hidden + 0.1, head)
     assert largest == pytest.approx(float((p.exp() * (p - q)).sum(-1).max()), rel=1e-3)
     assert same == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+def test_the_projected_teacher_is_measured_against_formulas() -> None:
+    case = make_case()
+    study = projected_teacher.Study(
+        *(
+            replace(space, head=Head(space.head.weight.float()), embeddings=space.embeddings.float())
+            for space in (case.student_space, case.teacher_space)
+        )
+    )
+    i, j = case.alignment.pairs.unbind(1)
+    student, teacher = case.student.hidden[i].detach().float(), case.teacher.hidden[j].float()
+    logits = teacher.double() @ study.teacher.head.weight.double().T
+    choice = study.to_student[logits.argmax(-1)]
+    pairs = projected_teacher.Pairs(student, teacher, case.student.labels[i], choice)
+    own = student.double() @ study.student.head.weight.double().T
+    p, q = logits[:, study.partners].log_softmax(-1), own[:, study.shared].log_softmax(-1)
+    known = choice >= 0
+    cross_entropy = torch.nn.functional.cross_entropy
+    wanted = [
+        cross_entropy(own, pairs.gold), cross_entropy(own[known], choice[known]),
+        (p.exp() * (p - q)).sum(-1).mean(), -(own.softmax(-1) * own.log_softmax(-1)).sum(-1).mean(),
+    ]  # fmt: skip
+    found = study.row(pairs, student, study.student.head, None)
+    assert [float(found[at]) for at in (0, 2, 4, 5)] == pytest.approx([float(w) for w in wanted], abs=0.006)
+    sizes = argparse.Namespace(rates=[0.05], steps=20, rows=8)
+    rows = {(row[0], row[1]): row[2:] for row in projected_teacher.table(study, pairs, pairs, sizes)}
+    assert len(rows) == 7
+    untrained, trained = rows["projected, untrained", "0"], rows["teacher's token, 0.05", "20"]
+    assert float(trained[2]) < float(untrained[2])
+    assert float(rows["gold's token, 0.05", "20"][0]) < float(untrained[0])
