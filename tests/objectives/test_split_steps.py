@@ -36,6 +36,7 @@ def test_the_documents_say_so() -> None:
 
 
 def test_cross_model_attention_depends_on_the_split_by_its_standard_deviations_alone(monkeypatch) -> None:
+    torch.manual_seed(0)  # of the projectors
     whole, parts = whole_and_parts(DSKDCrossAttentionObjective(), make_case())
     assert abs(float(whole - parts)) > 1e-5 * abs(float(whole))
     monkeypatch.setattr(cross_model_attention, "_std", lambda values: values.new_tensor(1.7))
