@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.configs import config_path
 from dskd_lightning.launch.lightning_cli import DistillationCLI
 from dskd_lightning.models.spec import TeacherSpec
-from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
+from dskd_lightning.models.teacher_cache_settings import CacheDtype, TeacherCacheSettings
 from dskd_lightning.runs.parts import Part
 from dskd_lightning.teacher_cache.attach import build_part, cache_root, ensure_caches, join_caches
 from dskd_lightning.teacher_cache.log_probabilities import ensure_log_probabilities
 
 __all__ = ["build_cache"]
 
-_DTYPES = ("bfloat16", "float32", "float16", "int8", "int4")
+_DTYPES = get_args(CacheDtype)
 
 
 def build_cache(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dskd_lightning.errors import UserError
@@ -20,14 +19,6 @@ from dskd_lightning.runs.predictions import Prediction, prediction_file, read_pr
 __all__ = ["adopt_parts", "answer_part"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The folder of one part's responses."""
-
-    part: Part
-    folder: Path
 
 
 def answer_part(
@@ -80,37 +71,41 @@ def adopt_parts(
             ``places``, is missing.
     """
     if rank_and_world()[0] == 0:
-        check_settings(generator, records, folder / SETTINGS_FILE, model_id)
+        found = _parts(folder)
+        for place in places or ():
+            there = _parts(place)
+            if not there:
+                raise UserError(f"--join: '{place}' holds no parts of responses (part-00001-of-00016).")
+            found |= there
+        if found:
+            check_settings(generator, records, folder / SETTINGS_FILE, model_id)
         with contextlib.ExitStack() as held:
-            found = list(_parts(folder))
-            for place in places or ():
-                there = list(_parts(place))
-                if not there:
-                    raise UserError(f"--join: '{place}' holds no parts of responses (part-00001-of-00016).")
-                found += there
-            for each in found:
-                held.enter_context(_held(each.folder.parent, each.part))
-                path = each.folder / SETTINGS_FILE
-                check_settings(generator, each.part.take(records), path, model_id)
-            for seed in seeds:
+            for path, part in found.items():
+                held.enter_context(_held(path.parent, part))
+                check_settings(generator, part.take(records), path / SETTINGS_FILE, model_id)
+            for seed in seeds if found else ():
                 _adopt(found, records, folder / prediction_file(seed), seed, required=places is not None)
     barrier()
 
 
 def _adopt(
-    found: Sequence[_Found], records: Sequence[PromptRecord], target: Path, seed: int | None, required: bool
+    found: Mapping[Path, Part],
+    records: Sequence[PromptRecord],
+    target: Path,
+    seed: int | None,
+    required: bool,
 ) -> None:
     if target.exists():
         return
     answered: dict[int, Prediction] = {}
     complete = []
-    for each in found:
-        path = each.folder / target.name
+    for folder, part in found.items():
+        path = folder / target.name
         if path.is_file():
-            indices = [record.index for record in each.part.take(records)]
+            indices = [record.index for record in part.take(records)]
             for prediction in read_predictions(path, indices):
                 answered.setdefault(prediction.index, prediction)
-            complete.append(each.part)
+            complete.append(part)
     with PredictionWriter(target) as writer:
         known = answered.keys() | writer.done.keys()
         missing = sum(record.index not in known for record in records)
@@ -127,11 +122,10 @@ def _adopt(
             _log.info("%s: %d responses of %d parts", target, len(new), len(complete))
 
 
-def _parts(folder: Path) -> Iterator[_Found]:
-    for path in sorted(folder.glob("part-*-of-*")):
-        part = Part.from_name(path.name)
-        if part is not None and (path / SETTINGS_FILE).is_file():
-            yield _Found(part, path)
+def _parts(folder: Path) -> dict[Path, Part]:
+    """The folders of parts in ``folder``."""
+    named = {path: Part.from_name(path.name) for path in sorted(folder.glob("part-*-of-*"))}
+    return {path: part for path, part in named.items() if part and (path / SETTINGS_FILE).is_file()}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from dskd_lightning.functional.chunking import chunk_tokens, chunked_sum, head_p
 from dskd_lightning.functional.precision import summable
 from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
 
-__all__ = ["fidelity", "likelihood", "shared_tokens"]
+__all__ = ["fidelity", "likelihood", "nats_per_byte", "shared_tokens"]
 
 
 def shared_tokens(student: ModelSpace, teacher: ModelSpace) -> tuple[Tensor, Tensor] | None:
@@ -68,8 +68,7 @@ def fidelity(
         if teacher is None:
             return ratios
         if of_teacher:
-            read = response_bytes.sum() * int(answers)
-            ratios["teacher_nll_per_byte"] = Ratio(likelihood(teacher)["nll"], read)
+            ratios["teacher_nll_per_byte"] = nats_per_byte(teacher, response_bytes, answers)
         if not answers:
             student = student.nothing()
             count = count.new_zeros(())
@@ -88,6 +87,11 @@ def fidelity(
         )
         aligned = Ratio(count.new_full((), len(pairs)), count)
         return ratios | {f"aligned_{k}": r for k, r in closeness.items()} | {"alignment_ratio": aligned}
+
+
+def nats_per_byte(side: Side, response_bytes: Tensor, answers: bool = True) -> Ratio:
+    """A model's likelihood of the labels; of no bytes where it doesn't answer."""
+    return Ratio(likelihood(side)["nll"], response_bytes.sum() * int(answers))
 
 
 def likelihood(student: Side) -> dict[str, Tensor]:

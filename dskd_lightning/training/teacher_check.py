@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dskd_lightning.modes import evaluating
 from dskd_lightning.structures import DistillationBatch, Ratio
-from dskd_lightning.training.fidelity import likelihood
+from dskd_lightning.training.fidelity import nats_per_byte
 from dskd_lightning.training.meter import RatioMeter
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def _batches(trainer: L.Trainer) -> tuple[Iterable[DistillationBatch], int]:
 
 def _likelihoods(module: DistillationModule, batch: DistillationBatch) -> dict[str, Ratio]:
     student, teacher = module.student_side(batch.student), module.answer_of(0, batch)
-    size = batch.response_bytes.sum()
     return {
-        "nll_per_byte": Ratio(likelihood(student)["nll"], size),
-        "teacher_nll_per_byte": Ratio(likelihood(teacher)["nll"], size * int(batch.answers(0))),
+        "nll_per_byte": nats_per_byte(student, batch.response_bytes),
+        "teacher_nll_per_byte": nats_per_byte(teacher, batch.response_bytes, batch.answers(0)),
     }
