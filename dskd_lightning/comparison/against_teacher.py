@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dskd_lightning.comparison.columns import known_columns
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.metrics import exact_match
 from dskd_lightning.evaluation.rouge import rouge_l
@@ -86,17 +87,7 @@ def against_teacher(runs: Sequence[RunFolder], examples: int = 20) -> list[Again
 
 def teacher_columns(items: Sequence[AgainstTeacher]) -> tuple[list[str], list[list[float | None]]]:
     """Headings and one row of numbers per run, without what is known of none."""
-    shown = [
-        (label, factor, attribute)
-        for label, factor, attribute in _COLUMNS
-        if any(getattr(item, attribute) is not None for item in items)
-    ]
-    rows = [[_times(factor, getattr(item, name)) for _, factor, name in shown] for item in items]
-    return [label for label, _, _ in shown], rows
-
-
-def _times(factor: float, value: float | None) -> float | None:
-    return None if value is None else factor * value
+    return known_columns(_COLUMNS, items)
 
 
 def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dskd_lightning.comparison.against_teacher import CLOSE
+from dskd_lightning.comparison.columns import known_columns
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.metrics import exact_match
 from dskd_lightning.evaluation.rouge import rouge_l
@@ -22,11 +23,11 @@ FIELD = "same_as"
 
 _LARGEST_GROUP = 50
 _COLUMNS = (
-    ("questions", "questions"),
-    ("ROUGE-L between wordings", "consistency"),
-    (f"above {CLOSE:.0f}, %", "close"),
-    ("same words, %", "exact"),
-    ("ROUGE-L between seeds", "between_seeds"),
+    ("questions", 1, "questions"),
+    ("ROUGE-L between wordings", 1, "consistency"),
+    (f"above {CLOSE:.0f}, %", 1, "close"),
+    ("same words, %", 1, "exact"),
+    ("ROUGE-L between seeds", 1, "between_seeds"),
 )
 
 
@@ -82,8 +83,7 @@ def self_consistency_columns(
     items: Sequence[SelfConsistency],
 ) -> tuple[list[str], list[list[float | None]]]:
     """Headings and one row of numbers per run, without what is known of none."""
-    shown = [(label, name) for label, name in _COLUMNS if any(getattr(i, name) is not None for i in items)]
-    return [label for label, _ in shown], [[getattr(i, name) for _, name in shown] for i in items]
+    return known_columns(_COLUMNS, items)
 
 
 def _of_run(run: RunFolder, examples: int) -> SelfConsistency | None:

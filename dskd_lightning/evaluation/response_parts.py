@@ -77,13 +77,13 @@ def adopt_parts(
             if not there:
                 raise UserError(f"--join: '{place}' holds no parts of responses (part-00001-of-00016).")
             found |= there
-        if found:
+        if wanted := bool(found) or places is not None:
             check_settings(generator, records, folder / SETTINGS_FILE, model_id)
         with contextlib.ExitStack() as held:
             for path, part in found.items():
                 held.enter_context(_held(path.parent, part))
                 check_settings(generator, part.take(records), path / SETTINGS_FILE, model_id)
-            for seed in seeds if found else ():
+            for seed in seeds if wanted else ():
                 _adopt(found, records, folder / prediction_file(seed), seed, required=places is not None)
     barrier()
 

@@ -12,6 +12,7 @@ does can't lower its loss on them.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,7 @@ from dskd_lightning.launch.lightning_cli import DistillationCLI  # noqa: E402
 from dskd_lightning.models.loading import load_model, load_tokenizer  # noqa: E402
 from dskd_lightning.models.output import decoder_hidden, model_space, side  # noqa: E402
 from dskd_lightning.objectives import DSKDTokenAlignmentObjective  # noqa: E402
-from dskd_lightning.objectives._vocabulary import exact_maps, mutual_tokens  # noqa: E402
+from dskd_lightning.objectives._vocabulary import mutual_tokens  # noqa: E402
 from dskd_lightning.structures import DistillationBatch, Head, ModelSpace  # noqa: E402
 from dskd_lightning.teacher_cache import TeacherCacheSettings, ensure_caches  # noqa: E402
 
@@ -64,8 +65,11 @@ class Study:
         self.student, self.teacher = student, teacher
         self.objective = DSKDTokenAlignmentObjective()
         self.objective.configure(student, teacher)
-        to_teacher, self.to_student = exact_maps(student, teacher)
-        self.shared = mutual_tokens(to_teacher, self.to_student)
+        to_teacher, to_student = self.objective.student_to_teacher, self.objective.teacher_to_student
+        assert to_teacher is not None
+        assert to_student is not None
+        self.to_student = to_student
+        self.shared = mutual_tokens(to_teacher, to_student)
         self.partners = to_teacher[self.shared]
 
     @torch.no_grad()
@@ -89,8 +93,7 @@ class Study:
         self, pairs: Pairs, labels: str, rate: float, steps: int, rows: int, marks: Sequence[int]
     ) -> Iterable[tuple[int, torch.nn.Module]]:
         """A projector after each of ``marks`` steps, from the heads' initialisation."""
-        self.objective.configure(self.student, self.teacher)
-        projector, generator = self.objective.t2s.train(), torch.Generator().manual_seed(0)
+        projector, generator = copy.deepcopy(self.objective.t2s).train(), torch.Generator().manual_seed(0)
         optimizer = torch.optim.AdamW(projector.parameters(), rate, weight_decay=0.01)
         targets = pairs.gold if labels == "gold" else pairs.choice
         known = torch.nonzero(targets >= 0).squeeze(1)

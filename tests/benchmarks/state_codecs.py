@@ -37,7 +37,6 @@ from dskd_lightning.teacher_cache.shards import open_shard, shard_name  # noqa: 
 
 COLUMNS = ("bytes a token", "relative error", "KL", "largest KL", "same choice", "read, tokens/s")
 KEPT = ("bfloat16", "int8", "int4")
-TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 READS = 20
 
 
@@ -133,13 +132,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = a.states or states_of_demo(Path(name), a.limit)
         manifest = Manifest.read(folder)
-        if manifest is None or manifest.dtype not in TYPES:
+        if manifest is None or manifest.dtype not in ("bfloat16", "float32"):
             parser.error(f"--states: '{folder}' holds no cache in bfloat16 or float32")
         head = wide_head(dl.TeacherSpec(a.teacher, dtype=manifest.teacher_dtype))  # type: ignore[arg-type]
         hidden = open_shard(folder / shard_name(0))["hidden"].float()
         title = f"{len(hidden):,} states of {hidden.shape[1]}, vocabulary of {head.weight.shape[0]:,}"
         print(f"{title}\n{environment()}")
-        rows = rows_of(hidden, head, a.rows, TYPES[manifest.teacher_dtype])
+        rows = rows_of(hidden, head, a.rows, getattr(torch, manifest.teacher_dtype))
         print_table("Stored states", ("stored as", *COLUMNS), rows)
 
 
