@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["backend_config", "fast_backend", "sanitize_text", "tokenizer_fingerprint"]
+__all__ = ["backend_config", "encoded", "fast_backend", "sanitize_text", "tokenizer_fingerprint"]
+
+
+_THREADS = "TOKENIZERS_PARALLELISM"
 
 
 def fast_backend(tokenizer: Any) -> Any:
@@ -48,6 +54,28 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """
     canonical = json.dumps(backend_config(tokenizer), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def encoded(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each text, without those that a tokenizer puts around it.
+
+    By the thread that asks, unless ``TOKENIZERS_PARALLELISM`` says otherwise: other processes are forked
+    later, and prepare data at the same time.
+    """
+    with _threads_off():
+        return [code.ids for code in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def _threads_off() -> Iterator[None]:
+    if _THREADS in os.environ:
+        yield
+        return
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(_THREADS, None)
 
 
 def sanitize_text(text: str) -> str:

@@ -12,8 +12,9 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Literal
 
 from dskd_lightning.alignment.byte_spans import ByteSpans, token_byte_spans
@@ -23,9 +24,9 @@ from dskd_lightning.data.templates import ChatTemplate
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.spec import ModelSpec
-from dskd_lightning.tokenizers import tokenizer_fingerprint
+from dskd_lightning.tokenizers import encoded, tokenizer_fingerprint
 
-__all__ = ["ChatRenderer", "Learn", "RenderedConversation", "RenderedTurn"]
+__all__ = ["ChatRenderer", "Layout", "Learn", "RenderedConversation", "RenderedTurn"]
 
 Learn = Literal["assistant", "last", "everything"]
 """Which texts of a conversation are learnt: every assistant turn, the last one, or every message's.
@@ -52,6 +53,33 @@ class RenderedConversation:
     """All turns of one example for one model; token ids concatenate to the model's input."""
 
     turns: tuple[RenderedTurn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What is tokenised by itself; special tokens' strings in it are tokens where it is literal."""
+
+    text: str
+    literal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Texts and token ids of a prompt, the response behind it and what closes that."""
+
+    prompt: tuple[_Text | int, ...]
+    response: _Text
+    end: tuple[int, ...]
+    learnt: bool
+
+    @property
+    def texts(self) -> list[_Text]:
+        """In the order in which they are read."""
+        return [*(piece for piece in self.prompt if isinstance(piece, _Text)), self.response]
+
+
+Layout = tuple[_Turn, ...]
+"""All turns of one example as texts, learnt or not."""
 
 
 class ChatRenderer:
@@ -150,38 +178,56 @@ class ChatRenderer:
         Raises:
             UserError: there is no template, or it refuses the conversation.
         """
+        return self.tokenized([self.laid_out(example)])[0]
+
+    def laid_out(self, example: Example) -> Layout:
+        """`render` up to the tokenizer, which `tokenized` then calls once for many examples.
+
+        Raises:
+            UserError: as `render`.
+        """
         if example.is_document:
-            return self._document(example.messages[0].content)
+            text = _Text(example.messages[0].content, self.special_tokens_in_text)
+            start = self._with_start(list(self.bos_ids))
+            return (_Turn(tuple(start), text, (self.tokenizer.eos_token_id,), True),)
         example = self.template.spelled_out(example)
         everything = self.learn == "everything"
         marked = [m for m in example.messages if m.role == "assistant" or (everything and not m.empty)]
         last = max((i for i, m in enumerate(marked) if m.learnt), default=0)
         texts, written = self._around(example.messages, example.tools, example.place, everything)
         turns = []
-        before, prompt_ids = texts[0], list[int]()
+        before = texts[0]
         for index, (message, after) in enumerate(zip(marked, texts[1:], strict=True)):
-            response = message.content.strip()
             closing, before_next = self._split_end(after)
-            end = [closing] if message.role == "assistant" or before_next != after else []
-            prompt_ids += self._prompt_ids(before, written)
-            if index == 0:
-                prompt_ids = self._with_start(prompt_ids)
+            end = (closing,) if message.role == "assistant" or before_next != after else ()
             literal = message.special or self.special_tokens_in_text
-            response_ids = self._tokenize(response) if literal else self._plain_ids(response)
-            if message.learnt and (self.learn != "last" or index == last):
-                spans = token_byte_spans(self.tokenizer, response, response_ids, end_ids=())
+            learnt = message.learnt and (self.learn != "last" or index == last)
+            response = _Text(message.content.strip(), literal)
+            turns.append(_Turn(self._prompt(before, written), response, end, learnt))
+            before = before_next
+        return tuple(turns)
+
+    def tokenized(self, layouts: Sequence[Layout]) -> list[RenderedConversation]:
+        """The conversations of ``layouts``."""
+        texts = [text for layout in layouts for turn in layout for text in turn.texts]
+        ids = iter(self._all_ids(texts))
+        return [self._assembled(layout, ids) for layout in layouts]
+
+    def _assembled(self, layout: Layout, ids: Iterator[list[int]]) -> RenderedConversation:
+        turns, prompt_ids, first = [], list[int](), True
+        for turn in layout:
+            for piece in turn.prompt:
+                prompt_ids += next(ids) if isinstance(piece, _Text) else [piece]
+            if first:
+                prompt_ids, first = self._with_start(prompt_ids), False
+            response_ids, end = next(ids), list(turn.end)
+            if turn.learnt:
+                spans = token_byte_spans(self.tokenizer, turn.response.text, response_ids, end_ids=())
                 turns.append(RenderedTurn(prompt_ids, response_ids + end, spans.with_end() if end else spans))
                 prompt_ids = []
             else:
                 prompt_ids = [*prompt_ids, *response_ids, *end]
-            before = before_next
         return RenderedConversation(tuple(turns))
-
-    def _document(self, text: str) -> RenderedConversation:
-        ids = self._tokenize(text) if self.special_tokens_in_text else self._plain_ids(text)
-        spans = token_byte_spans(self.tokenizer, text, ids, end_ids=()).with_end()
-        start = self._with_start(list(self.bos_ids))
-        return RenderedConversation((RenderedTurn(start, [*ids, self.tokenizer.eos_token_id], spans),))
 
     def generation_prompt(
         self, messages: Sequence[Message], place: str = "", *, tools: str = "", reasoning: bool | None = None
@@ -236,40 +282,44 @@ class ChatRenderer:
         plain = () if self.special_tokens_in_text else tuple(self._specials)
         return self.template.around_responses(messages, tools, place, plain, everything)
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = token_bytes(self.tokenizer).tracer.encode(text, add_special_tokens=False).ids
-        return ids
+    def _all_ids(self, texts: Sequence[_Text]) -> list[list[int]]:
+        """Tokens of each text; in one that isn't literal special tokens' strings are text."""
+        hidden = [not t.literal and any(map(t.text.__contains__, self._specials)) for t in texts]
+        usual = iter(encoded(self._tracer, [t.text for t, h in zip(texts, hidden, strict=True) if not h]))
+        plain = iter(encoded(self._plain, [t.text for t in compress(texts, hidden)]) if any(hidden) else ())
+        return [next(plain) if is_hidden else next(usual) for is_hidden in hidden]
 
     def _plain_ids(self, text: str) -> list[int]:
-        """Tokens of ``text`` in which special tokens' strings are text."""
-        if not any(token in text for token in self._specials):
-            return self._tokenize(text)
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._all_ids([_Text(text, False)])[0]
+
+    @property
+    def _tracer(self) -> Any:
+        return token_bytes(self.tokenizer).tracer
 
     @functools.cached_property
     def _plain(self) -> Any:
         from tokenizers import Tokenizer
 
-        plain = Tokenizer.from_str(token_bytes(self.tokenizer).tracer.to_str())
+        plain = Tokenizer.from_str(self._tracer.to_str())
         plain.encode_special_tokens = True
         return plain
 
-    def _prompt_ids(self, text: str, written: Mapping[str, str]) -> list[int]:
-        """Tokens of template and user text; what ``written`` marks is text, whatever it looks like."""
+    def _prompt(self, text: str, written: Mapping[str, str]) -> tuple[_Text | int, ...]:
+        """Template and user text; what ``written`` marks is text, whatever it looks like."""
         if not any(mark in text for mark in written):
-            return self._tokenize(text)
+            return (_Text(text, True),)
         specials = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
-        ids, position = list[int](), 0
+        pieces, position = list[_Text | int](), 0
         for special in specials.finditer(text):
-            ids += self._plain_ids(_restore(text[position : special.start()], written))
-            ids.append(self._specials[special[0]])
+            pieces.append(_Text(_restore(text[position : special.start()], written), False))
+            pieces.append(self._specials[special[0]])
             position = special.end()
-        return ids + self._plain_ids(_restore(text[position:], written))
+        pieces.append(_Text(_restore(text[position:], written), False))
+        return tuple(pieces)
 
     def _leading_ids(self) -> list[int]:
         """What the tokenizer puts in front of every text by itself: usually BOS or nothing."""
-        plain, full = self._tokenize("a"), self.tokenizer("a")["input_ids"]
+        (plain,), full = encoded(self._tracer, ["a"]), self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return list(full[:start])

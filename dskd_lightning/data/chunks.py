@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd_lightning.data.chat import ChatRenderer
-from dskd_lightning.data.examples import Example, InvalidRecord
-from dskd_lightning.data.rendering import PreparationSettings, render_example
+from dskd_lightning.data.examples import Example
+from dskd_lightning.data.rendering import PreparationSettings, render_examples
 
 __all__ = ["RenderedChunk", "chunked", "file_names", "render_chunk", "schemas"]
 
@@ -76,18 +76,10 @@ def render_chunk(
     counts: Counter[str] = Counter()
     lengths = array("i")  # 4 bytes a number
     columns: list[list[dict[str, Any]]] = [[] for _ in file_names(len(renderers))]
-    for example in examples:
-        try:
-            pieces = list(render_example(example, renderers, settings, counts))
-        except InvalidRecord as error:
-            if not settings.skip_invalid:
-                raise
-            counts[f"skipped: {error.reason}"] += 1
-            continue
-        for piece, rows in pieces:
-            lengths.extend(len(row["tokens"]) - 1 for row in rows)
-            for column, row in zip(columns, [_example_row(piece), *rows], strict=True):
-                column.append(row)
+    for _, piece, rows in render_examples(examples, renderers, settings, counts):
+        lengths.extend(len(row["tokens"]) - 1 for row in rows)
+        for column, row in zip(columns, [_example_row(piece), *rows], strict=True):
+            column.append(row)
     messages = tuple(
         pa.RecordBatch.from_pylist(rows, schema=schema).serialize().to_pybytes() if rows else b""
         for rows, schema in zip(columns, schemas(len(renderers)), strict=True)

@@ -11,7 +11,7 @@ from dskd_lightning.data.collate import collate
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format, detect_format, parse_record
 from dskd_lightning.data.prepared import rendered_example
-from dskd_lightning.data.rendering import PreparationSettings, render_example
+from dskd_lightning.data.rendering import PreparationSettings, render_examples
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.spec import ModelSpec, teacher_names
@@ -80,21 +80,21 @@ class DistillationCollator:
             UserError: a row isn't a record with a response, or none of them leaves room for one.
         """
         models: list[list[list[Any]]] = [[] for _ in self.renderers]
-        kept, named = [], set[str]()
+        kept, examples = [], list[Example]()
         for number, row in enumerate(rows):
             self.report["read"] += 1
-            example = self._example(row, number)
-            named.add(example.teacher)
-            for _, found in render_example(example, self.renderers, self.settings, self.report):
-                kept.append(number)
-                for side, tokens in zip(models, found, strict=True):
-                    side.append([rendered_example(tokens)])
+            examples.append(self._example(row, number))
+        for number, _, found in render_examples(examples, self.renderers, self.settings, self.report):
+            kept.append(number)
+            for side, tokens in zip(models, found, strict=True):
+                side.append([rendered_example(tokens)])
         self.report["used"] += len(set(kept))
         if not kept:
             raise UserError(
                 f"None of the batch's {len(rows)} rows leaves room for its response: raise `max_length`."
             )
         student, *teachers = self.renderers
+        named = {example.teacher for example in examples}
         if len(named) > 1:
             raise UserError(
                 f"The batch's rows name different teachers ({', '.join(sorted(map(repr, named)))}): batch "

@@ -1,4 +1,4 @@
-"""One example as every model reads it: the same responses, cut to what all of them have room for."""
+"""Examples as every model reads them: the same responses, cut to what all of them have room for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.chat import ChatRenderer, Layout, RenderedConversation
 from dskd_lightning.data.examples import Example, InvalidRecord, Message
 from dskd_lightning.data.formats import Format
 from dskd_lightning.data.prepared import conversation_row
 from dskd_lightning.data.truncation import truncate, windows
 
-__all__ = ["PreparationSettings", "render_example"]
+__all__ = ["PreparationSettings", "render_examples"]
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,47 @@ class PreparationSettings:
         return (self.max_teacher_prompt_length or self.max_prompt_length) - self.max_prompt_length
 
 
-def render_example(
-    example: Example,
+def render_examples(
+    examples: Sequence[Example],
     renderers: Sequence[ChatRenderer],
     settings: PreparationSettings,
     counts: Counter[str],
-) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
-    """``example`` as the models read it, and its tokens for each of them as `rendered_example` takes them.
+) -> Iterator[tuple[int, Example, list[dict[str, Any]]]]:
+    """``examples`` as the models read them: number, example, and its tokens for each model.
 
-    Nothing where not one token of the response has room, a pair for each window of a document;
-    ``counts`` learns what was cut.
+    The tokens are rows as `rendered_example` takes them. Nothing comes of an example where not one token of
+    the response has room, one after another for each window of a document; ``counts`` learns what was cut.
+
+    Raises:
+        InvalidRecord: one of them can't be learnt from, unless ``skip_invalid``.
     """
+    kept: list[tuple[int, Example]] = []
+    layouts: list[list[Layout]] = [[] for _ in renderers]
+    for number, example in enumerate(examples):
+        try:
+            read, of_models = _laid_out(example, renderers, counts)
+        except InvalidRecord as error:
+            if not settings.skip_invalid:
+                raise
+            counts[f"skipped: {error.reason}"] += 1
+            continue
+        kept.append((number, read))
+        for side, layout in zip(layouts, of_models, strict=True):
+            side.append(layout)
+    rendered = [renderer.tokenized(side) for renderer, side in zip(renderers, layouts, strict=True)]
+    starts = [renderer.bos_ids for renderer in renderers]
+    for (number, example), *conversations in zip(kept, *rendered, strict=True):
+        fit = _windows if example.is_document else _cut
+        for piece, rows in fit(example, conversations, starts, settings, counts):
+            yield number, piece, rows
+
+
+def _laid_out(
+    example: Example, renderers: Sequence[ChatRenderer], counts: Counter[str]
+) -> tuple[Example, list[Layout]]:
+    """``example`` as it is kept, and what each model reads of it."""
     if example.is_document:
-        yield from _windows(example, renderers, settings, counts)
-        return
+        return example, [renderer.laid_out(example) for renderer in renderers]
     example = _as_models_read(example, renderers, counts)
     learnt = example if example.response is not None else _with_placeholder(example)
     if example.teacher_messages and renderers[0].learn == "everything":
@@ -73,9 +100,20 @@ def render_example(
     teachers = [learnt.for_teacher(renderer.system) for renderer in renderers[1:]]
     if any(renderer.template.drops_reasoning for renderer in renderers):
         teachers = [teacher.without_earlier_reasoning() for teacher in teachers]
-    rendered = [renderer.render(read) for renderer, read in zip(renderers, [learnt, *teachers], strict=True)]
-    starts = [renderer.bos_ids for renderer in renderers]
-    cut = truncate(rendered, settings.max_length, settings.max_prompt_length, starts, settings.teacher_room)
+    reads = zip(renderers, [learnt, *teachers], strict=True)
+    return example, [renderer.laid_out(read) for renderer, read in reads]
+
+
+def _cut(
+    example: Example,
+    conversations: Sequence[RenderedConversation],
+    starts: Sequence[Sequence[int]],
+    settings: PreparationSettings,
+    counts: Counter[str],
+) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
+    cut = truncate(
+        conversations, settings.max_length, settings.max_prompt_length, starts, settings.teacher_room
+    )
     counts["truncated prompts"] += cut.prompt
     counts["truncated responses"] += cut.response
     counts["skipped: no room for the response"] += not cut.conversations
@@ -85,13 +123,14 @@ def render_example(
 
 def _windows(
     example: Example,
-    renderers: Sequence[ChatRenderer],
+    documents: Sequence[RenderedConversation],
+    starts: Sequence[Sequence[int]],
     settings: PreparationSettings,
     counts: Counter[str],
 ) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
     text = example.messages[0].content
-    content, documents = text.encode(), [renderer.render(example).turns[0] for renderer in renderers]
-    for window in windows(documents, text, settings.max_length):
+    content = text.encode()
+    for window in windows([document.turns[0] for document in documents], text, settings.max_length):
         if not window.conversations:
             counts["skipped: no window of a document fits"] += 1
             continue

@@ -196,7 +196,7 @@ class ChatTemplate:
     def _rendered(self, messages: list[dict[str, Any]], tools: str) -> str:
         functions = json.loads(tools) if tools else None
         template = self.tokenizer.get_chat_template(tools=functions)
-        dateless = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
+        dateless = _dateless(template)
         if dateless != template:  # prepared data and the prompts of another day must agree
             _warn_once(
                 f"The chat template of '{self.name}' may write today's date: it is fixed at "
@@ -249,6 +249,11 @@ def _extra(message: Message) -> dict[str, Any]:
 
 def _name(function: dict[str, Any]) -> str:
     return str(function.get("function", function).get("name", ""))
+
+
+@functools.lru_cache(maxsize=64)
+def _dateless(template: str) -> str:
+    return _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
 
 
 @functools.lru_cache(maxsize=256)
