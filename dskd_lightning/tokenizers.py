@@ -13,7 +13,6 @@ from dskd_lightning.errors import UserError
 
 __all__ = ["backend_config", "encoded", "fast_backend", "sanitize_text", "tokenizer_fingerprint"]
 
-
 _THREADS = "TOKENIZERS_PARALLELISM"
 
 
@@ -57,13 +56,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text[text.index('"added_tokens":') :].encode()).hexdigest()
 
 
-def encoded(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+def encoded(backend: Any, texts: Sequence[str], *, threads: bool = True) -> list[list[int]]:
     """Tokens of each text, without those that a tokenizer puts around it.
 
-    By the thread that asks, unless ``TOKENIZERS_PARALLELISM`` says otherwise: other processes are forked
-    later, and prepare data at the same time.
+    Args:
+        backend: as `fast_backend` gives it.
+        texts: valid Unicode.
+        threads: False for the thread that asks alone, where other processes do the same or are forked
+            later. ``TOKENIZERS_PARALLELISM``, where it is set, decides in any case.
     """
-    with _threads_off():
+    with contextlib.nullcontext() if threads else _threads_off():
         return [code.ids for code in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 

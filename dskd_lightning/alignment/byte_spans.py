@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dskd_lightning.alignment._offset_spans import offset_ends
 from dskd_lightning.alignment.token_bytes import TokenBytes, token_bytes
-from dskd_lightning.tokenizers import sanitize_text
+from dskd_lightning.tokenizers import encoded, sanitize_text
 
 __all__ = ["ByteSpans", "batch_byte_spans", "response_byte_spans", "token_byte_spans"]
 
@@ -130,7 +130,7 @@ def batch_byte_spans(
     table = token_bytes(tokenizer)
     texts = [sanitize_text(text) for text in texts]
     if ids is None:
-        ids = [code.ids for code in table.tracer.encode_batch_fast(texts, add_special_tokens=False)]
+        ids = encoded(table.tracer, texts)
     ends = _end_ids(tokenizer) if end_ids is None else end_ids
     return [_spans(table, text, _as_list(row), ends) for text, row in zip(texts, ids, strict=True)]
 

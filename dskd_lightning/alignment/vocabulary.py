@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dskd_lightning.alignment.byte_spans import batch_byte_spans
 from dskd_lightning.alignment.token_bytes import token_bytes
-from dskd_lightning.tokenizers import tokenizer_fingerprint
+from dskd_lightning.tokenizers import encoded, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     pass
@@ -149,7 +149,7 @@ def _retokenize(tokenizer: Any, pieces: Sequence[bytes]) -> list[list[int]]:
     table = token_bytes(tokenizer)
     for anchor in _ANCHORS:
         texts = [anchor + text for _, text in left]
-        codes = [code.ids for code in table.tracer.encode_batch_fast(texts, add_special_tokens=False)]
+        codes = encoded(table.tracer, texts)
         tried, left, begin = left, [], len(anchor)
         spans = batch_byte_spans(tokenizer, texts, codes, ())
         for (place, text), ids, span in zip(tried, codes, spans, strict=True):

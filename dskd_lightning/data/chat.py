@@ -188,8 +188,7 @@ class ChatRenderer:
         """
         if example.is_document:
             text = _Text(example.messages[0].content, self.special_tokens_in_text)
-            start = self._with_start(list(self.bos_ids))
-            return (_Turn(tuple(start), text, (self.tokenizer.eos_token_id,), True),)
+            return (_Turn(tuple(self.bos_ids), text, (self.tokenizer.eos_token_id,), True),)
         example = self.template.spelled_out(example)
         everything = self.learn == "everything"
         marked = [m for m in example.messages if m.role == "assistant" or (everything and not m.empty)]
@@ -214,12 +213,12 @@ class ChatRenderer:
         return [self._assembled(layout, ids) for layout in layouts]
 
     def _assembled(self, layout: Layout, ids: Iterator[list[int]]) -> RenderedConversation:
-        turns, prompt_ids, first = [], list[int](), True
-        for turn in layout:
+        turns, prompt_ids = [], list[int]()
+        for index, turn in enumerate(layout):
             for piece in turn.prompt:
                 prompt_ids += next(ids) if isinstance(piece, _Text) else [piece]
-            if first:
-                prompt_ids, first = self._with_start(prompt_ids), False
+            if index == 0:
+                prompt_ids = self._with_start(prompt_ids)
             response_ids, end = next(ids), list(turn.end)
             if turn.learnt:
                 spans = token_byte_spans(self.tokenizer, turn.response.text, response_ids, end_ids=())
@@ -285,9 +284,12 @@ class ChatRenderer:
     def _all_ids(self, texts: Sequence[_Text]) -> list[list[int]]:
         """Tokens of each text; in one that isn't literal special tokens' strings are text."""
         hidden = [not t.literal and any(map(t.text.__contains__, self._specials)) for t in texts]
-        usual = iter(encoded(self._tracer, [t.text for t, h in zip(texts, hidden, strict=True) if not h]))
-        plain = iter(encoded(self._plain, [t.text for t in compress(texts, hidden)]) if any(hidden) else ())
-        return [next(plain) if is_hidden else next(usual) for is_hidden in hidden]
+        usual = [text.text for text, is_hidden in zip(texts, hidden, strict=True) if not is_hidden]
+        ids = iter(encoded(self._tracer, usual, threads=False))
+        if not any(hidden):
+            return list(ids)
+        plain = iter(encoded(self._plain, [text.text for text in compress(texts, hidden)], threads=False))
+        return [next(plain if is_hidden else ids) for is_hidden in hidden]
 
     def _plain_ids(self, text: str) -> list[int]:
         return self._all_ids([_Text(text, False)])[0]
@@ -319,7 +321,7 @@ class ChatRenderer:
 
     def _leading_ids(self) -> list[int]:
         """What the tokenizer puts in front of every text by itself: usually BOS or nothing."""
-        (plain,), full = encoded(self._tracer, ["a"]), self.tokenizer("a")["input_ids"]
+        (plain,), full = encoded(self._tracer, ["a"], threads=False), self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return list(full[:start])

@@ -78,9 +78,11 @@ def render_examples(
     rendered = [renderer.tokenized(side) for renderer, side in zip(renderers, layouts, strict=True)]
     starts = [renderer.bos_ids for renderer in renderers]
     for (number, example), *conversations in zip(kept, *rendered, strict=True):
-        fit = _windows if example.is_document else _cut
-        for piece, rows in fit(example, conversations, starts, settings, counts):
-            yield number, piece, rows
+        if example.is_document:
+            for piece, fitted in _windows(example, conversations, settings.max_length, counts):
+                yield number, piece, _rows(fitted)
+        elif fitted := _cut(conversations, starts, settings, counts):
+            yield number, example, _rows(fitted)
 
 
 def _laid_out(
@@ -104,39 +106,39 @@ def _laid_out(
     return example, [renderer.laid_out(read) for renderer, read in reads]
 
 
+def _rows(conversations: Sequence[RenderedConversation]) -> list[dict[str, Any]]:
+    return [conversation_row(conversation) for conversation in conversations]
+
+
 def _cut(
-    example: Example,
     conversations: Sequence[RenderedConversation],
     starts: Sequence[Sequence[int]],
     settings: PreparationSettings,
     counts: Counter[str],
-) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
+) -> Sequence[RenderedConversation]:
     cut = truncate(
         conversations, settings.max_length, settings.max_prompt_length, starts, settings.teacher_room
     )
     counts["truncated prompts"] += cut.prompt
     counts["truncated responses"] += cut.response
     counts["skipped: no room for the response"] += not cut.conversations
-    if cut.conversations:
-        yield example, [conversation_row(conversation) for conversation in cut.conversations]
+    return cut.conversations
 
 
 def _windows(
     example: Example,
     documents: Sequence[RenderedConversation],
-    starts: Sequence[Sequence[int]],
-    settings: PreparationSettings,
+    max_length: int,
     counts: Counter[str],
-) -> Iterator[tuple[Example, list[dict[str, Any]]]]:
+) -> Iterator[tuple[Example, Sequence[RenderedConversation]]]:
     text = example.messages[0].content
     content = text.encode()
-    for window in windows([document.turns[0] for document in documents], text, settings.max_length):
+    for window in windows([document.turns[0] for document in documents], text, max_length):
         if not window.conversations:
             counts["skipped: no window of a document fits"] += 1
             continue
         piece = Message("assistant", content[window.start : window.end].decode())
-        rows = [conversation_row(conversation) for conversation in window.conversations]
-        yield replace(example, messages=(piece,)), rows
+        yield replace(example, messages=(piece,)), window.conversations
 
 
 def _as_models_read(example: Example, renderers: Sequence[ChatRenderer], counts: Counter[str]) -> Example:

@@ -14,7 +14,7 @@ from dskd_lightning.alignment.byte_spans import ByteSpans, batch_byte_spans
 from dskd_lightning.alignment.exact import align_many
 from dskd_lightning.alignment.token_bytes import token_bytes, token_text
 from dskd_lightning.alignment.vocabulary import exact_token_map, vocabulary_difference
-from dskd_lightning.tokenizers import sanitize_text
+from dskd_lightning.tokenizers import encoded, sanitize_text
 from dskd_lightning.vocab.recommendation import recommend
 from dskd_lightning.vocab.report import Coverage, Offender, Script, VocabReport
 
@@ -98,8 +98,7 @@ class _Side:
         self.changed = False
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[ByteSpans]]:
-        codes = token_bytes(self.tokenizer).tracer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [code.ids for code in codes]
+        ids = encoded(token_bytes(self.tokenizer).tracer, texts)
         spans = batch_byte_spans(self.tokenizer, texts, ids, ())
         self.lost += sum(span.unaligned_bytes for span in spans)
         self.changed |= any(span.normalized for span in spans)
