@@ -62,8 +62,8 @@ def encoded(backend: Any, texts: Sequence[str], *, threads: bool = True) -> list
     Args:
         backend: as `fast_backend` gives it.
         texts: valid Unicode.
-        threads: False for the thread that asks alone, where other processes do the same or are forked
-            later. ``TOKENIZERS_PARALLELISM``, where it is set, decides in any case.
+        threads: False for the thread that asks alone, where other processes do the same on other cores.
+            ``TOKENIZERS_PARALLELISM``, where it is set, decides in any case.
     """
     with contextlib.nullcontext() if threads else _threads_off():
         return [code.ids for code in backend.encode_batch_fast(texts, add_special_tokens=False)]

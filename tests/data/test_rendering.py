@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer
@@ -99,15 +96,14 @@ def test_batches_are_tokenised_without_threads_unless_chosen(monkeypatch, chosen
     assert os.environ.get(name) == chosen
 
 
-def test_a_process_may_be_forked_behind_it() -> None:
-    code = (
-        "import os; from test_rendering import *;"
-        "list(render_examples(EXAMPLES, RENDERERS, SETTINGS, Counter()));"
-        "os.waitpid(os.fork() or os._exit(0), 0)"
-    )
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    env = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"} | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "forked" not in done.stderr
+def test_rendering_asks_for_no_threads(monkeypatch) -> None:
+    asked_for = []
+
+    def spy(backend, texts, *, threads=True):
+        asked_for.append(threads)
+        return encoded(backend, texts, threads=threads)
+
+    monkeypatch.setattr("dskd_lightning.data.chat.encoded", spy)
+    list(render_examples(EXAMPLES, RENDERERS, SETTINGS, Counter()))
+    assert asked_for
+    assert not any(asked_for)
