@@ -36,8 +36,13 @@ class ALMObjective(CrossTokenizerObjective):
     r"""Likelihoods of byte-aligned chunks, compared as coins.
 
     The chunks are the smallest byte-aligned groups; ``l_t`` and ``l_s``, the sums of their tokens'
-    log-probabilities, are compared as :math:`f(e^{l_t / \tau}, e^{l_s / \tau})`. Only the
+    log-probabilities, are compared as :math:`\tau f(e^{l_t / \tau}, e^{l_s / \tau})`. Only the
     likelihood of the text is matched, so that no map between the vocabularies is needed.
+
+    Both divergences fall as one over the temperature. The factor :math:`\tau` keeps the term beside
+    the cross-entropy: for large temperatures ``bernoulli_kl`` becomes
+    :math:`a \log (a / b) - a + b` of the surprisals :math:`a = -l_t` and :math:`b = -l_s`. (The paper
+    balances the terms by the norms of their gradients instead.)
 
     A chunk's likelihood as tokens is less than as bytes where the tokenizer would rather not stop
     there: after the chunk's last token ``u``, all text that a longer token ``u...`` covers is out
@@ -55,7 +60,7 @@ class ALMObjective(CrossTokenizerObjective):
         temperature: ``tau``, on chunk log-likelihoods; logits keep temperature 1.
         divergence: ``bernoulli_kl``, or ``log_difference``, the absolute difference of logs.
         bias_threshold: largest bias of a chunk; None keeps all chunks and needs no tokenizers.
-        weight: factor on KD, whose size falls as one over the temperature.
+        weight: factor on KD, beside the temperature.
         memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk of tokens.
     """
 
@@ -132,7 +137,7 @@ class ALMObjective(CrossTokenizerObjective):
             each = bernoulli_kl(log_p=log_p, log_q=log_q)
         else:
             each = (log_p - log_q).abs()
-        kd = self.weight * each.sum()
+        kd = self.weight * self.temperature * each.sum()
         ce = -read_s[:, 0].sum()
         ratio = self.kd_share(student)
         loss = (1 - ratio) * ce + ratio * kd

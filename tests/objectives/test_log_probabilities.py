@@ -126,8 +126,30 @@ def test_likelihood_matching_needs_the_observed_tokens_alone(k) -> None:
     for mine, theirs in (([0], [0, 1]), ([1, 2], [2]), ([3], [3, 4, 5]), ([4, 5], [6, 7])):
         p = math.exp(math.fsum(logs[0][j] for j in theirs) / 10)
         q = math.exp(math.fsum(logs[1][i] for i in mine) / 10)
-        expected += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        expected += 10 * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
     assert results[0][0].item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("divergence", ["bernoulli_kl", "log_difference"])
+def test_likelihood_matching_keeps_its_strength_at_any_large_temperature(divergence) -> None:
+    student, teacher = side(N), side(M, 11)
+    student = replace(student, hidden=student.hidden.requires_grad_())
+    expected = torch.zeros((), dtype=torch.float64)
+    logs = [
+        s.head.logits(s.hidden).log_softmax(-1).gather(-1, s.labels[:, None])[:, 0] for s in (teacher, student)
+    ]
+    for mine, theirs in (([0], [0, 1]), ([1, 2], [2]), ([3], [3, 4, 5]), ([4, 5], [6, 7])):
+        a, b = -logs[0][theirs].sum(), -logs[1][mine].sum()
+        expected = expected + ((a - b).abs() if divergence == "log_difference" else a * (a / b).log() - a + b)
+    expected_grad = torch.autograd.grad(expected, student.hidden)[0]
+    for temperature in (1e4, 1e6):
+        objective = ALMObjective(
+            bias_threshold=None, temperature=temperature, kd_ratio=1.0, divergence=divergence
+        )
+        loss = made(objective, student, teacher)(student, teacher, aligned()).loss
+        grad = torch.autograd.grad(loss, student.hidden)[0]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-2, atol=1e-4)
 
 
 def test_likelihood_matching_leaves_unknown_chunks_out() -> None:

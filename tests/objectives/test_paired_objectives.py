@@ -212,7 +212,7 @@ def kd_alm(case, o):
             total = total + p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     if o.bias_threshold is not None:
         assert 0 < kept < case.alignment.groups
-    return o.weight * total
+    return o.weight * o.temperature * total
 
 
 def kd_eta(case, o):
