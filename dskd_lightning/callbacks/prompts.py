@@ -39,7 +39,7 @@ def prompt_records(
             "Trainer one, or set validation.prompts to 0, and responses.enabled to false."
         )
     model = 0 if teacher is None else teacher + 1
-    view = datamodule.examples(stage)
+    view = datamodule.all_examples(stage)
     records = []
     for index in range(len(view) if limit is None else min(limit, len(view))):
         example = view[index]

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,22 +21,27 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dskd_lightning.cache_dir import cache_dir as default_folder
-from dskd_lightning.data.batching import BatchSettings
+from dskd_lightning.data.ahead import ROLLING, AheadJob, remove_abandoned, start_ahead
+from dskd_lightning.data.batching import BatchPlan, BatchSettings
 from dskd_lightning.data.chat import ChatRenderer, Learn
+from dskd_lightning.data.checks import check_disk_limit, check_epoch, check_lengths
 from dskd_lightning.data.collate import Collator, TeacherHidden, token_batch
 from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.mixing import Mixture, mix
+from dskd_lightning.data.portions import Place, Shelf
 from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row, rendered_example
 from dskd_lightning.data.preview import DataPreview
+from dskd_lightning.data.rolling import RollingLoader
 from dskd_lightning.data.sources import Source, Sources, resolve_sources
 from dskd_lightning.data.splits import split_indices
 from dskd_lightning.data.templates import split_reasoning
 from dskd_lightning.data.truncation import cut_left, truncate
 from dskd_lightning.data.urls import masked
 from dskd_lightning.data.views import ExampleView
+from dskd_lightning.data.workers import usable_cores
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_names
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
@@ -96,6 +108,11 @@ class InstructionDataModule(pl.LightningDataModule):
             use. The prepared data are the same for any number.
         streaming: read Hub datasets part by part while they are prepared, without keeping their files on
             the disk; URLs are always read so.
+        disk_limit_gb: GiB that prepared training data may take; None prepares all of them before training.
+            With it files are prepared while training reads those before, and go when they were read, in
+            another order each time; none may take more than a quarter. An epoch of the Trainer is as
+            long as its ``limit_train_batches`` says, and the next one goes on behind it. What needs all
+            data together (held-out shares, ``limit``, ``weights``, a teacher cache) isn't possible.
     """
 
     def __init__(
@@ -131,12 +148,13 @@ class InstructionDataModule(pl.LightningDataModule):
         num_proc: int | None = None,
         group_by_length: bool = False,
         streaming: bool = False,
+        disk_limit_gb: float | None = None,
     ) -> None:
         super().__init__()
         self.teacher_room = 0
         if max_teacher_prompt_length is not None:
             self.teacher_room = max_teacher_prompt_length - max_prompt_length
-        _check(max_length, max_prompt_length, max_tokens_per_batch, self.teacher_room)
+        check_lengths(max_length, max_prompt_length, max_tokens_per_batch, self.teacher_room)
         for name, value in {
             "batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit,
             "pad_to_multiple_of": pad_to_multiple_of, "num_proc": num_proc,
@@ -169,11 +187,18 @@ class InstructionDataModule(pl.LightningDataModule):
         self.num_proc, self.streaming = num_proc, streaming
         self.cache_dir = default_folder("data") if cache_dir is None else Path(cache_dir).expanduser()
         self.teacher_cache, self.weights = teacher_cache, weights or {}
+        self.disk_limit_gb = disk_limit_gb
+        if disk_limit_gb is not None:
+            check_disk_limit(
+                disk_limit_gb, self.sources["train"], val_split=self.splits["val"],
+                test_split=self.splits["test"], limit=limit, weights=weights, teacher_cache=teacher_cache,
+            )  # fmt: skip
         self.teacher_hidden: dict[Stage, Sequence[TeacherHidden | None]] = {}
         """Per stage, one store of hidden states (or None) per teacher; see `Collator`."""
         self._renderers: list[ChatRenderer] | None = None
         self._views: dict[Stage, ExampleView] = {}
-        self._train_loader: DistillationLoader | None = None
+        self._train_loader: DistillationLoader | RollingLoader | None = None
+        self._checks_prompts = False
         self._place: dict[str, Any] | None = None
 
     @property
@@ -205,10 +230,27 @@ class InstructionDataModule(pl.LightningDataModule):
     def report(self) -> dict[Stage, dict[str, int]]:
         """Per stage: examples ``read`` and ``used``, ``truncated ...``, ``skipped: REASON``, and
         ``examples`` of the stage itself (a held-out share has its file's other counts)."""
-        return {stage: {**view.dataset.report, "examples": len(view)} for stage, view in self._views.items()}
+        found = {stage: {**view.dataset.report, "examples": len(view)} for stage, view in self._views.items()}
+        if isinstance(self._train_loader, RollingLoader) and (counts := self._train_loader.counts):
+            found["train"] = {**counts, "examples": counts["used"]}
+        return found
+
+    def all_examples(self, stage: Stage) -> ExampleView:
+        """As `examples`, for what must see every one of them.
+
+        Raises:
+            UserError: they are never on the disk together, or no data are configured for the stage.
+        """
+        if stage == "train" and self.disk_limit_gb is not None:
+            raise UserError(
+                "data.disk_limit_gb: the training data are never on the disk together, which a teacher "
+                "cache, an endpoint's answers and responses to all prompts need: leave it out, or those."
+            )
+        return self.examples(stage)
 
     def examples(self, stage: Stage) -> ExampleView:
-        """The raw examples of ``stage``, prepared now if they aren't yet.
+        """The raw examples of ``stage``, prepared now if they aren't yet; with a limit on the disk, those
+        of the first training file.
 
         Raises:
             UserError: no data are configured for the stage.
@@ -290,32 +332,63 @@ class InstructionDataModule(pl.LightningDataModule):
         Raises:
             UserError: one is a document.
         """
-        view = self.examples("train")
-        if (row := view.dataset.first_document(view.indices)) is not None:
-            raise UserError(
-                f"model.on_policy: the record at {view.row(row).place} is a document without a prompt, for "
-                "which the student can sample nothing: leave documents out, or on_policy."
-            )
+        self._checks_prompts = True
+        _check_prompts(self.examples("train"))
 
     def first_epoch(self) -> npt.NDArray[np.integer]:
         """Rows of the training data that the first epoch reads, in the order of the data."""
-        view = self.examples("train")
+        view = self.all_examples("train")
         return np.sort(self._mixture(view).of_epoch(0)) if self.weights else view.indices
+
+    @property
+    def turns(self) -> int:
+        """How many times as many training files there are as are prepared before training."""
+        return 1 if self.disk_limit_gb is None else len(self._ahead.sources)
+
+    def train_plan(self) -> BatchPlan:
+        """This rank's first batches: those of an epoch, or with a limit on the disk of the first file."""
+        return self._loader("train", self.examples("train")).batches()
 
     def prepare_data(self) -> None:
         """Fill the cache in one process, so that the others only map it."""
         for stage in self.stages(None):
+            if stage == "train" and self.disk_limit_gb is not None:
+                remove_abandoned(self.cache_dir, but=self._shelf.root)
+                self._shelf.clear()
             self._prepared(stage)
 
     def setup(self, stage: str) -> None:
         """Map the prepared data of ``fit``, ``validate``, ``test`` or ``predict``."""
         if stage == "fit":
+            if self.disk_limit_gb is not None:
+                check_epoch(self.trainer)
+            self._stop_preparing()
             self._train_loader, self._place = None, None  # of an earlier fit
         for part in self.stages(stage):
             self._prepare_stage(part)
+        if stage == "fit" and self.disk_limit_gb is not None:
+            self._shelf.say_reading(self._rank, None)  # before any rank begins, after which files may go
 
-    def train_dataloader(self) -> DistillationLoader:
-        self._train_loader = self._loader("train")
+    def teardown(self, stage: str) -> None:
+        """Take away what was prepared for a training that has ended."""
+        if stage == "fit" and self.disk_limit_gb is not None:
+            self._stop_preparing()
+            if self.trainer is None or self.trainer.local_rank == 0:
+                shutil.rmtree(self._shelf.root, ignore_errors=True)
+            self._views.pop("train", None)
+
+    def _stop_preparing(self) -> None:
+        if isinstance(self._train_loader, RollingLoader):
+            self._train_loader.stop()
+
+    def train_dataloader(self) -> DistillationLoader | RollingLoader:
+        if self.disk_limit_gb is None:
+            self._train_loader = self._loader("train", self.examples("train"))
+        else:
+            self._stop_preparing()
+            if self.trainer is None:
+                self._shelf.clear()
+            self._train_loader = self._rolling_loader()
         if self._place is not None:
             self._train_loader.load_state_dict(self._place)
         return self._train_loader
@@ -339,13 +412,13 @@ class InstructionDataModule(pl.LightningDataModule):
                 self._train_loader.load_state_dict(self._place)
 
     def val_dataloader(self) -> DistillationLoader | list[DistillationLoader]:
-        return self._loader("val") if self._configured("val") else []
+        return self._loader("val", self.examples("val")) if self._configured("val") else []
 
     def test_dataloader(self) -> DistillationLoader:
-        return self._loader("test")
+        return self._loader("test", self.examples("test"))
 
     def predict_dataloader(self) -> DistillationLoader:
-        return self._loader("predict")
+        return self._loader("predict", self.examples("predict"))
 
     def _configured(self, stage: Stage) -> bool:
         if self.sources[stage] is not None:
@@ -368,8 +441,8 @@ class InstructionDataModule(pl.LightningDataModule):
             raise UserError(f"No data to {stage} on: set `{stage}` to a file, a folder or a Hub dataset.")
         return resolve_sources(entries, _HUB_SPLIT["train" if own is None else stage], self.streaming)
 
-    def _prepared(self, stage: Stage) -> PreparedDataset:
-        settings = PreparationSettings(
+    def _settings(self, stage: Stage) -> PreparationSettings:
+        return PreparationSettings(
             format=self.format,
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
@@ -380,7 +453,13 @@ class InstructionDataModule(pl.LightningDataModule):
             teachers=tuple(name for name in self.teacher_names if name),
             max_teacher_prompt_length=self.max_prompt_length + self.teacher_room,
         )
-        return prepare(self._sources_of(stage), self.renderers, settings, self.cache_dir, self.num_proc)
+
+    def _prepared(self, stage: Stage) -> PreparedDataset:
+        sources, settings = self._sources_of(stage), self._settings(stage)
+        if stage == "train" and self.disk_limit_gb is not None:
+            job = self._ahead
+            return prepare(sources[:1], self.renderers, settings, job.root, self.num_proc, job.part)
+        return prepare(sources, self.renderers, settings, self.cache_dir, self.num_proc)
 
     def _prepare_stage(self, stage: Stage) -> None:
         if stage in self._views:
@@ -392,8 +471,62 @@ class InstructionDataModule(pl.LightningDataModule):
             indices = np.arange(len(dataset))
         self._views[stage] = ExampleView(dataset, indices)
 
-    def _loader(self, stage: Stage) -> DistillationLoader:
-        view, training, trainer = self.examples(stage), stage == "train", self.trainer
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @functools.cached_property
+    def _ahead(self) -> AheadJob:
+        """What is prepared while training reads, beside other runs' of the same data."""
+        assert self.disk_limit_gb is not None
+        sources, settings = self._sources_of("train"), self._settings("train")
+        folder = os.path.realpath("." if self.trainer is None else self.trainer.default_root_dir)
+        models = [[r.fingerprint, r.system] for r in self.renderers]
+        names = [source.name for source in sources]
+        told = json.dumps([folder, names, models, asdict(settings)], sort_keys=True)
+        root = self.cache_dir / f"{ROLLING}{hashlib.sha256(told.encode()).hexdigest()[:32]}"
+        return AheadJob(
+            root,
+            sources,
+            self.renderers,
+            settings,
+            limit=int(self.disk_limit_gb * 2**30),
+            seed=self.seed,
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),
+            processes=self.num_proc or usable_cores(),
+        )
+
+    @property
+    def _shelf(self) -> Shelf:
+        return Shelf(self._ahead.root)
+
+    def _rolling_loader(self) -> RollingLoader:
+        job, trainer = self._ahead, self.trainer
+        order = [[source.name for source in job.sources], job.limit, job.seed, job.shuffle]
+
+        def start(place: Place) -> subprocess.Popen[bytes]:
+            process = start_ahead(replace(job, start=place))
+            weakref.finalize(self, process.kill)
+            return process
+
+        def make(dataset: PreparedDataset) -> DistillationLoader:
+            view = ExampleView(dataset, np.arange(len(dataset)))
+            if self._checks_prompts:
+                _check_prompts(view)
+            return self._loader("train", view)
+
+        return RollingLoader(
+            self._shelf,
+            start if trainer is None or trainer.local_rank == 0 else None,
+            make,
+            hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
+            self._rank,
+            None if trainer is None else int(trainer.limit_train_batches or 0),
+            None if trainer is None else lambda: self._progress.total.processed,
+        )
+
+    def _loader(self, stage: Stage, view: ExampleView) -> DistillationLoader:
+        training, trainer = stage == "train", self.trainer
         student, *teachers = self.renderers
         collator = Collator(
             view.dataset,
@@ -418,7 +551,7 @@ class InstructionDataModule(pl.LightningDataModule):
             ),
             shuffle=training and not getattr(trainer, "overfit_batches", 0),
             seed=self.seed,
-            rank=0 if trainer is None else trainer.global_rank,
+            rank=self._rank,
             ranks=1 if trainer is None else trainer.world_size,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -454,31 +587,23 @@ class InstructionDataModule(pl.LightningDataModule):
         return mixture
 
     def _processed_batches(self) -> int:
-        assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        progress = self._progress.current
         assert isinstance(progress, _ProcessedTracker)
         return progress.processed
+
+    @property
+    def _progress(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress
+
+
+def _check_prompts(view: ExampleView) -> None:
+    if (row := view.dataset.first_document(view.indices)) is not None:
+        raise UserError(
+            f"model.on_policy: the record at {view.row(row).place} is a document without a prompt, for "
+            "which the student can sample nothing: leave documents out, or on_policy."
+        )
 
 
 def _nothing(entries: Sources | None) -> bool:
     return entries is None or (isinstance(entries, str | list) and not entries)
-
-
-def _check(max_length: int, max_prompt_length: int, max_tokens: int | None, teacher_room: int) -> None:
-    if teacher_room < 0:
-        raise UserError(
-            f"`max_teacher_prompt_length` is below `max_prompt_length: {max_prompt_length}`: raise it."
-        )
-    if max_prompt_length < 1:
-        raise UserError(f"`max_prompt_length: {max_prompt_length}` must be at least 1.")
-    if max_prompt_length >= max_length:
-        raise UserError(
-            f"`max_prompt_length: {max_prompt_length}` leaves no room for a response in `max_length: "
-            f"{max_length}`: make it smaller, or `max_length` larger."
-        )
-    longest = max_length + teacher_room
-    if max_tokens is not None and max_tokens < longest:
-        raise UserError(
-            f"`max_tokens_per_batch: {max_tokens}` is less than one example of `max_length: {longest}`"
-            f"{', what teachers read more included' if teacher_room else ''}: make it at least that."
-        )

@@ -138,7 +138,7 @@ class DistillationLoader:
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of finished batches, in plain types."""
         position = self._position if self._processed is None else self._processed()
-        return {"epoch": self.epoch, "position": position, "key": self._key}
+        return {"epoch": self.epoch, "position": position, "key": self.key}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the saved position.
@@ -146,7 +146,7 @@ class DistillationLoader:
         Raises:
             UserError: data, seed, batch settings or the number of processes differ.
         """
-        if state["key"] != self._key:
+        if state["key"] != self.key:
             raise UserError(
                 "The checkpoint was saved with other training data, seed, batch settings or number of "
                 "processes, so its place in the epoch is meaningless: restore those, or start from its "
@@ -161,7 +161,8 @@ class DistillationLoader:
         return self.collator.teachers[self.indices if mixture is None else mixture.rows[mixture.starts[:-1]]]
 
     @functools.cached_property
-    def _key(self) -> str:
+    def key(self) -> str:
+        """Of the data, their order and the batches: a place means the same where keys are equal."""
         content = hashlib.sha256(np.ascontiguousarray(self._lengths).tobytes())
         content.update(np.ascontiguousarray(self.indices).tobytes())
         if self.mixture is not None:

@@ -92,6 +92,11 @@ class PartialDataset:
         """Examples, or windows of documents, in all chunks."""
         return sum(self._rows)
 
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return sum(starts[-1] for starts in self._starts.values())
+
     def finish(self, counts: Mapping[str, int]) -> None:
         """Leave the folder as `PreparedDataset` reads it, with the report of ``counts``."""
         for name in file_names(self.models):

@@ -32,11 +32,12 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.lock import only_one
 
-__all__ = ["PreparationSettings", "cache_key", "prepare"]
+__all__ = ["UNFINISHED", "PreparationSettings", "announce", "cache_key", "prepare", "prepared_folder"]
 
 _log = logging.getLogger(__name__)
 _VERSION = 9  # of the files' layout and of the rendering
-_UNFINISHED = ".preparing-"
+UNFINISHED = ".preparing-"
+"""How the folders of what isn't finished begin."""
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write
 _TOGETHER = 16  # questions to servers
 _NAMED = 10  # sources in a message
@@ -58,6 +59,7 @@ def prepare(
     settings: PreparationSettings,
     cache_dir: Path,
     num_proc: int | None = None,
+    at_most: int | None = None,
 ) -> PreparedDataset:
     """The prepared dataset, from the cache where it is there, else made now.
 
@@ -71,15 +73,19 @@ def prepare(
         cache_dir: holds a folder for each dataset.
         num_proc: processes that render; the result is the same for any number. None for as many as there
             are cores.
+        at_most: bytes of what is prepared together.
 
     Raises:
-        UserError: a bad source or record, no example left, or a full or read-only disk.
+        UserError: a bad source or record, no example left, more bytes than `at_most`, or a full or
+            read-only disk.
     """
     _look_at(sources)
     groups = _apart(sources, settings)
     folders, made, size, told = [], False, 0, False
     for left, group in zip(reversed(range(len(groups))), groups, strict=True):
-        folder, is_new = _prepared(group, renderers, settings, cache_dir, num_proc or usable_cores())
+        folder, is_new = prepared_folder(
+            group, renderers, settings, cache_dir, num_proc or usable_cores(), at_most
+        )
         folders.append(folder)
         made |= is_new
         size += sum(path.stat().st_size for path in folder.iterdir())
@@ -91,7 +97,7 @@ def prepare(
             "lengths."
         )
     if made:
-        _announce(dataset, sources)
+        announce(dataset, sources)
     return dataset
 
 
@@ -132,30 +138,35 @@ def _room_is_short(needed: float, cache_dir: Path) -> bool:
     return needed > free
 
 
-def _prepared(
+def prepared_folder(
     sources: Sequence[Source],
     renderers: Sequence[ChatRenderer],
     settings: PreparationSettings,
     cache_dir: Path,
     processes: int,
+    at_most: int | None = None,
 ) -> tuple[Path, bool]:
-    """The folder of what is prepared together, and whether it was made now."""
+    """As `prepare`, of what is prepared together: its folder, and whether it was made now.
+
+    It may be without examples.
+    """
     key = cache_key(sources, renderers, settings)
     folder = cache_dir / key
-    if _is_there(folder):
-        return folder, False
     names = _names(sources)
+    if _is_there(folder):
+        _check_size(sum(path.stat().st_size for path in folder.iterdir()), at_most, names)
+        return folder, False
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with only_one(cache_dir / f".{key}.lock", f"prepares {names}") as alone:
             if _is_there(folder):
                 return folder, False
-            making = cache_dir / f"{_UNFINISHED}{key}"
+            making = cache_dir / f"{UNFINISHED}{key}"
             _remove_leftovers(cache_dir, but=making)
             if not alone:
                 making = making.with_name(f"{making.name}-{uuid.uuid4().hex[:8]}")
             try:
-                _write(making, names, sources, renderers, settings, processes)
+                _write(making, names, sources, renderers, settings, processes, at_most)
             except UserError as error:
                 if not isinstance(error, WorkerEnded | SourceUnavailable):  # going on would raise it again
                     shutil.rmtree(making, ignore_errors=True)
@@ -174,9 +185,17 @@ def _prepared(
     return folder, True
 
 
+def _check_size(size: int, at_most: int | None, names: str) -> None:
+    if at_most is not None and size > at_most:
+        raise UserError(
+            f"data.disk_limit_gb: prepared, '{names}' takes more than the {at_most / 2**30:.3g} GiB that one "
+            "file may take of it: raise the limit, or split the file."
+        )
+
+
 def _remove_leftovers(cache_dir: Path, but: Path) -> None:
     """What killed preparations of other data have left; other processes may be at work on younger ones."""
-    for folder in set(cache_dir.glob(f"{_UNFINISHED}*")) - {but}:
+    for folder in set(cache_dir.glob(f"{UNFINISHED}*")) - {but}:
         with contextlib.suppress(OSError):  # another process was faster
             written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - written > _ABANDONED_AFTER:
@@ -198,6 +217,7 @@ def _write(
     renderers: Sequence[ChatRenderer],
     settings: PreparationSettings,
     processes: int,
+    at_most: int | None,
 ) -> None:
     counts: Counter[str] = Counter()
     work = functools.partial(render_chunk, renderers=renderers, settings=settings)
@@ -218,6 +238,7 @@ def _write(
                 token_bytes(renderer.tokenizer)
             for chunk in worked_in_order(work, chunks, processes):
                 made.append(chunk)
+                _check_size(made.size, at_most, names)
                 progress.done += chunk.examples
         counts.update(made.counts)
         counts["used"] = made.rows
@@ -249,7 +270,8 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name}: {number}" for name, number in counts.items())
 
 
-def _announce(dataset: PreparedDataset, sources: Sequence[Source]) -> None:
+def announce(dataset: PreparedDataset, sources: Sequence[Source]) -> None:
+    """Say what was read of the sources and what of it was lost."""
     report = dataset.report
     report = {name: number for name, number in report.items() if number}
     lost = any(number for name, number in report.items() if name not in ("read", "used"))

@@ -23,12 +23,15 @@ _TRIED = 4096  # weights that an optimizer is tried on
 
 
 def data_size(data: InstructionDataModule) -> DataSize:
-    """One epoch of the training data; ``epochs`` is left at 1."""
-    plan, dataset = data.train_dataloader().batches(), data.examples("train").dataset
+    """One epoch of the training data; ``epochs`` is left at 1.
+
+    With a limit on the disk all files are taken to be as the first one.
+    """
+    plan, dataset = data.train_plan(), data.examples("train").dataset
     rows, lengths = plan.examples.numpy(), dataset.lengths
     padded = padded_tokens(plan, lengths[:, 0])
     raw = (dataset.folder / "examples.arrow").stat().st_size
-    return DataSize(
+    size = DataSize(
         examples=len(rows),
         tokens=int(lengths[rows, 0].sum(dtype=np.int64)),
         responses=int(dataset.response_tokens()[rows].sum()),
@@ -38,6 +41,7 @@ def data_size(data: InstructionDataModule) -> DataSize:
         teacher_tokens=int(lengths[rows, 1].sum(dtype=np.int64)) if lengths.shape[1] > 1 else None,
         raw_bytes=round(raw * len(rows) / len(dataset)),
     )
+    return size.scaled(size.examples * data.turns)
 
 
 def padded_tokens(plan: BatchPlan, lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

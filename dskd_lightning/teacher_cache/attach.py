@@ -239,7 +239,7 @@ def _wanted(
     root: Path,
     memory: Memory,
 ) -> _Wanted:
-    dataset = datamodule.examples(stage).dataset
+    dataset = datamodule.all_examples(stage).dataset
     renderer = datamodule.renderers[index + 1]
     answered = dataset.answered_by(index, datamodule.teacher_names)
     parts = cache_parts(spec, renderer, dataset, index + 1, settings.dtype, memory, answered)

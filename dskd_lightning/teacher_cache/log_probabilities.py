@@ -111,7 +111,7 @@ def _ensure(
     for index, spec in enumerate(specs):
         if not spec.absent:
             continue
-        view = datamodule.examples(stage)
+        view = datamodule.all_examples(stage)
         dataset = view.dataset
         answered = dataset.answered_by(index, datamodule.teacher_names)
         rows_asked = view.indices[answered[view.indices]]

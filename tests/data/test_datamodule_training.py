@@ -408,7 +408,7 @@ def test_resume_with_other_batches_is_refused(make, tmp_path: Path, what: str) -
         loader = make().train_dataloader()
         loader.load_state_dict(state)
         loader.ranks = 2
-        del loader._key
+        del loader.key
         with pytest.raises(UserError, match="place in the epoch"):
             loader.load_state_dict(state)
         return

@@ -136,7 +136,8 @@ def test_likelihood_matching_keeps_its_strength_at_any_large_temperature(diverge
     student = replace(student, hidden=student.hidden.requires_grad_())
     expected = torch.zeros((), dtype=torch.float64)
     logs = [
-        s.head.logits(s.hidden).log_softmax(-1).gather(-1, s.labels[:, None])[:, 0] for s in (teacher, student)
+        s.head.logits(s.hidden).log_softmax(-1).gather(-1, s.labels[:, None])[:, 0]
+        for s in (teacher, student)
     ]
     for mine, theirs in (([0], [0, 1]), ([1, 2], [2]), ([3], [3, 4, 5]), ([4, 5], [6, 7])):
         a, b = -logs[0][theirs].sum(), -logs[1][mine].sum()

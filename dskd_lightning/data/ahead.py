@@ -1,0 +1,231 @@
+"""A process that prepares files ahead of training and takes those away that were read, on a bounded disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.portions import Place, Portion, Shelf, order_of_files
+from dskd_lightning.data.preparation import UNFINISHED, announce, cache_key, prepared_folder
+from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.data.rendering import PreparationSettings
+from dskd_lightning.data.sources import Source
+from dskd_lightning.errors import UserError
+from dskd_lightning.runs.console import configure_output
+from dskd_lightning.runs.lock import only_one
+
+__all__ = ["PARTS", "ROLLING", "AheadJob", "Preparer", "remove_abandoned", "start_ahead"]
+
+_log = logging.getLogger(__name__)
+PARTS = 4
+"""Parts of the disk: the first file, what is read, what comes next, and the file that is being prepared."""
+ROLLING = "rolling-"
+"""How the folders of runs begin beside those of data that stay."""
+_ABANDONED_AFTER = 24 * 3600  # seconds without a sign of life
+_AHEAD = 2
+"""Portions that are there at most: the one that is read, and the next."""
+_LOOK = 0.1  # seconds between two looks at where the readers are
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from dskd_lightning.data.ahead import main; main()"
+)
+
+
+@dataclass(frozen=True)
+class AheadJob:
+    """What is prepared, and in which order.
+
+    Args:
+        root: folder of the `Shelf`.
+        sources: all files; the first one stays.
+        renderers: of the student and each teacher.
+        settings: of the rendering.
+        limit: most bytes on the disk.
+        seed: of the order of the files.
+        shuffle: another order in each epoch.
+        processes: that render.
+        start: where reading begins.
+    """
+
+    root: Path
+    sources: Sequence[Source]
+    renderers: Sequence[ChatRenderer]
+    settings: PreparationSettings
+    limit: int
+    seed: int
+    shuffle: bool
+    processes: int
+    start: Place = (0, 0)
+
+    @property
+    def part(self) -> int:
+        """Most bytes of a portion, and of a file."""
+        return self.limit // PARTS
+
+
+class Preparer:
+    """Keeps the portion that is read and the next one on the disk.
+
+    Portions follow from the job alone: files are added in the epoch's order while their sizes allow. So
+    each is the same wherever reading begins, if it begins where a portion did.
+    """
+
+    def __init__(self, job: AheadJob) -> None:
+        self.job, self.shelf = job, Shelf(job.root)
+        self._first = self._key(0)
+        self._found = self._left_by_others()
+        self._last = self._first  # that was prepared
+        self._told = {0}
+
+    def run(self) -> None:
+        """Prepare for as long as somebody reads.
+
+        Raises:
+            UserError: as `prepare`, and where a file takes too much of the disk.
+        """
+        place = self.job.start
+        while True:
+            place = self._collect(place)
+
+    def _collect(self, place: Place) -> Place:
+        """Publish the portion at ``place``; returns where to go on, which may be where the readers went."""
+        job, (epoch, start) = self.job, place
+        order = order_of_files(len(job.sources), job.seed, epoch, job.shuffle)
+        names: list[str] = []
+        size, stop = 0, len(order)
+        for position in range(start, len(order)):
+            if (wanted := self._wait(names, order[position])) != place:
+                return wanted
+            name, more = self._prepare(order[position])
+            if names and size + more > job.part:
+                stop = position
+                break
+            names.append(name)
+            size += more
+        portion = Portion(epoch, start, stop, len(order), tuple(names))
+        self.shelf.publish(portion)
+        return portion.next
+
+    def _wait(self, names: Sequence[str], upcoming: int) -> Place:
+        """Until there is room for another file; takes away what nobody reads any more.
+
+        Returns:
+            The first place that isn't there yet on the way of the slowest reader.
+        """
+        while True:
+            place = self.shelf.slowest() or self.job.start
+            kept: list[Portion] = []
+            while (portion := self.shelf.portion(place)) is not None:
+                kept.append(portion)
+                place = portion.next
+            self._take_away(kept, {*names, self._last, self._first}, upcoming)
+            if len(kept) < _AHEAD:
+                return place
+            os.utime(self.job.root)  # not abandoned
+            time.sleep(_LOOK)
+
+    def _take_away(self, kept: Sequence[Portion], names: set[str], upcoming: int) -> None:
+        for portion in self.shelf.portions():
+            if portion not in kept:
+                self.shelf.withdraw(portion)
+        names |= {name for portion in kept for name in portion.folders} | self._found
+        gone = [path for path in self.shelf.prepared() if path.name not in names]
+        if gone:
+            begun = f"{UNFINISHED}{self._key(upcoming)}"
+            for path in gone:
+                if path.name != begun:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _prepare(self, index: int) -> tuple[str, int]:
+        """Name and bytes of a prepared file."""
+        job = self.job
+        source = [job.sources[index]]
+        folder, made = prepared_folder(source, job.renderers, job.settings, job.root, job.processes, job.part)
+        if made and index not in self._told:  # once, not in each epoch
+            announce(PreparedDataset(folder), source)
+            self._told.add(index)
+        self._found.discard(folder.name)
+        self._last = folder.name
+        return folder.name, sum(path.stat().st_size for path in folder.iterdir())
+
+    def _left_by_others(self) -> set[str]:
+        """What a run that ended has left of the files that come first."""
+        job, (epoch, start) = self.job, self.job.start
+        there = {path.name: path for path in self.shelf.prepared() if not path.name.startswith(UNFINISHED)}
+        names: set[str] = set()
+        size = 0
+        for index in order_of_files(len(job.sources), job.seed, epoch, job.shuffle)[start:] if there else []:
+            name = self._key(index)
+            if name not in there:
+                break
+            size += sum(path.stat().st_size for path in there[name].iterdir())
+            if size > (PARTS - 1) * job.part:
+                break
+            names.add(name)
+        return names
+
+    def _key(self, index: int) -> str:
+        return cache_key([self.job.sources[index]], self.job.renderers, self.job.settings)
+
+
+def start_ahead(job: AheadJob) -> subprocess.Popen[bytes]:
+    """Start the process; it ends when its standard input does, and so with this one."""
+    # Not by `multiprocessing`, which would run the main script again, or fork beside a GPU.
+    process = subprocess.Popen(
+        [sys.executable, "-c", _START, json.dumps(sys.path)],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert process.stdin is not None
+    process.stdin.write(pickle.dumps(job))
+    process.stdin.flush()
+    return process
+
+
+def remove_abandoned(cache_dir: Path, but: Path) -> None:
+    """Take away what runs have left that ended long ago, and weren't gone on with."""
+    for folder in set(cache_dir.glob(f"{ROLLING}*")) - {but}:
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """In the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
+    job: AheadJob = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with, args=(sys.stdin.buffer,), daemon=True).start()
+    configure_output()
+    if hasattr(os, "nice"):
+        os.nice(10)
+    try:
+        with only_one(job.root / ".ahead.lock", "prepares data ahead of training") as alone:
+            if not alone:
+                _log.warning("'%s' can't be locked: no other machine may prepare data there.", job.root)
+            Preparer(job).run()
+    except UserError as error:
+        Shelf(job.root).fail(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        Shelf(job.root).fail(f"The process that prepares data ahead of training failed: {error!r}.")
+    sys.exit(1)
+
+
+def _end_with(stream: Any) -> None:
+    stream.read()
+    os._exit(0)
