@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,9 @@ def data_size(data: InstructionDataModule) -> DataSize:
         teacher_tokens=int(lengths[rows, 1].sum(dtype=np.int64)) if lengths.shape[1] > 1 else None,
         raw_bytes=round(raw * len(rows) / len(dataset)),
     )
-    return size.scaled(size.examples * data.turns)
+    if data.disk_limit_gb is None:
+        return size
+    return replace(size.scaled(size.examples * data.turns), disk_limit=int(data.disk_limit_gb * 2**30))
 
 
 def padded_tokens(plan: BatchPlan, lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

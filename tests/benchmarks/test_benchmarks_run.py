@@ -24,6 +24,7 @@ import on_policy
 import planning
 import preparation
 import projected_teacher
+import short_records
 import state_codecs
 import torch
 import training_step
@@ -75,6 +76,25 @@ def test_reference_layout_and_ours_start_from_one_loss(
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=0.02)
     assert ours["padding"] < theirs["padding"]
     assert all(len(training_step.row(name, m, found)) == 10 for name, m in found.items())
+
+
+def test_short_records_are_the_first_that_are_short(tmp_path: Path, monkeypatch, capsys) -> None:
+    rows = [
+        {"instruction": "a" * 5, "input": "", "output": "b" * 5},
+        {"topic": "t" * 99, "instruction": "a" * 5, "context": "c" * 2, "response": "b" * 4},
+        {"instruction": "a" * 5, "context": "", "response": "ü\u2028"},
+        {"instruction": "a", "output": "b"},
+    ]
+    source, target = tmp_path / "source.jsonl", tmp_path / "made" / "target.jsonl"
+    source.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    arguments = ["short_records.py", str(source), str(target), "--characters", "10", "--most", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    short_records.main()
+    assert [json.loads(line) for line in target.read_text().splitlines()] == [
+        {"instruction": "a" * 5, "input": "", "output": "b" * 5},
+        {"instruction": "a" * 5, "input": "", "output": "ü\u2028"},
+    ]
+    assert "2 of 4 records" in capsys.readouterr().out
 
 
 def test_gold_trains_across_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

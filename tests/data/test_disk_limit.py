@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.data import ahead
 from dskd_lightning.data.portions import Place, Shelf, order_of_files
 from dskd_lightning.data.rolling import RollingLoader
+from dskd_lightning.planning.calculator.disk import disk
+from dskd_lightning.planning.calculator.shapes import Layout, Losses, ModelSize
 from dskd_lightning.planning.run_sizes import data_size
 
 FILES, ROWS, BATCH = 9, 10, 4
@@ -404,13 +407,23 @@ def test_what_needs_all_data_together_is_refused(make, given, said) -> None:
 
 
 def test_whoever_must_see_all_examples_is_told(make) -> None:
-    data = make()
+    data = make(files=1.1)
     with pytest.raises(UserError, match=r"disk_limit_gb.*never on the disk together"):
         prompt_records(data, "train")
     with pytest.raises(UserError, match="never on the disk together"):
         data.first_epoch()
     assert len(data.examples("train")) == ROWS  # of the first file, for what looks at a few
-    assert data_size(data).examples == FILES * ROWS
+    size = data_size(data)
+    assert size.examples == FILES * ROWS
+    model = ModelSize(
+        parameters=100, trained=100, layers=1, hidden=4, vocabulary=9, weight_bytes=4.0, layered=64,
+        attention=4, keys=4, wide=8,
+    )  # fmt: skip
+    found = [
+        disk(model, [model], one, Losses(), Layout())["prepared data"]
+        for one in (size, replace(size, disk_limit=None))
+    ]
+    assert found[0] == size.disk_limit == data._ahead.limit < found[1]
 
 
 def test_data_behind_urls(threads, make, monkeypatch) -> None:

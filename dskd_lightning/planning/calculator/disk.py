@@ -33,11 +33,14 @@ def disk(
     answered = (1 + len(teachers)) * data.responses
     saved = (4.0 * student.adapted or student.bytes) + 4.0 * losses.projectors
     states = layout.states * (student.trained_bytes + 4.0 * losses.projectors)
-    found = {
-        "prepared data": raw
+    prepared = (
+        raw
         + _TOKEN_BYTES * tokens
         + _RESPONSE_BYTES * answered
-        + data.examples * (1 + len(teachers)) * _RENDERED_BYTES,
+        + data.examples * (1 + len(teachers)) * _RENDERED_BYTES
+    )
+    found = {
+        "prepared data": prepared if data.disk_limit is None else min(prepared, float(data.disk_limit)),
         "checkpoints": _CHECKPOINTS * (saved + states),
     }
     if layout.cached:

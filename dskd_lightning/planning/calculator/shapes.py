@@ -90,6 +90,7 @@ class DataSize:
         epochs: passes over the data.
         teacher_tokens: of each teacher's rendering; None for as many as the student's.
         raw_bytes: of the examples themselves as they are kept; None where only tokens are known.
+        disk_limit: most bytes that prepared data take, where files come and go; None keeps all.
     """
 
     examples: int
@@ -101,6 +102,7 @@ class DataSize:
     epochs: float = 1.0
     teacher_tokens: int | None = None
     raw_bytes: int | None = None
+    disk_limit: int | None = None
 
     def scaled(self, examples: int) -> DataSize:
         """As many examples as said, of the same lengths."""
