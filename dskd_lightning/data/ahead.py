@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.portions import Place, Portion, Shelf, order_of_files
@@ -52,14 +51,14 @@ class AheadJob:
 
     Args:
         root: folder of the `Shelf`.
-        sources: all files; the first one stays.
+        sources: all files.
         renderers: of the student and each teacher.
         settings: of the rendering.
         limit: most bytes on the disk.
         seed: of the order of the files.
-        shuffle: another order in each epoch.
         processes: that render.
         start: where reading begins.
+        first: which file stays.
     """
 
     root: Path
@@ -68,9 +67,9 @@ class AheadJob:
     settings: PreparationSettings
     limit: int
     seed: int
-    shuffle: bool
     processes: int
     start: Place = (0, 0)
+    first: int = 0
 
     @property
     def part(self) -> int:
@@ -87,10 +86,10 @@ class Preparer:
 
     def __init__(self, job: AheadJob) -> None:
         self.job, self.shelf = job, Shelf(job.root)
-        self._first = self._key(0)
+        self._first = self._key(job.first)
         self._found = self._left_by_others()
         self._last = self._first  # that was prepared
-        self._told = {0}
+        self._told = {job.first}
 
     def run(self) -> None:
         """Prepare for as long as somebody reads.
@@ -105,7 +104,7 @@ class Preparer:
     def _collect(self, place: Place) -> Place:
         """Publish the portion at ``place``; returns where to go on, which may be where the readers went."""
         job, (epoch, start) = self.job, place
-        order = order_of_files(len(job.sources), job.seed, epoch, job.shuffle)
+        order = order_of_files(len(job.sources), job.seed, epoch)
         names: list[str] = []
         size, stop = 0, len(order)
         for position in range(start, len(order)):
@@ -169,7 +168,7 @@ class Preparer:
         there = {path.name: path for path in self.shelf.prepared() if not path.name.startswith(UNFINISHED)}
         names: set[str] = set()
         size = 0
-        for index in order_of_files(len(job.sources), job.seed, epoch, job.shuffle)[start:] if there else []:
+        for index in order_of_files(len(job.sources), job.seed, epoch)[start:] if there else []:
             name = self._key(index)
             if name not in there:
                 break
@@ -190,11 +189,18 @@ def start_ahead(job: AheadJob) -> subprocess.Popen[bytes]:
         [sys.executable, "-c", _START, json.dumps(sys.path)],
         stdin=subprocess.PIPE,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,  # what a terminal or a scheduler sends to this one's group isn't for it
     )
-    assert process.stdin is not None
-    process.stdin.write(pickle.dumps(job))
-    process.stdin.flush()
+    # It reads when it has imported what it needs, and may have ended before.
+    threading.Thread(target=_hand_over, args=(job, process), daemon=True).start()
     return process
+
+
+def _hand_over(job: AheadJob, process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(job))
+        process.stdin.flush()
 
 
 def remove_abandoned(cache_dir: Path, but: Path) -> None:
@@ -207,9 +213,11 @@ def remove_abandoned(cache_dir: Path, but: Path) -> None:
 
 def main() -> None:
     """In the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
+    told_to_end = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: told_to_end.set())  # it ends with the one that reads
     job: AheadJob = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with, args=(sys.stdin.buffer,), daemon=True).start()
+    threading.Thread(target=_end_with_input, daemon=True).start()
     configure_output()
     if hasattr(os, "nice"):
         os.nice(10)
@@ -218,14 +226,23 @@ def main() -> None:
             if not alone:
                 _log.warning("'%s' can't be locked: no other machine may prepare data there.", job.root)
             Preparer(job).run()
-    except UserError as error:
-        Shelf(job.root).fail(str(error))
     except Exception as error:
-        traceback.print_exc()
-        Shelf(job.root).fail(f"The process that prepares data ahead of training failed: {error!r}.")
-    sys.exit(1)
+        if told_to_end.is_set():  # so were those that it had started
+            threading.Event().wait()
+        message = str(error)
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+            message = f"The process that prepares data ahead of training failed: {error!r}."
+        try:
+            Shelf(job.root).fail(message)
+        except UserError:  # a full disk
+            _log.error("%s", message)
+    sys.stderr.flush()
+    os._exit(1)
 
 
-def _end_with(stream: Any) -> None:
-    stream.read()
+def _end_with_input() -> None:
+    # Not by `sys.stdin`, whose lock processes that are forked meanwhile would wait for.
+    while os.read(0, 1):
+        pass
     os._exit(0)

@@ -31,8 +31,15 @@ def check_disk_limit(limit_gb: float, train: Sources | None, **together: Any) ->
 
 
 def check_epoch(trainer: Any) -> None:
-    """Refuse a Trainer that doesn't say how many batches an epoch has, where the data don't."""
-    if trainer is not None and isinstance(trainer.limit_train_batches, float):
+    """Refuse a Trainer that wants the same batches again, or doesn't say how many an epoch has."""
+    if trainer is None:
+        return
+    if trainer.overfit_batches:
+        raise UserError(
+            "data.disk_limit_gb: training reads other files all the time, so trainer.overfit_batches can't "
+            "mean the same batches again: leave one of them out."
+        )
+    if isinstance(trainer.limit_train_batches, float):
         raise UserError(
             "data.disk_limit_gb: nobody knows how many batches the training files hold before all were "
             "read: say with trainer.limit_train_batches how many are an epoch."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
+import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -31,7 +32,7 @@ from dskd_lightning.data.formats import Format
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.mixing import Mixture, mix
 from dskd_lightning.data.portions import Place, Shelf
-from dskd_lightning.data.preparation import PreparationSettings, prepare
+from dskd_lightning.data.preparation import PreparationSettings, announce, prepare, prepared_folder
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row, rendered_example
 from dskd_lightning.data.preview import DataPreview
 from dskd_lightning.data.rolling import RollingLoader
@@ -46,6 +47,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_names
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
+from dskd_lightning.runs.lock import locked
 from dskd_lightning.structures import TokenBatch
 
 __all__ = ["InstructionDataModule", "Stage"]
@@ -199,6 +201,10 @@ class InstructionDataModule(pl.LightningDataModule):
         self._views: dict[Stage, ExampleView] = {}
         self._train_loader: DistillationLoader | RollingLoader | None = None
         self._checks_prompts = False
+        self._first_file = 0
+        self._own = uuid.uuid4().hex
+        self._job: tuple[str, AheadJob] | None = None
+        self._lock = contextlib.ExitStack()
         self._place: dict[str, Any] | None = None
 
     @property
@@ -255,8 +261,7 @@ class InstructionDataModule(pl.LightningDataModule):
         Raises:
             UserError: no data are configured for the stage.
         """
-        if stage not in self._views:
-            self._prepare_stage(stage)
+        self._prepare_stage(stage)
         return self._views[stage]
 
     def preview(self, records: int = 3) -> DataPreview:
@@ -353,8 +358,7 @@ class InstructionDataModule(pl.LightningDataModule):
         """Fill the cache in one process, so that the others only map it."""
         for stage in self.stages(None):
             if stage == "train" and self.disk_limit_gb is not None:
-                remove_abandoned(self.cache_dir, but=self._shelf.root)
-                self._shelf.clear()
+                self._begin_preparing()
             self._prepared(stage)
 
     def setup(self, stage: str) -> None:
@@ -362,7 +366,7 @@ class InstructionDataModule(pl.LightningDataModule):
         if stage == "fit":
             if self.disk_limit_gb is not None:
                 check_epoch(self.trainer)
-            self._stop_preparing()
+            self._stop_preparing(keep_lock=True)
             self._train_loader, self._place = None, None  # of an earlier fit
         for part in self.stages(stage):
             self._prepare_stage(part)
@@ -377,17 +381,42 @@ class InstructionDataModule(pl.LightningDataModule):
                 shutil.rmtree(self._shelf.root, ignore_errors=True)
             self._views.pop("train", None)
 
-    def _stop_preparing(self) -> None:
+    def on_exception(self, exception: BaseException) -> None:
+        """Prepare no more; what is there stays for the resumption."""
+        self._stop_preparing()
+
+    def _begin_preparing(self) -> None:
+        root = self._shelf.root
+        held = (
+            f"data.disk_limit_gb: another run prepares the same data in '{root}', as it has the same output "
+            "folder: give one of them another (`--output`, default_root_dir of the Trainer), or another "
+            "data.cache_dir."
+        )
+        try:
+            if self._rank == 0:  # of several ranks that share the folder
+                self._lock.close()
+                self._lock.enter_context(locked(root / ".run.lock", held))
+            remove_abandoned(self.cache_dir, but=root)
+            self._shelf.clear()
+        except OSError as error:
+            raise UserError(
+                f"Can't write the data cache in '{root}' ({error.strerror or error}): free space there or "
+                "set `cache_dir`."
+            ) from error
+
+    def _stop_preparing(self, keep_lock: bool = False) -> None:
         if isinstance(self._train_loader, RollingLoader):
             self._train_loader.stop()
+        if not keep_lock:
+            self._lock.close()
 
     def train_dataloader(self) -> DistillationLoader | RollingLoader:
         if self.disk_limit_gb is None:
             self._train_loader = self._loader("train", self.examples("train"))
         else:
-            self._stop_preparing()
+            self._stop_preparing(keep_lock=True)
             if self.trainer is None:
-                self._shelf.clear()
+                self._begin_preparing()
             self._train_loader = self._rolling_loader()
         if self._place is not None:
             self._train_loader.load_state_dict(self._place)
@@ -457,11 +486,26 @@ class InstructionDataModule(pl.LightningDataModule):
     def _prepared(self, stage: Stage) -> PreparedDataset:
         sources, settings = self._sources_of(stage), self._settings(stage)
         if stage == "train" and self.disk_limit_gb is not None:
-            job = self._ahead
-            return prepare(sources[:1], self.renderers, settings, job.root, self.num_proc, job.part)
+            return self._prepared_first(sources, settings)
         return prepare(sources, self.renderers, settings, self.cache_dir, self.num_proc)
 
+    def _prepared_first(self, sources: list[Source], settings: PreparationSettings) -> PreparedDataset:
+        """The first file that has examples."""
+        job = self._ahead
+        for self._first_file, source in enumerate(sources):
+            folder, made = prepared_folder(
+                [source], self.renderers, settings, job.root, job.processes, job.part
+            )
+            dataset = PreparedDataset(folder)
+            if made:
+                announce(dataset, [source])
+            if len(dataset):
+                return dataset
+        raise UserError("No example is left of any training file: check the files and the lengths.")
+
     def _prepare_stage(self, stage: Stage) -> None:
+        if stage == "train" and self.disk_limit_gb is not None:
+            _ = self._ahead  # forgets what was prepared for another run
         if stage in self._views:
             return
         dataset = self._prepared(stage)
@@ -475,26 +519,36 @@ class InstructionDataModule(pl.LightningDataModule):
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank
 
-    @functools.cached_property
+    @property
     def _ahead(self) -> AheadJob:
-        """What is prepared while training reads, beside other runs' of the same data."""
+        """What is prepared while training reads, in a folder of this run."""
+        # A Trainer's folder is one run's, which may be resumed; without one nothing is kept.
+        run = self._own if self.trainer is None else os.path.realpath(self.trainer.default_root_dir)
+        if self._job is None or self._job[0] != run:
+            self._views.pop("train", None)
+            self._job = run, self._job_of(run)
+            if self.trainer is None:
+                weakref.finalize(self, shutil.rmtree, self._job[1].root, ignore_errors=True)
+        return self._job[1]
+
+    def _job_of(self, run: str) -> AheadJob:
         assert self.disk_limit_gb is not None
         sources, settings = self._sources_of("train"), self._settings("train")
-        folder = os.path.realpath("." if self.trainer is None else self.trainer.default_root_dir)
         models = [[r.fingerprint, r.system] for r in self.renderers]
-        names = [source.name for source in sources]
-        told = json.dumps([folder, names, models, asdict(settings)], sort_keys=True)
-        root = self.cache_dir / f"{ROLLING}{hashlib.sha256(told.encode()).hexdigest()[:32]}"
+        told = json.dumps([run, models, asdict(settings), self._order_of(sources)], sort_keys=True)
         return AheadJob(
-            root,
+            self.cache_dir / f"{ROLLING}{hashlib.sha256(told.encode()).hexdigest()[:32]}",
             sources,
             self.renderers,
             settings,
             limit=int(self.disk_limit_gb * 2**30),
             seed=self.seed,
-            shuffle=not getattr(self.trainer, "overfit_batches", 0),
             processes=self.num_proc or usable_cores(),
         )
+
+    def _order_of(self, sources: Sequence[Source]) -> list[Any]:
+        """What the order of the files follows from."""
+        return [[source.name for source in sources], self.disk_limit_gb, self.seed]
 
     @property
     def _shelf(self) -> Shelf:
@@ -502,10 +556,10 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def _rolling_loader(self) -> RollingLoader:
         job, trainer = self._ahead, self.trainer
-        order = [[source.name for source in job.sources], job.limit, job.seed, job.shuffle]
+        order = json.dumps(self._order_of(job.sources))
 
         def start(place: Place) -> subprocess.Popen[bytes]:
-            process = start_ahead(replace(job, start=place))
+            process = start_ahead(replace(job, start=place, first=self._first_file))
             weakref.finalize(self, process.kill)
             return process
 
@@ -519,7 +573,7 @@ class InstructionDataModule(pl.LightningDataModule):
             self._shelf,
             start if trainer is None or trainer.local_rank == 0 else None,
             make,
-            hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
+            hashlib.sha256(order.encode()).hexdigest()[:16],
             self._rank,
             None if trainer is None else int(trainer.limit_train_batches or 0),
             None if trainer is None else lambda: self._progress.total.processed,

@@ -19,10 +19,8 @@ Place: TypeAlias = tuple[int, int]
 _REMEDY = "delete the folder, which prepares the data anew"
 
 
-def order_of_files(files: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
+def order_of_files(files: int, seed: int, epoch: int) -> list[int]:
     """Numbers of all files in the order in which an epoch reads them."""
-    if not shuffle:
-        return list(range(files))
     order: list[int] = np.random.default_rng((seed, epoch)).permutation(files).tolist()
     return order
 

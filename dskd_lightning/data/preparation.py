@@ -59,7 +59,6 @@ def prepare(
     settings: PreparationSettings,
     cache_dir: Path,
     num_proc: int | None = None,
-    at_most: int | None = None,
 ) -> PreparedDataset:
     """The prepared dataset, from the cache where it is there, else made now.
 
@@ -73,19 +72,15 @@ def prepare(
         cache_dir: holds a folder for each dataset.
         num_proc: processes that render; the result is the same for any number. None for as many as there
             are cores.
-        at_most: bytes of what is prepared together.
 
     Raises:
-        UserError: a bad source or record, no example left, more bytes than `at_most`, or a full or
-            read-only disk.
+        UserError: a bad source or record, no example left, or a full or read-only disk.
     """
     _look_at(sources)
     groups = _apart(sources, settings)
     folders, made, size, told = [], False, 0, False
     for left, group in zip(reversed(range(len(groups))), groups, strict=True):
-        folder, is_new = prepared_folder(
-            group, renderers, settings, cache_dir, num_proc or usable_cores(), at_most
-        )
+        folder, is_new = prepared_folder(group, renderers, settings, cache_dir, num_proc or usable_cores())
         folders.append(folder)
         made |= is_new
         size += sum(path.stat().st_size for path in folder.iterdir())
@@ -146,9 +141,9 @@ def prepared_folder(
     processes: int,
     at_most: int | None = None,
 ) -> tuple[Path, bool]:
-    """As `prepare`, of what is prepared together: its folder, and whether it was made now.
+    """The folder of what is prepared together, perhaps without an example, and whether it was made now.
 
-    It may be without examples.
+    Args and errors as of `prepare`; more bytes than ``at_most`` are an error too.
     """
     key = cache_key(sources, renderers, settings)
     folder = cache_dir / key

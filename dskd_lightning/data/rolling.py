@@ -19,6 +19,9 @@ from dskd_lightning.structures import DistillationBatch
 __all__ = ["RollingLoader"]
 
 _LOOK = 0.05  # seconds between two looks whether a portion is there
+_KEPT = 16
+"""Portions that are remembered: a step of accumulated batches that is taken again after a kill may begin in one
+that was read."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class RollingLoader:
         self._process: subprocess.Popen[bytes] | None = None
         self._opened = [_Opened((0, 0), 0, None)]
         self._handed = 0
+        self._offset = 0 if processed is None else processed()  # of an earlier fit
         self._loader: DistillationLoader | None = None
 
     @property
@@ -90,7 +94,7 @@ class RollingLoader:
         """All batches behind those that are finished."""
         begun = self._reached()
         position = self._done() - begun.before
-        self._opened = [begun]
+        self._opened = self._opened[: self._opened.index(begun) + 1]
         place, before, key = begun.place, begun.before, begun.key
         since: int | None = None  # the epoch of the files without an example so far
         while True:
@@ -99,34 +103,37 @@ class RollingLoader:
             if len(dataset):
                 loader = self._make(dataset)
                 loader.set_epoch(portion.epoch)
-                if position:
-                    state = {"epoch": portion.epoch, "position": position, "key": key or loader.key}
-                    loader.load_state_dict(state)
+                state = {"epoch": portion.epoch, "position": position, "key": key or loader.key}
+                loader.load_state_dict(state)
                 if position < len(loader):
                     self._open(_Opened(place, before, loader.key))
                     self._handed = before + position
-                    self._loader = loader
-                    for batch in loader:
-                        self._handed += 1
-                        yield batch
-                    self._waited, self._loader = self.waited, None
+                    yield from self._counted(loader)
                 before += len(loader)
                 since = None
             elif since is None and portion.start == 0:
                 since = portion.epoch
-            place, position = portion.next, 0
+            place, position, key = portion.next, 0, None
             if since is not None and place[0] > since:
                 raise UserError("No example is left of any training file: check the files and the lengths.")
 
+    def _counted(self, loader: DistillationLoader) -> Iterator[DistillationBatch]:
+        self._loader = loader
+        try:
+            for batch in loader:
+                self._handed += 1
+                yield batch
+        finally:  # also where an epoch of the Trainer ends before the portion
+            self._waited += loader.waited
+            self._loader = None
+
     def _open(self, opened: _Opened) -> None:
-        reached = self._reached()  # those before it are done with
-        self._opened = [
-            one for one in self._opened if one.before >= reached.before and one.place != opened.place
-        ]
-        self._opened.append(opened)
+        if self._opened[-1].place == opened.place:  # where reading began
+            self._opened.pop()
+        self._opened = [*self._opened[1 - _KEPT :], opened]
 
     def _done(self) -> int:
-        return self._handed if self._processed is None else self._processed()
+        return self._handed if self._processed is None else self._processed() - self._offset
 
     def _reached(self) -> _Opened:
         """The portion in which the finished batches end."""
@@ -145,8 +152,9 @@ class RollingLoader:
                 raise UserError(message)
             if ended:
                 raise UserError(
-                    "The process that prepares data ahead of training was ended from outside, most often for "
-                    "want of memory: set a smaller data.num_proc, and go on with `--ckpt_path last`."
+                    "The process that prepares data ahead of training has ended without a reason that it "
+                    "could write down, most often for want of memory or room on the disk: set a smaller "
+                    "data.num_proc or free space, and go on with `--ckpt_path last`."
                 )
             time.sleep(_LOOK)
         self._waited += time.perf_counter() - begin
@@ -163,13 +171,11 @@ class RollingLoader:
             self._process = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The portion and the number of its finished batches, in plain types."""
-        reached = self._reached()
+        """The portions that were begun and the number of finished batches, in plain types."""
         return {
-            "place": list(reached.place),
-            "before": reached.before,
-            "position": self._done() - reached.before,
-            "portion": reached.key,
+            "opened": [[list(one.place), one.before, one.key] for one in self._opened],
+            "done": self._done(),
+            "offset": self._offset,
             "key": self._key,
         }
 
@@ -185,6 +191,8 @@ class RollingLoader:
                 "place in the epoch is meaningless: restore those, or start from its weights alone with "
                 "`--model.weights_from`."
             )
-        epoch, file = state["place"]
-        self._opened = [_Opened((int(epoch), int(file)), int(state["before"]), state["portion"])]
-        self._handed = int(state["before"]) + int(state["position"])
+        self._opened = [
+            _Opened((int(epoch), int(file)), int(before), key)
+            for (epoch, file), before, key in state["opened"]
+        ]
+        self._handed, self._offset = int(state["done"]), int(state["offset"])

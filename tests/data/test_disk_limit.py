@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,26 +213,93 @@ def test_batches_do_not_depend_on_who_is_faster(threads, make, monkeypatch) -> N
     assert list(itertools.islice(passes(data, slowly(data.train_dataloader())), 2)) == expected
 
 
-@pytest.mark.parametrize("left", ["all that was there", "nothing"])
-def test_resumes_behind_any_batch(threads, make, left) -> None:
-    data = make()
+class _Rank:
+    """As much of a Trainer as data ask for; a batch is finished when it was handed out."""
+
+    overfit_batches, limit_train_batches, world_size = 0, 40, 2
+
+    def __init__(self, rank: int, folder: Path, world_size: int = 2) -> None:
+        self.global_rank = self.local_rank = rank
+        self.default_root_dir, self.world_size = str(folder), world_size
+
+
+def at_rank(data: InstructionDataModule, folder: Path, rank: int = 0, world_size: int = 1) -> Any:
+    """The loader of a run whose Trainer writes to ``folder``."""
+    data.trainer = _Rank(rank, folder, world_size)  # type: ignore[assignment]
+    finished = SimpleNamespace(total=SimpleNamespace(processed=0), current=None)
+    data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=finished))
+    if rank == 0:
+        data._begin_preparing()
+    data._shelf.say_reading(rank, None)
     loader = data.train_dataloader()
+    loader._processed = None
+    return loader
+
+
+@pytest.mark.parametrize("left", ["all that was there", "nothing"])
+def test_resumes_behind_any_batch(threads, make, left, tmp_path) -> None:
+    data = make()
+    loader = at_rank(data, tmp_path / "run")
     batches, states = [], []
     for batch in itertools.islice(loader, 45):  # into the second pass over the files
         batches.append(texts(batch, data))
         states.append(json.loads(json.dumps(loader.state_dict())))
-    assert {tuple(state["place"]) for state in states} > {(0, 0), (1, 0)}
+    assert {tuple(state["opened"][-1][0]) for state in states} > {(0, 0), (1, 0)}
     for done in range(1, len(batches), 3 if left == "nothing" else 7):
-        data._train_loader.stop()
+        data.on_exception(KeyboardInterrupt())
         if left == "nothing":
             shutil.rmtree(data._ahead.root)
         again = make()
-        loader = again.train_dataloader()
+        loader = at_rank(again, tmp_path / "run")
+        assert again._ahead.root == data._ahead.root
         loader.load_state_dict(states[done - 1])
         assert loader.state_dict() == states[done - 1]  # before anything is read
         rest = itertools.islice(loader, len(batches) - done)
         assert [texts(batch, again) for batch in rest] == batches[done:], done
         data = again
+
+
+def test_batches_that_were_finished_may_be_taken_again(threads, make, tmp_path) -> None:
+    """As a step is that accumulates batches, where a run is killed within it."""
+    data = make()
+    loader = at_rank(data, tmp_path / "run")
+    batches = [texts(batch, data) for batch in itertools.islice(loader, 30)]
+    state = loader.state_dict()
+    for again in (1, 5, 12):
+        data.on_exception(KeyboardInterrupt())
+        data = make()
+        loader = at_rank(data, tmp_path / "run")
+        loader.load_state_dict({**state, "done": 30 - again})
+        assert [texts(batch, data) for batch in itertools.islice(loader, again)] == batches[-again:]
+
+
+def test_a_second_fit_of_a_trainer_begins_anew(threads, make, tmp_path) -> None:
+    data = make()
+    loader = at_rank(data, tmp_path / "run")
+    total = data.trainer.fit_loop.epoch_loop.batch_progress.total
+    loader._processed = lambda: total.processed
+    read: list[list[str]] = []
+
+    def train(count: int) -> None:
+        for batch in itertools.islice(loader, count):
+            read.append(texts(batch, data))
+            total.processed += 1
+
+    train(13)
+    loader = at_rank(data, tmp_path / "run")
+    data.trainer.fit_loop.epoch_loop.batch_progress.total = total
+    loader = data.train_dataloader()
+    train(9)
+    assert read[13:] == read[:9]
+    state = loader.state_dict()
+    data.on_exception(KeyboardInterrupt())
+    data = make()
+    at_rank(data, tmp_path / "run")
+    data.trainer.fit_loop.epoch_loop.batch_progress.total = total
+    loader = data.train_dataloader()
+    loader.load_state_dict(state)
+    train(4)
+    assert read[22:] == read[9:13]
 
 
 def test_iterating_again_goes_on(threads, make) -> None:
@@ -243,18 +315,18 @@ def test_iterating_again_goes_on(threads, make) -> None:
         len(loader)
 
 
-def test_what_is_left_of_a_killed_run_is_used(threads, make, monkeypatch) -> None:
+def test_what_is_left_of_a_killed_run_is_used(threads, make, monkeypatch, tmp_path) -> None:
     data = make()
-    loader = data.train_dataloader()
+    loader = at_rank(data, tmp_path / "run")
     iterator = iter(loader)
     for _ in range(8):
         next(iterator)
     state = loader.state_dict()
-    assert state["place"][1] > 0
+    assert state["opened"][-1][0][1] > 0
     root, deadline = loader.shelf.root, time.monotonic() + 20
     while len(loader.shelf.portions()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    loader.stop()
+    data.on_exception(KeyboardInterrupt())
     (root / ("0" * 32)).mkdir(exist_ok=True)  # of something else
     there = {path.name for path in root.iterdir() if len(path.name) == 32}
     made = []
@@ -267,40 +339,24 @@ def test_what_is_left_of_a_killed_run_is_used(threads, make, monkeypatch) -> Non
         return folder, is_new
 
     monkeypatch.setattr(ahead, "prepared_folder", noted)
-    again = make()
-    loader = again.train_dataloader()
+    loader = at_rank(make(), tmp_path / "run")
     loader.load_state_dict(state)
     assert len(list(itertools.islice(loader, 5))) == 5
     assert len(there & set(made)) == 0
     assert not (root / ("0" * 32)).exists()
 
 
-class _Rank:
-    """As much of a Trainer as data ask for."""
-
-    overfit_batches, limit_train_batches, default_root_dir, world_size = 0, 40, ".", 2
-
-    def __init__(self, rank: int) -> None:
-        self.global_rank = self.local_rank = rank
-
-
-def test_ranks_read_different_batches_at_their_own_pace(threads, make) -> None:
+def test_ranks_read_different_batches_at_their_own_pace(threads, make, tmp_path) -> None:
     found: dict[int, list[list[str]]] = {}
     failed = []
     ranks = [make() for _ in range(2)]
-    for rank, data in enumerate(ranks):
-        data.trainer = _Rank(rank)  # type: ignore[assignment]
-    ranks[0]._shelf.clear()
-    for rank, data in enumerate(ranks):
-        data._shelf.say_reading(rank, None)
+    loaders = [at_rank(data, tmp_path / "run", rank, 2) for rank, data in enumerate(ranks)]
 
     def run(rank: int) -> None:
         try:
             draw, data = random.Random(rank), ranks[rank]
-            loader = data.train_dataloader()
-            loader._processed = None
             found[rank] = []
-            for batch in itertools.islice(loader, 40):
+            for batch in itertools.islice(loaders[rank], 40):
                 found[rank].append([text for text in texts(batch, data) if text])
                 time.sleep(draw.random() / (10 if rank else 100))
         except BaseException as error:
@@ -320,7 +376,7 @@ def test_ranks_read_different_batches_at_their_own_pace(threads, make) -> None:
 
 
 def test_a_bad_line_is_told_when_what_is_before_it_was_read(threads, make, tmp_path) -> None:
-    last = order_of_files(FILES, 42, 0, shuffle=True)[-1]
+    last = order_of_files(FILES, 42, 0)[-1]
     path = tmp_path / "data" / f"{last}.jsonl"
     path.write_text(path.read_text() + '{"prompt": "broken\n')
     data = make()
@@ -340,9 +396,9 @@ def test_a_bad_line_is_told_when_what_is_before_it_was_read(threads, make, tmp_p
 
 
 def test_files_without_examples_are_passed(threads, make, tmp_path) -> None:
-    for file in order_of_files(FILES, 42, 0, shuffle=True)[:-1]:
+    for file in order_of_files(FILES, 42, 0)[:-1]:
         (tmp_path / "data" / f"{file}.jsonl").write_text('{"prompt": "x"}\n')
-    kept = order_of_files(FILES, 42, 0, shuffle=True)[-1]
+    kept = order_of_files(FILES, 42, 0)[-1]
     data = make(skip_invalid=True)
     batches = itertools.islice(data.train_dataloader(), 6)
     assert together(texts(batch, data) for batch in batches) == sorted(
@@ -369,7 +425,7 @@ def test_a_file_that_was_changed_since_the_checkpoint_is_refused(threads, make, 
     next(iterator)
     state = loader.state_dict()
     loader.stop()
-    first = order_of_files(FILES, 42, 0, shuffle=True)[0]
+    first = order_of_files(FILES, 42, 0)[0]
     (tmp_path / "data" / f"{first}.jsonl").write_text(lines_of(rows_of(77)))
     data = make()
     loader = data.train_dataloader()
@@ -382,7 +438,7 @@ def test_a_file_that_was_changed_since_the_checkpoint_is_refused(threads, make, 
 
 
 def test_documents_in_any_file_are_refused_for_sampling(threads, make, tmp_path) -> None:
-    last = order_of_files(FILES, 42, 0, shuffle=True)[-1]
+    last = order_of_files(FILES, 42, 0)[-1]
     data = make()
     data.check_prompts()
     (tmp_path / "data" / f"{last}.jsonl").write_text(json.dumps({"text": "A document. " * 9}) + "\n")
@@ -456,7 +512,7 @@ def test_the_process_is_missed_and_its_end_told(make) -> None:
             assert loader._process is not None
             loader._process.kill()
 
-    with pytest.raises(UserError, match=r"ended from outside.*num_proc"):
+    with pytest.raises(UserError, match=r"has ended without a reason.*num_proc"):
         training()
     assert len(found) >= ROWS
     data.teardown("fit")
@@ -491,8 +547,106 @@ def test_places_say_where_readers_are(tmp_path) -> None:
 
 
 def test_files_come_in_another_order_each_time() -> None:
-    orders = [order_of_files(20, 7, epoch, shuffle=True) for epoch in range(3)]
+    orders = [order_of_files(20, 7, epoch) for epoch in range(3)]
     assert all(sorted(order) == list(range(20)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert order_of_files(20, 8, 0, shuffle=True) != orders[0] == order_of_files(20, 7, 0, shuffle=True)
-    assert order_of_files(20, 7, 2, shuffle=False) == list(range(20))
+    assert order_of_files(20, 8, 0) != orders[0] == order_of_files(20, 7, 0)
+
+
+def test_several_processes_prepare_files_of_many_chunks(make, tmp_path, capfd) -> None:
+    for file in range(3):
+        (tmp_path / "data" / f"{file}.jsonl").write_text(lines_of(rows_of(file, 1100)))
+    urls = [str(tmp_path / "data" / f"{file}.jsonl") for file in range(3)]
+    data = make(train=urls, num_proc=2, files=200)
+    loader = data.train_dataloader()
+    assert len(list(itertools.islice(loader, 3 * 1100 // BATCH))) == 825
+    (tmp_path / "data" / "0.jsonl").unlink()
+    loader.stop()
+    data = make(train=urls, num_proc=2, files=200)
+    for url in urls:
+        Path(url).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"jsonl'"):
+        next(iter(data.train_dataloader()))
+    assert "Fatal" not in capfd.readouterr().err
+
+
+def test_the_processes_end_with_the_one_that_reads(make, tmp_path) -> None:
+    script = tmp_path / "script.py"
+    (tmp_path / "data" / "0.jsonl").write_text(lines_of(rows_of(0, 1100)))
+    data = make(files=200)
+    script.write_text(
+        "import itertools, os, sys, time\n"
+        "from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec\n"
+        f"source = {data.student.source!r}\n"
+        f"data = InstructionDataModule({str(tmp_path / 'data')!r}, student=StudentSpec(source), "
+        f"teacher=TeacherSpec(source), max_length=96, max_prompt_length=40, num_proc=2, num_workers=1, "
+        f"cache_dir={str(tmp_path / 'cache')!r}, disk_limit_gb={data.disk_limit_gb})\n"
+        "loader = data.train_dataloader()\n"
+        "batches = iter(loader)\n"
+        "next(batches)\n"
+        "print(loader._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    session = int(run.stdout.readline())
+    os.killpg(session, signal.SIGTERM)  # it isn't for others to end
+    time.sleep(0.5)
+    assert alive(session)
+    run.kill()
+    run.communicate()
+    deadline = time.monotonic() + 20
+    while alive(session) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(session)
+
+
+def alive(session: int) -> bool:
+    """Whether a process of the session is left."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, own = path.read_text().rpartition(")")[2].split()[:4]
+            if int(own) == session and state != "Z":
+                return True
+    return False
+
+
+def test_two_runs_need_folders_of_their_own(threads, make, tmp_path) -> None:
+    first, second = make(), make()
+    at_rank(first, tmp_path / "run")
+    with pytest.raises(UserError, match=r"another run prepares the same data.*--output"):
+        at_rank(second, tmp_path / "run")
+    at_rank(second, tmp_path / "other")
+    assert first._ahead.root != second._ahead.root
+    first.on_exception(RuntimeError())  # after which a notebook trains anew
+    at_rank(make(), tmp_path / "run")
+    assert make(seed=1)._order_of([]) != make()._order_of([])
+
+
+def test_the_first_file_that_has_examples_stays(threads, make, tmp_path) -> None:
+    for name in ("0", "1"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text('{"prompt": "x"}\n')
+    data = make(skip_invalid=True)
+    loader = at_rank(data, tmp_path / "run")
+    view = data.examples("train")
+    assert view[0].place.endswith("2.jsonl:1")
+    for _ in itertools.islice(loader, 30):
+        assert len(data.examples("train")[3].response or "")
+    assert data.examples("train").dataset.folder.is_dir()
+
+
+def test_a_folder_that_cannot_be_written_is_told(make, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Can't write the data cache"):
+        make(cache_dir=str(tmp_path / "file")).train_dataloader()
+
+
+def test_what_was_waited_only_grows(threads, make) -> None:
+    loader = make().train_dataloader()
+    waited = []
+    for _ in range(6):
+        for _ in itertools.islice(loader, 3):
+            waited.append(loader.waited)
+        waited.append(loader.waited)
+    assert waited == sorted(waited)
+    assert waited[-1] > 0
