@@ -20,8 +20,8 @@ __all__ = ["RollingLoader"]
 
 _LOOK = 0.05  # seconds between two looks whether a portion is there
 _KEPT = 16
-"""Portions that are remembered: a step of accumulated batches that is taken again after a kill may begin in one
-that was read."""
+"""Portions that are remembered: a step of accumulated batches that is taken again after a kill may begin
+in one that was read."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,15 @@ from tiny_runs import dskd, write_config, write_data
 
 RUNS: dict[str, tuple[dict[str, Any], list[tuple[str, float]]]] = {
     "one process": ({"data.num_workers": 1}, [("step", 4), ("before save", 9), ("validation", 2)]),
+    "steps of three batches, the student's own samples": (
+        {
+            "trainer.accumulate_grad_batches": 3,
+            "model.objective": {"class_path": "dskd_lightning.objectives.DSKDObjective"},
+            "model.on_policy": {"fraction": 0.5, "buffer_steps": 2, "max_new_tokens": 8},
+            "samples": {"prompts": 0},
+        },
+        [("step", 3), ("call", 0.5), ("before save", 3)],
+    ),
     "two ranks": ({"trainer.devices": 2, "trainer.strategy": "ddp_fork"}, [("step", 5), ("after save", 4)]),
 }
 
@@ -36,7 +45,8 @@ def files(folder: Path, count: int = 6) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path, model_folder, name) -> None:
     changes, chain = RUNS[name]
-    run = ComparedRun(tmp_path, model_folder, **files(tmp_path), **changes)
+    counted = {point for point, _ in chain}
+    run = ComparedRun(tmp_path, model_folder, counted, **files(tmp_path), **changes)
     assert run.survives(chain, "cut") == len(chain)
     assert not list((tmp_path / "cache").glob("rolling-*"))
 
