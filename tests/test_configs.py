@@ -278,7 +278,7 @@ def test_teachers_with_a_prompt_of_their_own_train(name, tiny, tmp_path) -> None
     cli = train(files, tmp_path, str(data), tiny("qwen2"), tiny("qwen2"))
     assert cli.trainer.global_step == 1
     assert math.isfinite(float(cli.trainer.callback_metrics["train/loss"]))
-    batch = next(iter(cli.datamodule._loader("train")))
+    batch = next(iter(cli.datamodule.train_dataloader()))
     assert batch.teachers[0].input_ids.shape[1] > batch.student.input_ids.shape[1]
 
 
