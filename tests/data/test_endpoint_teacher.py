@@ -44,7 +44,7 @@ def datamodule(folder: str, teacher: dl.TeacherSpec, tmp_path: Path, data=None, 
 
 def told(data, teacher):
     ensure_log_probabilities(data, [teacher])
-    batch = data._loader("train").collator([[i] for i in range(len(data.examples("train")))])
+    batch = data.train_dataloader().collator([[i] for i in range(len(data.examples("train")))])
     return batch, batch.teacher_hidden[0]
 
 

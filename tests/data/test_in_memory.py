@@ -63,7 +63,7 @@ def test_the_collator_and_the_data_module_make_the_same_batch(folders, tmp_path)
         cache_dir=str(tmp_path),
     )  # fmt: skip
     collator = dl.DistillationCollator(student, teacher, max_length=40, max_prompt_length=16)
-    expected = tensors(data._loader("train").collator([[i] for i in range(8)]))
+    expected = tensors(data.train_dataloader().collator([[i] for i in range(8)]))
     for make in (collator, pickle.loads(pickle.dumps(collator))):
         found = tensors(make(ROWS))
         assert found.keys() == expected.keys()

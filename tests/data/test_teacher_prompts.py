@@ -119,7 +119,7 @@ def datamodule(pair, folder, rows, **options):
 
 def test_files_give_what_records_in_memory_give(pair, tmp_path) -> None:
     data = datamodule(pair, tmp_path, ROWS)
-    batch = data._loader("train").collator([[i] for i in range(8)])
+    batch = data.train_dataloader().collator([[i] for i in range(8)])
     collator = dl.DistillationCollator(
         *pair, max_length=40, max_prompt_length=16, max_teacher_prompt_length=120
     )
@@ -135,7 +135,7 @@ def test_files_give_what_records_in_memory_give(pair, tmp_path) -> None:
 
 def test_packed_rows_have_room_for_it(pair, tmp_path) -> None:
     data = datamodule(pair, tmp_path, ROWS, packing=True)
-    batches = list(data._loader("train"))
+    batches = list(data.train_dataloader())
     assert sum(len(batch) for batch in batches) == 8
     assert max(batch.teachers[0].input_ids.shape[1] for batch in batches) <= 40 + 104
 
@@ -152,7 +152,7 @@ def test_cached_states_are_those_of_its_own_prompt(pair, tmp_path) -> None:
     ):
         data = datamodule((pair[0], teacher), tmp_path, rows)
         ensure_caches(data, [teacher], ["train"], settings)
-        batch = data._loader("train").collator([[i] for i in range(8)])
+        batch = data.train_dataloader().collator([[i] for i in range(8)])
         live = module.teacher_side(0, batch.teachers[0]).hidden
         torch.testing.assert_close(batch.teacher_hidden[0], live, rtol=1e-4, atol=1e-5)
         found[name] = data.teacher_hidden["train"][0].folder
