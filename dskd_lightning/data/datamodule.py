@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import shutil
-import subprocess
 import uuid
-import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +16,6 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dskd_lightning.cache_dir import cache_dir as default_folder
-from dskd_lightning.data.ahead import ROLLING, AheadJob, remove_abandoned, start_ahead
 from dskd_lightning.data.batching import BatchPlan, BatchSettings
 from dskd_lightning.data.chat import ChatRenderer, Learn
 from dskd_lightning.data.checks import check_disk_limit, check_epoch, check_lengths
@@ -31,11 +24,11 @@ from dskd_lightning.data.examples import Example
 from dskd_lightning.data.formats import Format
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.mixing import Mixture, mix
-from dskd_lightning.data.portions import Place, Shelf
-from dskd_lightning.data.preparation import PreparationSettings, announce, prepare, prepared_folder
+from dskd_lightning.data.preparation import PreparationSettings, prepare
 from dskd_lightning.data.prepared import PreparedDataset, conversation_row, rendered_example
 from dskd_lightning.data.preview import DataPreview
 from dskd_lightning.data.rolling import RollingLoader
+from dskd_lightning.data.rolling_files import RollingFiles
 from dskd_lightning.data.sources import Source, Sources, resolve_sources
 from dskd_lightning.data.splits import split_indices
 from dskd_lightning.data.templates import split_reasoning
@@ -47,7 +40,6 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_names
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.models.tokenizer import load_tokenizer, pad_token_id
-from dskd_lightning.runs.lock import locked
 from dskd_lightning.structures import TokenBatch
 
 __all__ = ["InstructionDataModule", "Stage"]
@@ -201,10 +193,8 @@ class InstructionDataModule(pl.LightningDataModule):
         self._views: dict[Stage, ExampleView] = {}
         self._train_loader: DistillationLoader | RollingLoader | None = None
         self._checks_prompts = False
-        self._first_file = 0
         self._own = uuid.uuid4().hex
-        self._job: tuple[str, AheadJob] | None = None
-        self._lock = contextlib.ExitStack()
+        self._rolling: tuple[str, RollingFiles] | None = None
         self._place: dict[str, Any] | None = None
 
     @property
@@ -348,7 +338,7 @@ class InstructionDataModule(pl.LightningDataModule):
     @property
     def turns(self) -> int:
         """How many times as many training files there are as are prepared before training."""
-        return 1 if self.disk_limit_gb is None else len(self._ahead.sources)
+        return 1 if self.rolling is None else len(self.rolling.job.sources)
 
     def train_plan(self) -> BatchPlan:
         """This rank's first batches: those of an epoch, or with a limit on the disk of the first file."""
@@ -357,67 +347,42 @@ class InstructionDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Fill the cache in one process, so that the others only map it."""
         for stage in self.stages(None):
-            if stage == "train" and self.disk_limit_gb is not None:
-                self._begin_preparing()
+            if stage == "train" and self.rolling is not None:
+                self.rolling.begin(alone=self._rank == 0)
             self._prepared(stage)
 
     def setup(self, stage: str) -> None:
         """Map the prepared data of ``fit``, ``validate``, ``test`` or ``predict``."""
         if stage == "fit":
-            if self.disk_limit_gb is not None:
+            if self.rolling is not None:
                 check_epoch(self.trainer)
-            self._stop_preparing(keep_lock=True)
+                self.rolling.stop(keep_lock=True)
             self._train_loader, self._place = None, None  # of an earlier fit
         for part in self.stages(stage):
             self._prepare_stage(part)
-        if stage == "fit" and self.disk_limit_gb is not None:
-            self._shelf.say_reading(self._rank, None)  # before any rank begins, after which files may go
+        if stage == "fit" and self.rolling is not None:
+            self.rolling.shelf.say_reading(
+                self._rank, None
+            )  # before any rank begins, after which files may go
 
     def teardown(self, stage: str) -> None:
         """Take away what was prepared for a training that has ended."""
-        if stage == "fit" and self.disk_limit_gb is not None:
-            self._stop_preparing()
+        if stage == "fit" and self.rolling is not None:
+            self.rolling.stop()
             if self.trainer is None or self.trainer.local_rank == 0:
-                shutil.rmtree(self._shelf.root, ignore_errors=True)
+                self.rolling.remove()
             self._views.pop("train", None)
 
     def on_exception(self, exception: BaseException) -> None:
         """Prepare no more; what is there stays for the resumption."""
-        self._stop_preparing()
-
-    def _begin_preparing(self) -> None:
-        root = self._shelf.root
-        held = (
-            f"data.disk_limit_gb: another run prepares the same data in '{root}', as it has the same output "
-            "folder: give one of them another (`--output`, default_root_dir of the Trainer), or another "
-            "data.cache_dir."
-        )
-        try:
-            if self._rank == 0:  # of several ranks that share the folder
-                self._lock.close()
-                self._lock.enter_context(locked(root / ".run.lock", held))
-            remove_abandoned(self.cache_dir, but=root)
-            self._shelf.clear()
-        except OSError as error:
-            raise UserError(
-                f"Can't write the data cache in '{root}' ({error.strerror or error}): free space there or "
-                "set `cache_dir`."
-            ) from error
-
-    def _stop_preparing(self, keep_lock: bool = False) -> None:
-        if isinstance(self._train_loader, RollingLoader):
-            self._train_loader.stop()
-        if not keep_lock:
-            self._lock.close()
+        if self._rolling is not None:
+            self._rolling[1].stop()
 
     def train_dataloader(self) -> DistillationLoader | RollingLoader:
-        if self.disk_limit_gb is None:
+        if self.rolling is None:
             self._train_loader = self._loader("train", self.examples("train"))
         else:
-            self._stop_preparing(keep_lock=True)
-            if self.trainer is None:
-                self._begin_preparing()
-            self._train_loader = self._rolling_loader()
+            self._train_loader = self._rolling_loader(self.rolling)
         if self._place is not None:
             self._train_loader.load_state_dict(self._place)
         return self._train_loader
@@ -485,27 +450,12 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def _prepared(self, stage: Stage) -> PreparedDataset:
         sources, settings = self._sources_of(stage), self._settings(stage)
-        if stage == "train" and self.disk_limit_gb is not None:
-            return self._prepared_first(sources, settings)
+        if stage == "train" and self.rolling is not None:
+            return self.rolling.first()
         return prepare(sources, self.renderers, settings, self.cache_dir, self.num_proc)
 
-    def _prepared_first(self, sources: list[Source], settings: PreparationSettings) -> PreparedDataset:
-        """The first file that has examples."""
-        job = self._ahead
-        for self._first_file, source in enumerate(sources):
-            folder, made = prepared_folder(
-                [source], self.renderers, settings, job.root, job.processes, job.part
-            )
-            dataset = PreparedDataset(folder)
-            if made:
-                announce(dataset, [source])
-            if len(dataset):
-                return dataset
-        raise UserError("No example is left of any training file: check the files and the lengths.")
-
     def _prepare_stage(self, stage: Stage) -> None:
-        if stage == "train" and self.disk_limit_gb is not None:
-            _ = self._ahead  # forgets what was prepared for another run
+        _ = self.rolling  # forgets what was prepared for another run
         if stage in self._views:
             return
         dataset = self._prepared(stage)
@@ -520,63 +470,39 @@ class InstructionDataModule(pl.LightningDataModule):
         return 0 if self.trainer is None else self.trainer.global_rank
 
     @property
-    def _ahead(self) -> AheadJob:
-        """What is prepared while training reads, in a folder of this run."""
+    def rolling(self) -> RollingFiles | None:
+        """The training files on a disk with a limit, in a folder of the Trainer's run; None without one."""
+        if self.disk_limit_gb is None:
+            return None
         # A Trainer's folder is one run's, which may be resumed; without one nothing is kept.
         run = self._own if self.trainer is None else os.path.realpath(self.trainer.default_root_dir)
-        if self._job is None or self._job[0] != run:
+        if self._rolling is None or self._rolling[0] != run:
             self._views.pop("train", None)
-            self._job = run, self._job_of(run)
+            files = RollingFiles(
+                self.cache_dir, run, self._sources_of("train"), self.renderers, self._settings("train"),
+                self.disk_limit_gb, self.seed, self.num_proc or usable_cores(),
+            )  # fmt: skip
             if self.trainer is None:
-                weakref.finalize(self, shutil.rmtree, self._job[1].root, ignore_errors=True)
-        return self._job[1]
+                files.remove_in_the_end()
+            self._rolling = run, files
+        return self._rolling[1]
 
-    def _job_of(self, run: str) -> AheadJob:
-        assert self.disk_limit_gb is not None
-        sources, settings = self._sources_of("train"), self._settings("train")
-        models = [[r.fingerprint, r.system] for r in self.renderers]
-        told = json.dumps([run, models, asdict(settings), self._order_of(sources)], sort_keys=True)
-        return AheadJob(
-            self.cache_dir / f"{ROLLING}{hashlib.sha256(told.encode()).hexdigest()[:32]}",
-            sources,
-            self.renderers,
-            settings,
-            limit=int(self.disk_limit_gb * 2**30),
-            seed=self.seed,
-            processes=self.num_proc or usable_cores(),
-        )
-
-    def _order_of(self, sources: Sequence[Source]) -> list[Any]:
-        """What the order of the files follows from."""
-        return [[source.name for source in sources], self.disk_limit_gb, self.seed]
-
-    @property
-    def _shelf(self) -> Shelf:
-        return Shelf(self._ahead.root)
-
-    def _rolling_loader(self) -> RollingLoader:
-        job, trainer = self._ahead, self.trainer
-        order = json.dumps(self._order_of(job.sources))
-
-        def start(place: Place) -> subprocess.Popen[bytes]:
-            process = start_ahead(replace(job, start=place, first=self._first_file))
-            weakref.finalize(self, process.kill)
-            return process
-
+    def _rolling_loader(self, files: RollingFiles) -> RollingLoader:
         def make(dataset: PreparedDataset) -> DistillationLoader:
             view = ExampleView(dataset, np.arange(len(dataset)))
             if self._checks_prompts:
                 _check_prompts(view)
             return self._loader("train", view)
 
-        return RollingLoader(
-            self._shelf,
-            start if trainer is None or trainer.local_rank == 0 else None,
+        if self.trainer is None:
+            files.begin()
+            return files.loader(make)
+        return files.loader(
             make,
-            hashlib.sha256(order.encode()).hexdigest()[:16],
             self._rank,
-            None if trainer is None else int(trainer.limit_train_batches or 0),
-            None if trainer is None else lambda: self._progress.total.processed,
+            self.trainer.local_rank == 0,
+            int(self.trainer.limit_train_batches or 0),
+            lambda: self._progress.total.processed,
         )
 
     def _loader(self, stage: Stage, view: ExampleView) -> DistillationLoader:

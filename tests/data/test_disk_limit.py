@@ -95,7 +95,7 @@ class _Thread:
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dskd_lightning.data.datamodule.start_ahead", _Thread)
+    monkeypatch.setattr("dskd_lightning.data.rolling_files.start_ahead", _Thread)
     monkeypatch.setattr(ahead, "_LOOK", 0.01)
 
 
@@ -183,7 +183,7 @@ def test_each_epoch_reads_every_example_once_within_the_limit(threads, make, mon
     assert all(together(batches) == ALL for batches in epochs)
     assert len({json.dumps(batches) for batches in epochs}) == 3
     assert len(sizes) > 2 * FILES, "files were taken away and prepared again"
-    assert max(sizes) <= data._ahead.limit < 2 * max(sizes)
+    assert max(sizes) <= data.rolling.job.limit < 2 * max(sizes)
     assert max(largest) == 2
     assert data.report["train"]["used"] == data.report["train"]["examples"] == FILES * ROWS
 
@@ -229,8 +229,8 @@ def at_rank(data: InstructionDataModule, folder: Path, rank: int = 0, world_size
     finished = SimpleNamespace(total=SimpleNamespace(processed=0), current=None)
     data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=finished))
     if rank == 0:
-        data._begin_preparing()
-    data._shelf.say_reading(rank, None)
+        data.rolling.begin()
+    data.rolling.shelf.say_reading(rank, None)
     loader = data.train_dataloader()
     loader._processed = None
     return loader
@@ -248,10 +248,10 @@ def test_resumes_behind_any_batch(threads, make, left, tmp_path) -> None:
     for done in range(1, len(batches), 3 if left == "nothing" else 7):
         data.on_exception(KeyboardInterrupt())
         if left == "nothing":
-            shutil.rmtree(data._ahead.root)
+            shutil.rmtree(data.rolling.job.root)
         again = make()
         loader = at_rank(again, tmp_path / "run")
-        assert again._ahead.root == data._ahead.root
+        assert again.rolling.job.root == data.rolling.job.root
         loader.load_state_dict(states[done - 1])
         assert loader.state_dict() == states[done - 1]  # before anything is read
         rest = itertools.islice(loader, len(batches) - done)
@@ -479,7 +479,7 @@ def test_whoever_must_see_all_examples_is_told(make) -> None:
         disk(model, [model], one, Losses(), Layout())["prepared data"]
         for one in (size, replace(size, disk_limit=None))
     ]
-    assert found[0] == size.disk_limit == data._ahead.limit < found[1]
+    assert found[0] == size.disk_limit == data.rolling.job.limit < found[1]
 
 
 def test_data_behind_urls(threads, make, monkeypatch) -> None:
@@ -516,7 +516,7 @@ def test_the_process_is_missed_and_its_end_told(make) -> None:
         training()
     assert len(found) >= ROWS
     data.teardown("fit")
-    assert not data._ahead.root.exists()
+    assert not data.rolling.job.root.exists()
 
 
 def test_what_was_abandoned_goes(tmp_path) -> None:
@@ -617,10 +617,10 @@ def test_two_runs_need_folders_of_their_own(threads, make, tmp_path) -> None:
     with pytest.raises(UserError, match=r"another run prepares the same data.*--output"):
         at_rank(second, tmp_path / "run")
     at_rank(second, tmp_path / "other")
-    assert first._ahead.root != second._ahead.root
+    assert first.rolling.job.root != second.rolling.job.root
     first.on_exception(RuntimeError())  # after which a notebook trains anew
     at_rank(make(), tmp_path / "run")
-    assert make(seed=1)._order_of([]) != make()._order_of([])
+    assert make(seed=1).rolling._order != make().rolling._order
 
 
 def test_the_first_file_that_has_examples_stays(threads, make, tmp_path) -> None:
