@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.portions import Place, Portion, Shelf, order_of_files
-from dskd_lightning.data.preparation import UNFINISHED, announce, cache_key, prepared_folder
+from dskd_lightning.data.preparation import UNFINISHED, announce, bytes_of, cache_key, prepared_folder
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
@@ -28,14 +28,11 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.runs.console import configure_output
 from dskd_lightning.runs.lock import only_one
 
-__all__ = ["PARTS", "ROLLING", "AheadJob", "Preparer", "remove_abandoned", "start_ahead"]
+__all__ = ["PARTS", "AheadJob", "Preparer", "start_ahead"]
 
 _log = logging.getLogger(__name__)
 PARTS = 4
 """Parts of the disk: the first file, what is read, what comes next, and the file that is being prepared."""
-ROLLING = "rolling-"
-"""How the folders of runs begin beside those of data that stay."""
-_ABANDONED_AFTER = 24 * 3600  # seconds without a sign of life
 _AHEAD = 2
 """Portions that are there at most: the one that is read, and the next."""
 _LOOK = 0.1  # seconds between two looks at where the readers are
@@ -58,7 +55,7 @@ class AheadJob:
         seed: of the order of the files.
         processes: that render.
         start: where reading begins.
-        first: which file stays.
+        first: name of the prepared file that stays, None where nobody has looked at one.
     """
 
     root: Path
@@ -69,7 +66,7 @@ class AheadJob:
     seed: int
     processes: int
     start: Place = (0, 0)
-    first: int = 0
+    first: str | None = None
 
     @property
     def part(self) -> int:
@@ -86,9 +83,8 @@ class Preparer:
 
     def __init__(self, job: AheadJob) -> None:
         self.job, self.shelf = job, Shelf(job.root)
-        self._first = self._key(job.first)
         self._found = self._left_by_others()
-        self._last = self._first  # that was prepared
+        self._last = job.first  # that was prepared
         self._told = {job.first}
 
     def run(self) -> None:
@@ -108,7 +104,7 @@ class Preparer:
         names: list[str] = []
         size, stop = 0, len(order)
         for position in range(start, len(order)):
-            if (wanted := self._wait(names, order[position])) != place:
+            if (wanted := self._wait(names)) != place:
                 return wanted
             name, more = self._prepare(order[position])
             if names and size + more > job.part:
@@ -120,7 +116,7 @@ class Preparer:
         self.shelf.publish(portion)
         return portion.next
 
-    def _wait(self, names: Sequence[str], upcoming: int) -> Place:
+    def _wait(self, names: Sequence[str]) -> Place:
         """Until there is room for another file; takes away what nobody reads any more.
 
         Returns:
@@ -132,58 +128,54 @@ class Preparer:
             while (portion := self.shelf.portion(place)) is not None:
                 kept.append(portion)
                 place = portion.next
-            self._take_away(kept, {*names, self._last, self._first}, upcoming)
+            self._take_away(kept, {*names, self._last, self.job.first})
             if len(kept) < _AHEAD:
                 return place
             os.utime(self.job.root)  # not abandoned
             time.sleep(_LOOK)
 
-    def _take_away(self, kept: Sequence[Portion], names: set[str], upcoming: int) -> None:
+    def _take_away(self, kept: Sequence[Portion], names: set[str | None]) -> None:
         for portion in self.shelf.portions():
             if portion not in kept:
                 self.shelf.withdraw(portion)
         names |= {name for portion in kept for name in portion.folders} | self._found
-        gone = [path for path in self.shelf.prepared() if path.name not in names]
-        if gone:
-            begun = f"{UNFINISHED}{self._key(upcoming)}"
-            for path in gone:
-                if path.name != begun:
-                    shutil.rmtree(path, ignore_errors=True)
+        for path in self.shelf.prepared():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _prepare(self, index: int) -> tuple[str, int]:
         """Name and bytes of a prepared file."""
         job = self.job
         source = [job.sources[index]]
         folder, made = prepared_folder(source, job.renderers, job.settings, job.root, job.processes, job.part)
-        if made and index not in self._told:  # once, not in each epoch
+        if made and folder.name not in self._told:  # once, not in each epoch
             announce(PreparedDataset(folder), source)
-            self._told.add(index)
+            self._told.add(folder.name)
         self._found.discard(folder.name)
         self._last = folder.name
-        return folder.name, sum(path.stat().st_size for path in folder.iterdir())
+        return folder.name, bytes_of(folder)
 
     def _left_by_others(self) -> set[str]:
-        """What a run that ended has left of the files that come first."""
+        """What a run that ended has left of the files that come first, with the one that it had begun."""
         job, (epoch, start) = self.job, self.job.start
-        there = {path.name: path for path in self.shelf.prepared() if not path.name.startswith(UNFINISHED)}
+        there = {path.name: path for path in self.shelf.prepared()}
         names: set[str] = set()
         size = 0
         for index in order_of_files(len(job.sources), job.seed, epoch)[start:] if there else []:
-            name = self._key(index)
+            name = cache_key([job.sources[index]], job.renderers, job.settings)
             if name not in there:
+                names.add(f"{UNFINISHED}{name}")
                 break
-            size += sum(path.stat().st_size for path in there[name].iterdir())
+            size += bytes_of(there[name])
             if size > (PARTS - 1) * job.part:
                 break
             names.add(name)
         return names
 
-    def _key(self, index: int) -> str:
-        return cache_key([self.job.sources[index]], self.job.renderers, self.job.settings)
-
 
 def start_ahead(job: AheadJob) -> subprocess.Popen[bytes]:
     """Start the process; it ends when its standard input does, and so with this one."""
+    content = pickle.dumps(job)
     # Not by `multiprocessing`, which would run the main script again, or fork beside a GPU.
     process = subprocess.Popen(
         [sys.executable, "-c", _START, json.dumps(sys.path)],
@@ -192,23 +184,15 @@ def start_ahead(job: AheadJob) -> subprocess.Popen[bytes]:
         start_new_session=True,  # what a terminal or a scheduler sends to this one's group isn't for it
     )
     # It reads when it has imported what it needs, and may have ended before.
-    threading.Thread(target=_hand_over, args=(job, process), daemon=True).start()
+    threading.Thread(target=_hand_over, args=(content, process), daemon=True).start()
     return process
 
 
-def _hand_over(job: AheadJob, process: subprocess.Popen[bytes]) -> None:
+def _hand_over(content: bytes, process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(OSError, ValueError):
         assert process.stdin is not None
-        process.stdin.write(pickle.dumps(job))
+        process.stdin.write(content)
         process.stdin.flush()
-
-
-def remove_abandoned(cache_dir: Path, but: Path) -> None:
-    """Take away what runs have left that ended long ago, and weren't gone on with."""
-    for folder in set(cache_dir.glob(f"{ROLLING}*")) - {but}:
-        with contextlib.suppress(OSError):  # another process was faster
-            if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

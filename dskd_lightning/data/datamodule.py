@@ -335,11 +335,6 @@ class InstructionDataModule(pl.LightningDataModule):
         view = self.all_examples("train")
         return np.sort(self._mixture(view).of_epoch(0)) if self.weights else view.indices
 
-    @property
-    def turns(self) -> int:
-        """How many times as many training files there are as are prepared before training."""
-        return 1 if self.rolling is None else len(self.rolling.job.sources)
-
     def train_plan(self) -> BatchPlan:
         """This rank's first batches: those of an epoch, or with a limit on the disk of the first file."""
         return self._loader("train", self.examples("train")).batches()
@@ -496,6 +491,7 @@ class InstructionDataModule(pl.LightningDataModule):
 
         if self.trainer is None:
             files.begin()
+            self.examples("train")  # the first file, before it is decided which one stays
             return files.loader(make)
         return files.loader(
             make,

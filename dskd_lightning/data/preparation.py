@@ -32,7 +32,17 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.lock import only_one
 
-__all__ = ["UNFINISHED", "PreparationSettings", "announce", "cache_key", "prepare", "prepared_folder"]
+__all__ = [
+    "UNFINISHED",
+    "PreparationSettings",
+    "announce",
+    "bytes_of",
+    "cache_key",
+    "prepare",
+    "prepared_folder",
+    "remove_abandoned",
+    "unwritable",
+]
 
 _log = logging.getLogger(__name__)
 _VERSION = 9  # of the files' layout and of the rendering
@@ -83,7 +93,7 @@ def prepare(
         folder, is_new = prepared_folder(group, renderers, settings, cache_dir, num_proc or usable_cores())
         folders.append(folder)
         made |= is_new
-        size += sum(path.stat().st_size for path in folder.iterdir())
+        size += bytes_of(folder)
         told = told or _room_is_short(size / len(folders) * left, cache_dir)
     dataset = PreparedDataset(*folders)
     if not len(dataset):
@@ -149,7 +159,7 @@ def prepared_folder(
     folder = cache_dir / key
     names = _names(sources)
     if _is_there(folder):
-        _check_size(sum(path.stat().st_size for path in folder.iterdir()), at_most, names)
+        _check_size(bytes_of(folder), at_most, names)
         return folder, False
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -157,7 +167,7 @@ def prepared_folder(
             if _is_there(folder):
                 return folder, False
             making = cache_dir / f"{UNFINISHED}{key}"
-            _remove_leftovers(cache_dir, but=making)
+            remove_abandoned(cache_dir, UNFINISHED, but=making)
             if not alone:
                 making = making.with_name(f"{making.name}-{uuid.uuid4().hex[:8]}")
             try:
@@ -173,10 +183,7 @@ def prepared_folder(
                     raise
                 shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
-        raise UserError(
-            f"Can't write the data cache in '{cache_dir}' ({error.strerror or error}): free space there or "
-            "set `cache_dir`; what is finished is kept."
-        ) from error
+        raise unwritable(cache_dir, error) from error
     return folder, True
 
 
@@ -188,9 +195,28 @@ def _check_size(size: int, at_most: int | None, names: str) -> None:
         )
 
 
-def _remove_leftovers(cache_dir: Path, but: Path) -> None:
-    """What killed preparations of other data have left; other processes may be at work on younger ones."""
-    for folder in set(cache_dir.glob(f"{UNFINISHED}*")) - {but}:
+def bytes_of(folder: Path) -> int:
+    """Of a folder of prepared data."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def unwritable(cache_dir: Path, error: OSError) -> UserError:
+    """The error of a cache on a full, read-only or missing disk."""
+    return UserError(
+        f"Can't write the data cache in '{cache_dir}' ({error.strerror or error}): free space there or "
+        "set `cache_dir`; what is finished is kept."
+    )
+
+
+def remove_abandoned(cache_dir: Path, prefix: str, but: Path) -> None:
+    """What killed processes have left of other data; others may be at work on younger ones.
+
+    Args:
+        cache_dir: holds the folders.
+        prefix: how their names begin.
+        but: one that is gone on with.
+    """
+    for folder in set(cache_dir.glob(f"{prefix}*")) - {but}:
         with contextlib.suppress(OSError):  # another process was faster
             written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - written > _ABANDONED_AFTER:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dskd_lightning.data.ahead import ROLLING, AheadJob, remove_abandoned, start_ahead
+from dskd_lightning.data.ahead import AheadJob, start_ahead
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.data.portions import Place, Shelf
-from dskd_lightning.data.preparation import announce, prepared_folder
+from dskd_lightning.data.preparation import announce, prepared_folder, remove_abandoned, unwritable
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.rolling import RollingLoader
@@ -25,6 +25,9 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.runs.lock import locked
 
 __all__ = ["RollingFiles"]
+
+_ROLLING = "rolling-"
+"""How the folders of runs begin beside those of data that stay."""
 
 
 class RollingFiles:
@@ -55,7 +58,7 @@ class RollingFiles:
         self._order = json.dumps([[source.name for source in sources], limit_gb, seed])
         models = [[renderer.fingerprint, renderer.system] for renderer in renderers]
         told = json.dumps([run, models, asdict(settings), self._order], sort_keys=True)
-        root = cache_dir / f"{ROLLING}{_hash(told)[:32]}"
+        root = cache_dir / f"{_ROLLING}{_hash(told)[:32]}"
         self.job = AheadJob(root, sources, renderers, settings, int(limit_gb * 2**30), seed, processes)
         self.shelf = Shelf(root)
         self._lock = contextlib.ExitStack()
@@ -80,13 +83,10 @@ class RollingFiles:
             if alone:
                 self._lock.close()
                 self._lock.enter_context(locked(root / ".run.lock", held))
-            remove_abandoned(root.parent, but=root)
+            remove_abandoned(root.parent, _ROLLING, but=root)
             self.shelf.clear()
         except OSError as error:
-            raise UserError(
-                f"Can't write the data cache in '{root}' ({error.strerror or error}): free space there or "
-                "set `cache_dir`."
-            ) from error
+            raise unwritable(root, error) from error
 
     def first(self) -> PreparedDataset:
         """The first file that has examples, which stays; for whoever looks at a few.
@@ -95,7 +95,7 @@ class RollingFiles:
             UserError: as `prepare`, and where it takes too much of the disk.
         """
         job = self.job
-        for number, source in enumerate(job.sources):
+        for source in job.sources:
             folder, made = prepared_folder(
                 [source], job.renderers, job.settings, job.root, job.processes, job.part
             )
@@ -103,7 +103,7 @@ class RollingFiles:
             if made:
                 announce(dataset, [source])
             if len(dataset):
-                self.job = replace(job, first=number)
+                self.job = replace(job, first=folder.name)
                 return dataset
         raise UserError("No example is left of any training file: check the files and the lengths.")
 

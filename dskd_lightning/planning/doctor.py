@@ -79,8 +79,8 @@ def _data(data: InstructionDataModule) -> Iterator[Finding]:
             f"{k}: {v}" for k, v in report.items() if v and k not in ("read", "used", "examples")
         )
         text = f"{report['examples']:,} examples"
-        if stage == "train" and data.turns > 1:
-            text += f" in the first of {data.turns:,} files"
+        if stage == "train" and data.rolling is not None:
+            text += f" in the first of {len(data.rolling.job.sources):,} files"
         yield Finding("look" if lost else "ok", f"data.{stage}", f"{text}; {lost}" if lost else text)
     if "val" not in data.report:
         yield Finding("look", "data.val", "no validation: best.ckpt is chosen by it; set `data.val_split`.")

@@ -42,9 +42,10 @@ def data_size(data: InstructionDataModule) -> DataSize:
         teacher_tokens=int(lengths[rows, 1].sum(dtype=np.int64)) if lengths.shape[1] > 1 else None,
         raw_bytes=round(raw * len(rows) / len(dataset)),
     )
-    if data.disk_limit_gb is None:
+    if data.rolling is None:
         return size
-    return replace(size.scaled(size.examples * data.turns), disk_limit=int(data.disk_limit_gb * 2**30))
+    job = data.rolling.job
+    return replace(size.scaled(size.examples * len(job.sources)), disk_limit=job.limit)
 
 
 def padded_tokens(plan: BatchPlan, lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -26,6 +27,7 @@ from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec, User
 from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.data import ahead
 from dskd_lightning.data.portions import Place, Shelf, order_of_files
+from dskd_lightning.data.preparation import remove_abandoned
 from dskd_lightning.data.rolling import RollingLoader
 from dskd_lightning.planning.calculator.disk import disk
 from dskd_lightning.planning.calculator.shapes import Layout, Losses, ModelSize
@@ -63,7 +65,7 @@ class _Thread:
     """Instead of the process, whose start takes seconds: the same `Preparer` in a thread."""
 
     def __init__(self, job: ahead.AheadJob) -> None:
-        self.preparer, self.stopping = ahead.Preparer(job), threading.Event()
+        self.preparer, self.stopping = ahead.Preparer(pickle.loads(pickle.dumps(job))), threading.Event()
         slowest = self.preparer.shelf.slowest
 
         def looked_up() -> Place | None:
@@ -520,12 +522,12 @@ def test_the_process_is_missed_and_its_end_told(make) -> None:
 
 
 def test_what_was_abandoned_goes(tmp_path) -> None:
-    old, young, own = (tmp_path / f"{ahead.ROLLING}{name}" for name in ("old", "young", "own"))
+    old, young, own = (tmp_path / f"rolling-{name}" for name in ("old", "young", "own"))
     for folder in (old, young, own, tmp_path / "x"):
         folder.mkdir()
     for folder in (old, own):
         os.utime(folder, (0, 0))
-    ahead.remove_abandoned(tmp_path, but=own)
+    remove_abandoned(tmp_path, "rolling-", but=own)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([young.name, own.name, "x"])
 
 
@@ -560,13 +562,11 @@ def test_several_processes_prepare_files_of_many_chunks(make, tmp_path, capfd) -
     data = make(train=urls, num_proc=2, files=200)
     loader = data.train_dataloader()
     assert len(list(itertools.islice(loader, 3 * 1100 // BATCH))) == 825
-    (tmp_path / "data" / "0.jsonl").unlink()
-    loader.stop()
-    data = make(train=urls, num_proc=2, files=200)
-    for url in urls:
-        Path(url).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"jsonl'"):
-        next(iter(data.train_dataloader()))
+    loader = make(train=urls, num_proc=2, files=200).train_dataloader()
+    for url in urls[1:]:  # behind the one that is looked at before
+        Path(url).write_text('{"prompt": "broken')
+    with pytest.raises(UserError, match=r"Malformed JSON at .*jsonl:1 "):
+        next(iter(loader))
     assert "Fatal" not in capfd.readouterr().err
 
 
