@@ -21,6 +21,8 @@ from dskd_lightning.tokenizers import encoded, sanitize_text
 
 __all__ = ["ByteSpans", "batch_byte_spans", "response_byte_spans", "token_byte_spans"]
 
+_YES, _NO = np.ones(1, np.bool_), np.zeros(1, np.bool_)
+
 
 @dataclass(frozen=True)
 class ByteSpans:
@@ -63,13 +65,12 @@ class ByteSpans:
     def with_end(self) -> ByteSpans:
         """The same spans and one end-of-sequence token after them."""
         last = self.ends[-1:] if len(self.ends) else np.zeros(1, np.int32)
-        one, none = np.ones(1, np.bool_), np.zeros(1, np.bool_)
         return ByteSpans(
             np.concatenate((self.starts, last)),
             np.concatenate((self.ends, last)),
-            np.concatenate((self.unknown, none)),
-            np.concatenate((self.added, one)),
-            np.concatenate((self.end, one)),
+            np.concatenate((self.unknown, _NO)),
+            np.concatenate((self.added, _YES)),
+            np.concatenate((self.end, _YES)),
             self.length,
             self.normalized,
         )

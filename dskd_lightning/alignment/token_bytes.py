@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dskd_lightning.tokenizers import backend_config, fast_backend
+from dskd_lightning.tokenizers import fast_backend
 
 __all__ = ["TokenBytes", "is_byte_token", "token_bytes", "token_text"]
 
@@ -58,21 +59,21 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
 def _read(tokenizer: Any) -> TokenBytes:
     from tokenizers import Tokenizer
 
-    config = backend_config(tokenizer)
+    written = fast_backend(tokenizer).to_str()
+    config = json.loads(written)
     # Rebuilt from JSON rather than copied, so that nobody's padding or truncation is disturbed.
-    tracer = Tokenizer.from_str(fast_backend(tokenizer).to_str())
+    tracer = Tokenizer.from_str(written)
     tracer.no_padding()
     tracer.no_truncation()
     tracer.post_processor = None
     decode = _piece_decoder(config)
-    model_vocab = tracer.get_vocab(with_added_tokens=False)
     added = tracer.get_added_tokens_decoder()
     if _falls_back_to_bytes(config):  # byte tokens may be registered as special ones
         added = {index: token for index, token in added.items() if not is_byte_token(token.content)}
     vocab = tracer.get_vocab(with_added_tokens=True)
     pieces = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
-        literal = index in added and (added[index].special or token not in model_vocab)
+        literal = index in added and (added[index].special or tracer.model.token_to_id(token) is None)
         pieces[index] = token.encode() if literal else decode(token)
     return TokenBytes(
         pieces=pieces,

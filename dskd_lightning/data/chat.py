@@ -11,16 +11,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Literal
 
-from dskd_lightning.alignment.byte_spans import ByteSpans, token_byte_spans
+from dskd_lightning.alignment.byte_spans import ByteSpans, batch_byte_spans, token_byte_spans
 from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.data.examples import Example, Message
-from dskd_lightning.data.templates import ChatTemplate
+from dskd_lightning.data.templates import ChatTemplate, any_of
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.loaded import Loaded
 from dskd_lightning.models.spec import ModelSpec
@@ -131,6 +130,7 @@ class ChatRenderer:
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         self._added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._closing = any_of(tuple(filter(None, self._added)))
 
     @classmethod
     def from_spec(
@@ -209,10 +209,25 @@ class ChatRenderer:
     def tokenized(self, layouts: Sequence[Layout]) -> list[RenderedConversation]:
         """The conversations of ``layouts``."""
         texts = [text for layout in layouts for turn in layout for text in turn.texts]
-        ids = iter(self._all_ids(texts))
-        return [self._assembled(layout, ids) for layout in layouts]
+        ids = self._all_ids(texts)
+        learnt = [
+            text is turn.response and turn.learnt
+            for layout in layouts
+            for turn in layout
+            for text in turn.texts
+        ]
+        spans = batch_byte_spans(
+            self.tokenizer,
+            [text.text for text in compress(texts, learnt)],
+            list(compress(ids, learnt)),
+            end_ids=(),
+        )
+        of_text, of_response = iter(ids), iter(spans)
+        return [self._assembled(layout, of_text, of_response) for layout in layouts]
 
-    def _assembled(self, layout: Layout, ids: Iterator[list[int]]) -> RenderedConversation:
+    def _assembled(
+        self, layout: Layout, ids: Iterator[list[int]], spans_of: Iterator[ByteSpans]
+    ) -> RenderedConversation:
         turns, prompt_ids = [], list[int]()
         for index, turn in enumerate(layout):
             for piece in turn.prompt:
@@ -221,7 +236,7 @@ class ChatRenderer:
                 prompt_ids = self._with_start(prompt_ids)
             response_ids, end = next(ids), list(turn.end)
             if turn.learnt:
-                spans = token_byte_spans(self.tokenizer, turn.response.text, response_ids, end_ids=())
+                spans = next(spans_of)
                 turns.append(RenderedTurn(prompt_ids, response_ids + end, spans.with_end() if end else spans))
                 prompt_ids = []
             else:
@@ -310,9 +325,8 @@ class ChatRenderer:
         """Template and user text; what ``written`` marks is text, whatever it looks like."""
         if not any(mark in text for mark in written):
             return (_Text(text, True),)
-        specials = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
         pieces, position = list[_Text | int](), 0
-        for special in specials.finditer(text):
+        for special in any_of(tuple(self._specials)).finditer(text):
             pieces.append(_Text(_restore(text[position : special.start()], written), False))
             pieces.append(self._specials[special[0]])
             position = special.end()
@@ -343,9 +357,8 @@ class ChatRenderer:
         and the text stays as it is.
         """
         text = after.lstrip()
-        closing = max(
-            (token for token in self._added if token and text.startswith(token)), key=len, default=""
-        )
+        found = self._closing.match(text)
+        closing = found[0] if found else ""
         opens_next = (
             self.tokenizer.bos_token if self.tokenizer.bos_token != self.tokenizer.eos_token else None
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.examples import Example
@@ -14,6 +16,8 @@ from dskd_lightning.data.rendering import PreparationSettings, render_examples
 
 __all__ = ["RenderedChunk", "chunked", "file_names", "render_chunk", "schemas"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _EXAMPLES = 512
 _CHARACTERS = 2**21
 """Where a chunk ends, whichever comes first: a few long documents are as much work as many conversations."""
@@ -51,18 +55,40 @@ def schemas(models: int) -> list[Any]:
 
 def chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
     """Lists of consecutive examples, whose borders follow from the examples alone."""
+    following = iter(examples)
+    while chunk := _first_chunk(following):
+        yield chunk
+
+
+def _uncollected(work: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``work`` without the garbage collector, which walks over what a chunk has made again and again."""
+
+    @functools.wraps(work)
+    def working(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not gc.isenabled():
+            return work(*args, **kwargs)
+        gc.disable()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return working
+
+
+@_uncollected
+def _first_chunk(examples: Iterator[Example]) -> list[Example]:
     chunk: list[Example] = []
     characters = 0
     for example in examples:
         chunk.append(example)
         characters += sum(len(message.content) for message in example.messages)
         if len(chunk) >= _EXAMPLES or characters >= _CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+            break
+    return chunk
 
 
+@_uncollected
 def render_chunk(
     examples: Sequence[Example], renderers: Sequence[ChatRenderer], settings: PreparationSettings
 ) -> RenderedChunk:

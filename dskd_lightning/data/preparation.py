@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_VERSION = 9  # of the files' layout and of the rendering
+_VERSION = 10  # of the files' layout and of the rendering
 UNFINISHED = ".preparing-"
 """How the folders of what isn't finished begin."""
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dskd_lightning.structures import IGNORE_INDEX
 __all__ = ["PreparedDataset", "RenderedExample", "conversation_row", "rendered_example"]
 
 _Ints = npt.NDArray[np.int32]
-_UNKNOWN, _ADDED, _END = 1, 2, 4
+_UNKNOWN, _ADDED, _END = map(np.uint8, (1, 2, 4))
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,26 @@ class RenderedExample:
 
 
 def conversation_row(conversation: RenderedConversation) -> dict[str, Any]:
-    """One model's rendering as a row of plain lists."""
+    """One model's rendering as a row of lists and arrays."""
     turns = conversation.turns
     return {
-        "tokens": [token for turn in turns for token in (*turn.prompt_ids, *turn.response_ids)],
+        "tokens": list(chain(*(ids for turn in turns for ids in (turn.prompt_ids, turn.response_ids)))),
         "prompts": [len(turn.prompt_ids) for turn in turns],
         "responses": [len(turn.response_ids) for turn in turns],
-        "ends": np.concatenate([turn.spans.ends for turn in turns]).tolist(),
-        "flags": np.concatenate([_flags(turn.spans) for turn in turns]).tolist(),
+        "ends": _joined([turn.spans.ends for turn in turns]),
+        "flags": _joined([_flags(turn.spans) for turn in turns]),
         "bytes": [turn.spans.length for turn in turns],
         "normalized": any(turn.spans.normalized for turn in turns),
     }
 
 
+def _joined(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 def _flags(spans: ByteSpans) -> npt.NDArray[np.uint8]:
-    return (spans.unknown * _UNKNOWN + spans.added * _ADDED + spans.end * _END).astype(np.uint8)
+    unknown, added, end = (kind.view(np.uint8) for kind in (spans.unknown, spans.added, spans.end))
+    return unknown * _UNKNOWN | added * _ADDED | end * _END
 
 
 def rendered_example(row: dict[str, Any]) -> RenderedExample:

@@ -1,8 +1,8 @@
 """What a model's template writes around the responses of a conversation.
 
 The conversation is rendered once with a mark for each assistant turn; what lies between the marks
-is the template's text, and no template needs a ``{% generation %}`` tag. Marks are made of a
-private-use character that occurs nowhere in the conversation.
+is the template's text, and no template needs a ``{% generation %}`` tag. Marks are made of
+private-use characters that occur nowhere in the conversation.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from dskd_lightning.data.examples import Example, InvalidRecord, Message
 from dskd_lightning.errors import UserError
 
-__all__ = ["ChatTemplate", "split_reasoning"]
+__all__ = ["ChatTemplate", "any_of", "split_reasoning"]
 
 _log = logging.getLogger(__name__)
 _REASONING = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(\S.*)", re.DOTALL)
@@ -50,6 +51,7 @@ class ChatTemplate:
         # Qwen3-like templates read `enable_thinking`; others ignore it.
         self.options = {"enable_thinking": False, **(options or {})}
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        self._system_shown: dict[tuple[tuple[str, ...], bool], bool] = {}
 
     def around_responses(
         self,
@@ -72,22 +74,28 @@ class ChatTemplate:
         Returns:
             The texts, and what each mark in them stands for.
         """
-        mark = _absent_character([*(m.content for m in messages), tools, *plain])
-        found = re.compile("|".join(map(re.escape, sorted(plain, key=len, reverse=True)))) if plain else None
+        mark, *digits, inner, outer, special = list(
+            _absent([*(m.content for m in messages), tools, *plain], 14)
+        )
+        found = any_of(tuple(plain)) if plain else None
         marked, written = [], dict[str, str]()
         patterns: list[tuple[str, list[re.Pattern[str]]]] = []
         for message in messages:
-            content, name = message.content, f"{mark}{len(patterns)}"
+            content = message.content
+            name = mark + "".join(digits[int(digit)] for digit in str(len(patterns)))
             if message.role == "assistant":
-                content, pattern = _mark_response(content.strip(), name)
+                content, pattern = _mark_response(
+                    content.strip(), f"{name}{inner}{mark}", f"{name}{outer}{mark}"
+                )
                 patterns.append(("an assistant turn", pattern))
             elif everything and not message.empty:
-                content = f"{name}c{mark}"
+                content = f"{name}{outer}{mark}"
                 patterns.append((f"a {message.role} message", [re.compile(content)]))
             elif found:
 
                 def hide(match: re.Match[str]) -> str:
-                    key = f"{mark}s{plain.index(match[0])}{mark}"
+                    number = "".join(digits[int(digit)] for digit in str(plain.index(match[0])))
+                    key = f"{mark}{special}{number}{mark}"
                     written[key] = match[0]
                     return key
 
@@ -116,7 +124,7 @@ class ChatTemplate:
         system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
         try:
             text = self._rendered(messages, tools)
-            if system and system not in text:
+            if system and not (system in text and self._shows_system(messages, tools)):
                 raise ValueError("it leaves out the system message")
         except Exception as error:  # templates are programs, and raise anything
             if system and len(messages) > 1 and messages[1]["role"] == "user":
@@ -144,6 +152,15 @@ class ChatTemplate:
                 )
         return text
 
+    def _shows_system(self, messages: list[dict[str, Any]], tools: str) -> bool:
+        """Whether the template takes a system message, whose text may stand elsewhere too."""
+        case = (tuple(message["role"] for message in messages), bool(tools))
+        if case not in self._system_shown:
+            mark = _absent([tools, *(message["content"] for message in messages)], 1)
+            marked = [{**messages[0], "content": mark}, *messages[1:]]
+            self._system_shown[case] = mark in self._rendered(marked, tools)
+        return self._system_shown[case]
+
     def spelled_out(self, example: Example) -> Example:
         """``example`` with its tool calls as the text that this template writes for them."""
         if not any(m.role == "assistant" and "tool_calls" in _extra(m) for m in example.messages):
@@ -161,7 +178,7 @@ class ChatTemplate:
         reasoning, content = split_reasoning(message.content.strip())
         calls = _extra(message)["tool_calls"]
         if self.prompt_template is None:
-            mark = _absent_character([*(m.content for m in before), content, example.tools])
+            mark = _absent([*(m.content for m in before), content, example.tools], 1)
             past = [{"role": m.role, "content": m.content, **_extra(m)} for m in before]
             turn = {"role": "assistant", "content": mark}
             start, _, end = self.apply([*past, turn], example.tools, example.place).partition(mark)
@@ -213,10 +230,9 @@ class ChatTemplate:
         return text
 
 
-def _mark_response(response: str, mark: str) -> tuple[str, list[re.Pattern[str]]]:
+def _mark_response(response: str, inner: str, outer: str) -> tuple[str, list[re.Pattern[str]]]:
     """A stand-in for ``response`` with its reasoning where templates look for it, and how to find it."""
     parts = _REASONING.fullmatch(response)
-    inner, outer = f"{mark}r{mark[0]}", f"{mark}c{mark[0]}"
     if parts is None:
         return outer, [re.compile(outer)]
     reasoning = inner if parts[2] else ""
@@ -237,9 +253,16 @@ def _left_out(what: str, place: str, everything: bool) -> InvalidRecord:
     )
 
 
-def _absent_character(texts: Sequence[str]) -> str:
-    used = set().union(*texts)
-    return next(char for char in map(chr, range(0xE000, 0xF900)) if char not in used)
+def _absent(texts: Sequence[str], count: int) -> str:
+    """So many different private-use characters that are in none of ``texts``."""
+    whole = "\n".join(texts)
+    return "".join(islice((char for char in map(chr, range(0xE000, 0xF900)) if char not in whole), count))
+
+
+@functools.lru_cache(maxsize=64)
+def any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the longest of ``texts`` that starts at a place."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
 def _extra(message: Message) -> dict[str, Any]:

@@ -26,6 +26,10 @@ from dskd_lightning.structures import Head
 __all__ = ["FusedLosses", "fused_distillation"]
 
 
+# More rows don't make the products of a CPU any faster.
+_CPU_TOKENS = 512
+
+
 @dataclass(frozen=True)
 class FusedLosses:
     """What one pass over the tokens gives.
@@ -85,7 +89,8 @@ def fused_distillation(
         kd_mask: ``[tokens]``, factor on each token's divergence, counted in ``kd``.
         agreeing_only: the divergence runs only where the teacher's argmax is its label.
         chunk_size: tokens per chunk; None takes it from ``memory_budget_mb``.
-        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk.
+        memory_budget_mb: MiB for the vocabulary-sized tensors of a chunk; a CPU takes no more than those of
+            512 tokens.
     """
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head must be given together")
@@ -97,8 +102,11 @@ def fused_distillation(
     vocab = max(head.vocab_size for head in heads)
     if chunk_size is None:
         # On a CPU the float32 work happens in cache-sized tiles and only the logits fill the chunk.
-        copies = len(heads) if student_hidden.device.type == "cpu" else 8 if divergence is None else 16
+        cpu = student_hidden.device.type == "cpu"
+        copies = len(heads) if cpu else 8 if divergence is None else 16
         chunk_size = chunk_tokens(vocab, memory_budget_mb, copies=copies)
+        if cpu:
+            chunk_size = min(chunk_size, _CPU_TOKENS)
     losses = TileLosses(
         weights=LossWeights(ce_weight, teacher_ce_weight, kd_weight),
         divergence=divergence,

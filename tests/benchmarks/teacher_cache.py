@@ -1,7 +1,7 @@
 """What the teacher cache costs and saves: building, bytes a token, and epochs with and without it.
 
 Run: ``python tests/benchmarks/teacher_cache.py`` (models made on the spot) or with ``--demo``
-(SmolLM2-135M-Instruct into ten of its layers, on the quickstart's data).
+(SmolLM2-135M-Instruct into some of its layers, on the quickstart's data).
 Epochs are the best of ``--repeat`` after a warm-up epoch, loading included, validation and
 logging left out; SFT is the same student on the same batches.
 """
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4_000)
     parser.add_argument("--examples", type=int, default=48)
     parser.add_argument("--limit", type=int, default=64, help="examples of the demo data")
+    parser.add_argument("--layers", type=int, default=10, help="of the demo's student")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--precision", default="bf16-mixed")
     arguments = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
 def run(folder: Path, arguments: argparse.Namespace) -> None:
     if arguments.demo:
         teacher, student = dl.TeacherSpec("demo", dtype="bfloat16"), dl.StudentSpec("demo", dtype="float32")
-        student.prune, data = PruneSpec(layers=10, by="even"), "demo"
+        student.prune, data = PruneSpec(layers=arguments.layers, by="even"), "demo"
     else:
         place, other, data = made_up(folder, arguments.vocab, arguments.examples)
         teacher, student = dl.TeacherSpec(place, dtype="bfloat16"), dl.StudentSpec(other)

@@ -83,6 +83,12 @@ def _asked(answer: str) -> Example:
     return Example((Message("user", "a"), Message("assistant", answer)), (answer,), "f", 1)
 
 
+def _instructed(system: str, question: str) -> Example:
+    return Example(
+        (Message("system", system), Message("user", question), Message("assistant", "yes")), ("yes",), "f", 1
+    )
+
+
 @functools.cache
 def renderer(name: str, learn: Learn = "assistant") -> ChatRenderer:
     if name in FAMILIES:
@@ -96,9 +102,18 @@ def end_of(name: str, model: ChatRenderer) -> int:
     return model.tokenizer.convert_tokens_to_ids(FAMILIES[name][1] if name in FAMILIES else "<|end|>")
 
 
+@pytest.mark.parametrize(("system", "question"), [("be", "to be"), ("INST", "why?"), ("0", "1"), ("c", "d")])
+def test_a_system_message_is_not_lost_because_its_text_stands_elsewhere(system: str, question: str) -> None:
+    """Mistral's template takes none."""
+    model = renderer("mistral")
+    (turn,) = model.render(_instructed(system, question)).turns
+    assert f"{system}\n\n{question}[/INST]" in model.tokenizer.decode(turn.prompt_ids)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(conversations(), st.sampled_from(sorted([*TEMPLATES, *FAMILIES])))
 @example(_asked("<think>\nhm\n</think>\n\n b"), "deepseek")
+@example(_instructed("0", "1"), "mistral")
 def test_every_response_is_found_byte_for_byte_and_learnt_once(example: Example, name: str) -> None:
     student, teacher = renderer(name), renderer("chatml")
     if name == "gemma" and any(message.role == "tool" for message in example.messages):

@@ -328,23 +328,32 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_logits_of_one_chunk_only(monkeypatch: pytest.MonkeyPatch) -> None:
+class _MostLogits(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most rows that a tensor of the vocabulary's width has."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, Tensor) and value.shape[1:] == (V,) and len(value) not in (D_S, D_T):
+                self.rows = max(self.rows, value.shape[0])
+        return result
+
+
+def test_logits_of_one_chunk_only() -> None:
     """No tensor of more than a chunk of logits is made, forward or backward."""
     case = Case(torch.float32)
-    seen = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal seen
-            result = func(*args, **(kwargs or {}))
-            for value in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(value, Tensor) and value.shape[1:] == (V,) and len(value) not in (D_S, D_T):
-                    seen = max(seen, value.shape[0])
-            return result
-
-    with Watch():
+    with _MostLogits() as most:
         case.fused(AdaptiveKL(), 2.0, chunk_size=3).loss.backward()
-    assert 0 < seen <= 3
+    assert 0 < most.rows <= 3
+
+
+def test_a_chunk_of_a_cpu_is_small_whatever_the_budget() -> None:
+    hidden, head = torch.randn(1100, D_S), Head(torch.randn(V, D_S))
+    with _MostLogits() as most:
+        fused_distillation(hidden, head, labels=torch.zeros(1100, dtype=torch.long), memory_budget_mb=4096)
+    assert most.rows == 512
 
 
 @pytest.mark.parametrize("vocab", [5, 1023, 1024, 1500, 2049])
