@@ -60,7 +60,7 @@ def _read(tokenizer: Any) -> TokenBytes:
     from tokenizers import Tokenizer
 
     written = fast_backend(tokenizer).to_str()
-    config = json.loads(written)
+    config = _settings(written)
     # Rebuilt from JSON rather than copied, so that nobody's padding or truncation is disturbed.
     tracer = Tokenizer.from_str(written)
     tracer.no_padding()
@@ -83,6 +83,22 @@ def _read(tokenizer: Any) -> TokenBytes:
         unknown=_unknown_id(config["model"], vocab),
         tracer=tracer,
     )
+
+
+_WITH_VOCABULARY_LAST = '"model":{"type":"BPE",'
+_READ_OF_BPE = {"unk_token", "end_of_word_suffix", "byte_fallback"}
+
+
+def _settings(written: str) -> dict[str, Any]:
+    """A tokenizer's JSON, without a BPE's vocabulary and merges, which take most of a second to parse."""
+    model = written.find(_WITH_VOCABULARY_LAST)
+    vocabulary = written.find(',"vocab":{', model)
+    if min(model, vocabulary) >= 0:
+        settings: dict[str, Any] = json.loads(written[:vocabulary] + "}}")
+        if settings["model"].keys() >= _READ_OF_BPE:
+            return settings
+    whole: dict[str, Any] = json.loads(written)
+    return whole
 
 
 def _unknown_id(model: dict[str, Any], vocab: dict[str, int]) -> int:
