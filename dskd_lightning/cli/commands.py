@@ -106,7 +106,8 @@ def compare(
     """Compare run folders over the same prompts, write an HTML report, and check conditions.
 
     Args:
-        runs: two or more run folders, the baseline first; NAME=FOLDER renames one.
+        runs: two or more run folders, the baseline first; NAME=FOLDER renames one; A,B,C are training
+            runs of one method.
         metric: rougeL, exact_match, length or finished.
         fail_if: conditions that make the exit status 1, as "rougeL drops > 1".
         output: folder of the report.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd_lightning.comparison.columns import known_columns
+from dskd_lightning.comparison.trainings import named_folders
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.metrics import exact_match
 from dskd_lightning.evaluation.rouge import rouge_l
@@ -93,12 +94,13 @@ def teacher_columns(items: Sequence[AgainstTeacher]) -> tuple[list[str], list[li
 def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher:
     same: list[float] = []
     by_prompt: dict[int, list[float]] = {}
-    for seed in run.predictions.keys() & teacher.predictions.keys():
-        answers = {p.index: p.response for p in teacher.predictions[seed]}
-        for p in run.predictions[seed]:
-            if p.index in answers:
-                same.append(exact_match(p.response, [answers[p.index]]))
-                by_prompt.setdefault(p.index, []).append(100 * rouge_l(p.response, [answers[p.index]]))
+    (of_teacher,) = teacher.trainings()
+    answers = {seed: {p.index: p.response for p in found} for seed, found in of_teacher.items()}
+    shared = [(answers.get(seed, {}), p) for own in run.trainings() for seed in own for p in own[seed]]
+    for theirs, p in shared:
+        if p.index in theirs:
+            same.append(exact_match(p.response, [theirs[p.index]]))
+            by_prompt.setdefault(p.index, []).append(100 * rouge_l(p.response, [theirs[p.index]]))
     if not same:
         raise UserError(
             f"{run.path} and {teacher.path} have no prompt and seed in common: test both with the same "
@@ -132,7 +134,7 @@ def resolve_teacher(runs: Sequence[str]) -> list[str]:
     """
     if TEACHER not in runs or Path(TEACHER).is_dir():
         return list(runs)
-    others = [run if Path(run).is_dir() else run.partition("=")[2] for run in runs if run != TEACHER]
+    others = [folder for run in runs if run != TEACHER for folder in named_folders(run)[1]]
     found = next((folder for run in others if (folder := Path(run) / TEACHER).is_dir()), None)
     if found is None:
         first = others[0] if others else "RUN"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dskd_lightning.comparison.bootstrap import PairedTest, holm, paired_test
@@ -139,14 +139,24 @@ def compare_all(
 
 def _check_comparable(baseline: RunFolder, candidate: RunFolder) -> None:
     where = f"{baseline.path} and {candidate.path}"
-    if baseline.predictions.keys() != candidate.predictions.keys():
-        seeds = [", ".join(sorted(map(str, run.predictions))) for run in (baseline, candidate)]
+    first, *others = (*baseline.trainings(), *candidate.trainings())
+    for other in others:
+        _check_same_prompts(first, other, where)
+
+
+def _check_same_prompts(
+    baseline: Mapping[int | None, Sequence[Prediction]],
+    candidate: Mapping[int | None, Sequence[Prediction]],
+    where: str,
+) -> None:
+    if baseline.keys() != candidate.keys():
+        seeds = [", ".join(sorted(map(str, run))) for run in (baseline, candidate)]
         raise UserError(
             f"{where}: were generated with different seeds ({seeds[0]} against {seeds[1]}); "
             "generate both with the same --seeds."
         )
-    for seed, first in baseline.predictions.items():
-        second = candidate.predictions[seed]
+    for seed, first in baseline.items():
+        second = candidate[seed]
         ours, theirs = {p.index: p for p in first}, {p.index: p for p in second}
         only = sorted(ours.keys() ^ theirs.keys())
         if only:

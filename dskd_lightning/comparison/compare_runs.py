@@ -28,9 +28,11 @@ from dskd_lightning.comparison.self_consistency import (
     self_consistency,
     self_consistency_columns,
 )
+from dskd_lightning.comparison.trainings import open_trainings, pooled
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
 from dskd_lightning.files import replacing, write_object
+from dskd_lightning.runs.predictions import Prediction
 from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.tables import number_tables
 from dskd_lightning.runs.text import visible
@@ -58,8 +60,9 @@ def compare_runs(
     Writes ``report.html``, ``plots/``, ``comparison.json`` and ``regressions.jsonl`` under ``output``.
 
     Args:
-        runs: run folders, the baseline first; ``NAME=FOLDER`` gives a run another name; ``teacher`` is that
-            of the others, once it was tested (``dskd test --model teacher``).
+        runs: run folders, the baseline first; ``NAME=FOLDER`` gives a run another name; ``A,B,C`` are
+            training runs of one method: a prompt's score is the mean over all their responses; ``teacher``
+            is that of the others, once it was tested (``dskd test --model teacher``).
         metric: one of the metrics with a value per prompt (`scores.PROMPT_METRICS`).
         fail_if: conditions as in `gate`.
         output: folder of the report.
@@ -78,13 +81,14 @@ def compare_runs(
     """
     conditions = [parse_condition(text) for text in fail_if]
     chosen = prompt_metric(metric)
-    folders = [_open(run) for run in resolve_teacher([os.fspath(run) for run in runs])]
-    for mixture in (text for folder in folders for text in folder.mixtures()):
+    opened = [open_trainings(run) for run in resolve_teacher([os.fspath(run) for run in runs])]
+    for mixture in (text for several in opened for folder in several for text in folder.mixtures()):
         logger.warning("%s", mixture)
+    folders = [pooled(several) for several in opened]
     options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
     comparisons = compare_all(folders, chosen, **options)
     gates = check_gates(conditions, folders, comparisons, options)
-    beside, itself = against_teacher(folders), self_consistency(folders)
+    beside, itself = against_teacher(folders), self_consistency([several[0] for several in opened])
     output = Path(output)
     verdicts = _verdicts(judge, [run.name for run in folders[1:]])
     report = write_report(
@@ -167,13 +171,6 @@ def _final(run: RunFolder, condition: Condition) -> float:
     return run.metrics[condition.metric]
 
 
-def _open(run: str | os.PathLike[str]) -> RunFolder:
-    name, separator, folder = os.fspath(run).partition("=")
-    if separator and not Path(run).is_dir():
-        return RunFolder.read(folder, name)
-    return RunFolder.read(run)
-
-
 def _summary(comparisons: Sequence[Comparison], gates: Sequence[GateResult]) -> dict[str, Any]:
     return {
         "metric": comparisons[0].metric.name,
@@ -200,10 +197,9 @@ def _summary(comparisons: Sequence[Comparison], gates: Sequence[GateResult]) -> 
 
 
 def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> Iterator[str]:
-    seed = next(iter(runs[0].predictions))
-    before = {p.index: p for p in runs[0].predictions[seed]}
+    before = {p.index: p for p in _first(runs[0])}
     for item, run in zip(comparisons, runs[1:], strict=True):
-        after = {p.index: p for p in run.predictions[seed]}
+        after = {p.index: p for p in _first(run)}
         for change in item.regressions:
             record = {
                 "candidate": item.candidate,
@@ -214,6 +210,10 @@ def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -
                 "candidate_response": after[change.index].response,
             }
             yield json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _first(run: RunFolder) -> list[Prediction]:
+    return next(iter(run.predictions.values()))
 
 
 def _print(

@@ -10,7 +10,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.metrics import exact_match
 from dskd_lightning.evaluation.rouge import rouge_l
 from dskd_lightning.runs.predictions import Prediction
-from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.run_folder import Draw, RunFolder
 
 __all__ = ["PROMPT_METRICS", "PromptMetric", "RunScores", "prompt_metric", "score_run"]
 
@@ -46,11 +46,11 @@ class RunScores:
 
     Args:
         by_prompt: index -> mean over seeds.
-        by_seed: seed -> mean over prompts.
+        by_seed: sampling -> mean over prompts.
     """
 
     by_prompt: dict[int, float]
-    by_seed: dict[int | None, float]
+    by_seed: dict[Draw, float]
 
     @property
     def mean(self) -> float:
@@ -87,10 +87,9 @@ def score_run(run: RunFolder, metric: PromptMetric) -> RunScores:
 
 
 def _scored(run: RunFolder, metric: PromptMetric) -> RunScores:
-    if not run.predictions:
-        raise UserError(f"{run.path}: has no predictions/*.jsonl; make them with `dskd predict`.")
+    run.check_predicted()
     totals: dict[int, float] = {}
-    by_seed: dict[int | None, float] = {}
+    by_seed: dict[Draw, float] = {}
     for seed, predictions in run.predictions.items():
         scores = {p.index: metric.score(p) for p in predictions}
         if totals and scores.keys() != totals.keys():

@@ -36,7 +36,7 @@ from dskd_lightning.runs.metrics_file import read_rows
 from dskd_lightning.runs.predictions import Prediction, read_predictions
 from dskd_lightning.runs.samples import SampledResponse, read_samples
 
-__all__ = ["TEACHER", "AlignmentMap", "Curves", "RunFolder"]
+__all__ = ["TEACHER", "AlignmentMap", "Curves", "Draw", "RunFolder"]
 
 TEACHER = "teacher"
 """What stands for a run or a model where the teacher is meant, and the name of its folder."""
@@ -44,6 +44,10 @@ TEACHER = "teacher"
 _REMEDY = "delete it or write it again"
 _LARGEST = 1e308
 _TEXTS = ("device", "energy_sources", MODEL_KEY)
+
+Draw = int | None | tuple[int, int | None]
+"""A sampling: its seed, None for greedy decoding; where several training runs are pooled, which of them and
+its seed."""
 
 Curves = dict[str, list[tuple[float, float]]]
 """Metric name -> (step, value) points in order."""
@@ -82,7 +86,7 @@ class RunFolder:
     Args:
         path: the folder.
         name: how the run is called in tables and plots.
-        predictions: by seed, None for greedy decoding; empty where there are none.
+        predictions: by sampling; empty where there are none.
         metrics: final numbers.
         curves: numbers by step.
         config: text of the configuration, or None.
@@ -98,7 +102,7 @@ class RunFolder:
 
     path: Path
     name: str
-    predictions: dict[int | None, list[Prediction]] = field(default_factory=dict)
+    predictions: dict[Draw, list[Prediction]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
     config: str | None = None
@@ -110,6 +114,19 @@ class RunFolder:
     teacher_efficiency: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     scores: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def trainings(self) -> list[dict[int | None, list[Prediction]]]:
+        """The predictions by seed, of each training run that is pooled here."""
+        found: dict[int, dict[int | None, list[Prediction]]] = {}
+        for draw, predictions in self.predictions.items():
+            number, seed = draw if isinstance(draw, tuple) else (0, draw)
+            found.setdefault(number, {})[seed] = predictions
+        return list(found.values()) or [{}]
+
+    def check_predicted(self) -> None:
+        """Raise `UserError` where there are no predictions."""
+        if not self.predictions:
+            raise UserError(f"{self.path}: has no predictions/*.jsonl; make them with `dskd predict`.")
 
     def mixtures(self) -> list[str]:
         """What of the results is of different models, one sentence each."""
@@ -159,8 +176,8 @@ class RunFolder:
         )
 
 
-def _read_all_predictions(folder: Path) -> dict[int | None, list[Prediction]]:
-    predictions: dict[int | None, list[Prediction]] = {}
+def _read_all_predictions(folder: Path) -> dict[Draw, list[Prediction]]:
+    predictions: dict[Draw, list[Prediction]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         read = read_predictions(file)
         seeds = {prediction.seed for prediction in read}

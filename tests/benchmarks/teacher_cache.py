@@ -78,19 +78,21 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64, help="examples of the demo data")
     parser.add_argument("--layers", type=int, default=10, help="of the demo's student")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--precision", default="bf16-mixed", help="of training; else the teacher is float32")
+    parser.add_argument("--cached-only", action="store_true", help="leave out the teacher that runs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         run(Path(name), arguments)
 
 
 def run(folder: Path, arguments: argparse.Namespace) -> None:
+    dtype = "bfloat16" if arguments.precision.startswith("bf16") else "float32"
     if arguments.demo:
-        teacher, student = dl.TeacherSpec("demo", dtype="bfloat16"), dl.StudentSpec("demo", dtype="float32")
+        teacher, student = dl.TeacherSpec("demo", dtype=dtype), dl.StudentSpec("demo", dtype="float32")
         student.prune, data = PruneSpec(layers=arguments.layers, by="even"), "demo"
     else:
         place, other, data = made_up(folder, arguments.vocab, arguments.examples)
-        teacher, student = dl.TeacherSpec(place, dtype="bfloat16"), dl.StudentSpec(other)
+        teacher, student = dl.TeacherSpec(place, dtype=dtype), dl.StudentSpec(other)
 
     def datamodule(cache: TeacherCacheSettings | None) -> dl.InstructionDataModule:
         return dl.InstructionDataModule(
@@ -135,6 +137,8 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
         "DSKD, warm cache": (dl.DSKDObjective(), cache),
         "DSKD, teacher runs": (dl.DSKDObjective(), None),
     }
+    if arguments.cached_only:
+        cases = {name: case for name, case in cases.items() if "runs" not in name}
     tokens = int(dataset.lengths[:, 0].sum())
     table = Table(title=f"An epoch of {len(dataset)} examples, {tokens:,} tokens, {total:,} of responses")
     for column in ("training", "seconds", "tokens/s", "times SFT", "waits for data"):

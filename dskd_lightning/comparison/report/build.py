@@ -93,7 +93,8 @@ def write_report(data: ReportData, folder: str | os.PathLike[str]) -> Path:
         ],
         examples=examples,
         example_count=example_count,
-        seed=next(iter(data.runs[0].predictions)),
+        seeds=list(data.runs[0].trainings()[0]),
+        trainings=[len(run.trainings()) for run in data.runs],
         changes={run.name: content.config_changes(data.runs[0], run) for run in data.runs[1:]},
     )
     path = folder / "report.html"

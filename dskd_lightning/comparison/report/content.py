@@ -94,8 +94,9 @@ def run_tables(runs: Sequence[RunFolder]) -> list[Table]:
     """Generated responses, final numbers, and efficiency where it was measured."""
     columns = ["run"]
     seeds = max(len(run.predictions) for run in runs)
+    kind = "seeds" if all(len(run.trainings()) == 1 for run in runs) else "samplings"
     for metric in PROMPT_METRICS:
-        spread = [f"± over {seeds} seeds"] if metric.name == "rougeL" and seeds > 1 else []
+        spread = [f"± over {seeds} {kind}"] if metric.name == "rougeL" and seeds > 1 else []
         columns += [metric.label, *spread]
     rows = []
     for run in runs:

@@ -52,7 +52,7 @@ def collect_examples(
 ) -> tuple[list[Example], int]:
     """Up to ``limit`` examples, the worst regressions and the largest gains; and how many there are in all.
 
-    Responses shown are those of the first seed.
+    Responses shown are those of the first seed, and training run.
     """
     higher = comparisons[0].metric.higher_is_better
     changes: dict[int, list[float]] = {}
@@ -62,8 +62,7 @@ def collect_examples(
     worst = {index: min(values) if min(values) < 0 else max(values) for index, values in changes.items()}
     order = sorted(worst, key=lambda index: (worst[index], index))
     chosen = order if len(order) <= limit else order[: limit - limit // 3] + order[len(order) - limit // 3 :]
-    seed = next(iter(runs[0].predictions))
-    by_run = [{p.index: p for p in run.predictions[seed]} for run in runs]
+    by_run = [{p.index: p for p in next(iter(run.predictions.values()))} for run in runs]
     scores = [comparisons[0].baseline_scores, *(comparison.candidate_scores for comparison in comparisons)]
     examples = []
     for index in chosen:
