@@ -94,8 +94,7 @@ def teacher_columns(items: Sequence[AgainstTeacher]) -> tuple[list[str], list[li
 def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher:
     same: list[float] = []
     by_prompt: dict[int, list[float]] = {}
-    (of_teacher,) = teacher.trainings()
-    answers = {seed: {p.index: p.response for p in found} for seed, found in of_teacher.items()}
+    answers = {seed: {p.index: p.response for p in found} for seed, found in teacher.trainings()[0].items()}
     shared = [(answers.get(seed, {}), p) for own in run.trainings() for seed in own for p in own[seed]]
     for theirs, p in shared:
         if p.index in theirs:

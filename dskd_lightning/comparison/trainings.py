@@ -32,14 +32,17 @@ def named_folders(run: str) -> tuple[str | None, list[str]]:
 
 
 def open_trainings(run: str) -> list[RunFolder]:
-    """The runs that ``[NAME=]FOLDER[,FOLDER...]`` names, each under that name or the first folder's.
+    """The runs that ``[NAME=]FOLDER[,FOLDER...]`` names, each under that name or one made of the first folder's.
 
     Raises:
         UserError: as `named_folders` and `RunFolder.read`.
     """
     name, folders = named_folders(run)
-    first = RunFolder.read(folders[0], name)
-    return [first, *(RunFolder.read(folder, first.name) for folder in folders[1:])]
+    runs = [RunFolder.read(folder, name) for folder in folders]
+    if name is None and len(runs) > 1:
+        name = f"{runs[0].name} and {len(runs) - 1} more"
+        runs = [replace(run, name=name) for run in runs]
+    return runs
 
 
 def pooled(runs: Sequence[RunFolder]) -> RunFolder:

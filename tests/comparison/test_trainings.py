@@ -84,6 +84,11 @@ def test_the_teacher_beside_them(methods: dict[str, list[Path]], tmp_path: Path)
     assert beside[1]["exact"] == pytest.approx(100 * np.mean(same))
 
 
+def test_a_run_without_a_name_says_how_many_it_is(methods: dict[str, list[Path]]) -> None:
+    named = [pooled(open_trainings(run.partition("=")[2])).name for run in asked(methods, sft=3, dskd=1)]
+    assert named == ["sft_0 and 2 more", "dskd_0"]
+
+
 def test_names(tmp_path: Path) -> None:
     assert named_folders("a") == (None, ["a"])
     assert named_folders("x=a,b") == ("x", ["a", "b"])
