@@ -32,7 +32,7 @@ def named_folders(run: str) -> tuple[str | None, list[str]]:
 
 
 def open_trainings(run: str) -> list[RunFolder]:
-    """The runs that ``[NAME=]FOLDER[,FOLDER...]`` names, each under that name or one made of the first folder's.
+    """The runs that ``[NAME=]FOLDER[,FOLDER...]`` names, each under that name or one after the first folder.
 
     Raises:
         UserError: as `named_folders` and `RunFolder.read`.
