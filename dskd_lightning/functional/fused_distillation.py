@@ -23,11 +23,11 @@ from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, chunk_tokens, 
 from dskd_lightning.functional.divergences import Divergence
 from dskd_lightning.structures import Head
 
-__all__ = ["FusedLosses", "fused_distillation"]
+__all__ = ["CPU_TOKENS", "FusedLosses", "fused_distillation"]
 
 
-# More rows don't make the products of a CPU any faster.
-_CPU_TOKENS = 512
+CPU_TOKENS = 512
+"""The most of a chunk on a CPU, whose products more rows don't make any faster."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def fused_distillation(
         copies = len(heads) if cpu else 8 if divergence is None else 16
         chunk_size = chunk_tokens(vocab, memory_budget_mb, copies=copies)
         if cpu:
-            chunk_size = min(chunk_size, _CPU_TOKENS)
+            chunk_size = min(chunk_size, CPU_TOKENS)
     losses = TileLosses(
         weights=LossWeights(ce_weight, teacher_ce_weight, kd_weight),
         divergence=divergence,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dskd_lightning.functional.chunking import chunk_tokens
+from dskd_lightning.functional.fused_distillation import CPU_TOKENS
 from dskd_lightning.planning.calculator.shapes import DataSize, Layout, Losses, ModelSize
 
 __all__ = ["PROGRAM", "activation_bytes", "loss_bytes", "memory"]
@@ -82,6 +83,7 @@ def loss_bytes(
     rows = min(chunk, data.largest_responses)
     if layout.cuda:
         return 4.0 * copies * rows * vocabulary
+    rows = min(rows, CPU_TOKENS)
     width = layout.width(student)
     tiles = _TILES[losses.kind] + (losses.heads if width == 2 else 0)
     return losses.heads * rows * vocabulary * width + tiles * min(_TILE_BYTES, 4 * rows * vocabulary)
