@@ -32,7 +32,6 @@ from dskd_lightning.comparison.trainings import open_trainings, pooled
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.scores import PROMPT_METRICS, prompt_metric
 from dskd_lightning.files import replacing, write_object
-from dskd_lightning.runs.predictions import Prediction
 from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.tables import number_tables
 from dskd_lightning.runs.text import visible
@@ -197,9 +196,10 @@ def _summary(comparisons: Sequence[Comparison], gates: Sequence[GateResult]) -> 
 
 
 def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> Iterator[str]:
-    before = {p.index: p for p in _first(runs[0])}
+    seed = next(iter(runs[0].trainings()[0]))
+    before = {p.index: p for p in runs[0].trainings()[0][seed]}
     for item, run in zip(comparisons, runs[1:], strict=True):
-        after = {p.index: p for p in _first(run)}
+        after = {p.index: p for p in run.trainings()[0][seed]}
         for change in item.regressions:
             record = {
                 "candidate": item.candidate,
@@ -210,10 +210,6 @@ def _regressions(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -
                 "candidate_response": after[change.index].response,
             }
             yield json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _first(run: RunFolder) -> list[Prediction]:
-    return next(iter(run.predictions.values()))
 
 
 def _print(

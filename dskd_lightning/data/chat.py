@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, Literal
 
 from dskd_lightning.alignment.byte_spans import ByteSpans, batch_byte_spans, token_byte_spans
@@ -208,14 +208,11 @@ class ChatRenderer:
 
     def tokenized(self, layouts: Sequence[Layout]) -> list[RenderedConversation]:
         """The conversations of ``layouts``."""
-        texts = [text for layout in layouts for turn in layout for text in turn.texts]
+        texts, learnt = list[_Text](), list[bool]()
+        for turn in chain.from_iterable(layouts):
+            texts += turn.texts
+            learnt += [False] * (len(turn.texts) - 1) + [turn.learnt]
         ids = self._all_ids(texts)
-        learnt = [
-            text is turn.response and turn.learnt
-            for layout in layouts
-            for turn in layout
-            for text in turn.texts
-        ]
         spans = batch_byte_spans(
             self.tokenizer,
             [text.text for text in compress(texts, learnt)],

@@ -78,11 +78,15 @@ class ChatTemplate:
             _absent([*(m.content for m in messages), tools, *plain], 14)
         )
         found = any_of(tuple(plain)) if plain else None
+
+        def written_as(number: int) -> str:
+            return "".join(digits[int(digit)] for digit in str(number))
+
         marked, written = [], dict[str, str]()
         patterns: list[tuple[str, list[re.Pattern[str]]]] = []
         for message in messages:
             content = message.content
-            name = mark + "".join(digits[int(digit)] for digit in str(len(patterns)))
+            name = mark + written_as(len(patterns))
             if message.role == "assistant":
                 content, pattern = _mark_response(
                     content.strip(), f"{name}{inner}{mark}", f"{name}{outer}{mark}"
@@ -94,8 +98,7 @@ class ChatTemplate:
             elif found:
 
                 def hide(match: re.Match[str]) -> str:
-                    number = "".join(digits[int(digit)] for digit in str(plain.index(match[0])))
-                    key = f"{mark}{special}{number}{mark}"
+                    key = f"{mark}{special}{written_as(plain.index(match[0]))}{mark}"
                     written[key] = match[0]
                     return key
 

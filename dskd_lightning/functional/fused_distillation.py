@@ -23,11 +23,10 @@ from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB, chunk_tokens, 
 from dskd_lightning.functional.divergences import Divergence
 from dskd_lightning.structures import Head
 
-__all__ = ["CPU_TOKENS", "FusedLosses", "fused_distillation"]
+__all__ = ["FusedLosses", "fused_chunk", "fused_distillation"]
 
-
-CPU_TOKENS = 512
-"""The most of a chunk on a CPU, whose products more rows don't make any faster."""
+# More rows don't make the products of a CPU any faster.
+_CPU_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,25 @@ class FusedLosses:
 
     loss: Tensor
     stats: dict[str, Tensor]
+
+
+def fused_chunk(
+    vocab_size: int, budget_mb: float, *, heads: int, compared: bool, cpu: bool
+) -> tuple[int, int]:
+    """Tokens of a chunk of `fused_distillation`, and how many tensors ``[tokens, vocab]`` it has at once.
+
+    On a CPU the float32 work happens in cache-sized tiles, and only the logits fill the chunk.
+
+    Args:
+        vocab_size: the (larger) vocabulary.
+        budget_mb: MiB for those tensors.
+        heads: whose logits are made.
+        compared: whether there is a divergence.
+        cpu: where it runs.
+    """
+    copies = heads if cpu else 16 if compared else 8
+    tokens = chunk_tokens(vocab_size, budget_mb, copies=copies)
+    return min(tokens, _CPU_TOKENS) if cpu else tokens, copies
 
 
 @torch.compiler.disable  # a graph break: the loop over chunks and its gradients aren't for tracing
@@ -101,12 +119,10 @@ def fused_distillation(
     heads = [student_head] if teacher_head is None else [student_head, teacher_head]
     vocab = max(head.vocab_size for head in heads)
     if chunk_size is None:
-        # On a CPU the float32 work happens in cache-sized tiles and only the logits fill the chunk.
         cpu = student_hidden.device.type == "cpu"
-        copies = len(heads) if cpu else 8 if divergence is None else 16
-        chunk_size = chunk_tokens(vocab, memory_budget_mb, copies=copies)
-        if cpu:
-            chunk_size = min(chunk_size, CPU_TOKENS)
+        chunk_size, _ = fused_chunk(
+            vocab, memory_budget_mb, heads=len(heads), compared=divergence is not None, cpu=cpu
+        )
     losses = TileLosses(
         weights=LossWeights(ce_weight, teacher_ce_weight, kd_weight),
         divergence=divergence,

@@ -68,6 +68,18 @@ def test_report_and_files(methods: dict[str, list[Path]], tmp_path: Path) -> Non
         assert record["baseline_response"].split()[:1] == ["one"]
 
 
+def test_responses_of_one_seed_are_set_side_by_side(tmp_path: Path) -> None:
+    """Whatever their files are called."""
+    base = make_run(tmp_path / "base", [5, 5, 5])
+    make_run(tmp_path / "one", [1, 1, 1], seeds=(10,))
+    other = make_run(tmp_path / "other", [3, 3, 3], seeds=(20,))
+    (tmp_path / "one" / "predictions" / "seed_10.jsonl").rename(other / "predictions" / "z.jsonl")
+    compare_runs([base, other], output=tmp_path / "out", resamples=100, console=quiet())
+    lines = (tmp_path / "out" / "regressions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["candidate_response"] for line in lines] == ["one"] * 3
+    assert "one two three</" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_one_run_is_as_it_was(methods: dict[str, list[Path]], tmp_path: Path) -> None:
     compare_runs(asked(methods, sft=1, dskd=1), output=tmp_path / "out", resamples=200, console=quiet())
     page = (tmp_path / "out" / "report.html").read_text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from conftest import make_tokenizer
 
 from dskd_lightning.data.chat import ChatRenderer
+from dskd_lightning.data.chunks import chunked, render_chunk
 from dskd_lightning.data.examples import Example, InvalidRecord, Message
 from dskd_lightning.data.rendering import PreparationSettings, render_examples
 from dskd_lightning.tokenizers import encoded
@@ -20,6 +24,7 @@ RENDERERS = [
     ChatRenderer(make_tokenizer("bpe")),
     ChatRenderer(make_tokenizer("sentencepiece", add_bos=True, chat=False), PLAIN),
 ]
+EVERYTHING = [ChatRenderer(make_tokenizer("bpe"), learn="everything")] * 2
 SETTINGS = PreparationSettings(max_length=60, max_prompt_length=30)
 
 
@@ -118,3 +123,25 @@ def test_rendering_asks_for_no_threads(monkeypatch) -> None:
     list(render_examples(EXAMPLES, RENDERERS, SETTINGS, Counter()))
     assert asked_for
     assert not any(asked_for)
+
+
+def test_the_garbage_collector_goes_on_behind_a_chunk() -> None:
+    chunk = [EXAMPLES[0]]
+    seen: list[bool] = []
+
+    def watched() -> Iterator[Example]:
+        seen.append(gc.isenabled())
+        yield from chunk
+
+    assert list(chunked(watched())) == [chunk]
+    assert seen == [False]
+    assert gc.isenabled()
+    with pytest.raises(InvalidRecord):
+        render_chunk([replace(EXAMPLES[0], teacher_messages=EXAMPLES[0].messages)], EVERYTHING, SETTINGS)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        render_chunk(chunk, RENDERERS, SETTINGS)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

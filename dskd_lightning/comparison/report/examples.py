@@ -62,7 +62,8 @@ def collect_examples(
     worst = {index: min(values) if min(values) < 0 else max(values) for index, values in changes.items()}
     order = sorted(worst, key=lambda index: (worst[index], index))
     chosen = order if len(order) <= limit else order[: limit - limit // 3] + order[len(order) - limit // 3 :]
-    by_run = [{p.index: p for p in next(iter(run.predictions.values()))} for run in runs]
+    seed = next(iter(runs[0].trainings()[0]))
+    by_run = [{p.index: p for p in run.trainings()[0][seed]} for run in runs]
     scores = [comparisons[0].baseline_scores, *(comparison.candidate_scores for comparison in comparisons)]
     examples = []
     for index in chosen:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dskd_lightning.functional.chunking import chunk_tokens
-from dskd_lightning.functional.fused_distillation import CPU_TOKENS
+from dskd_lightning.functional.fused_distillation import fused_chunk
 from dskd_lightning.planning.calculator.shapes import DataSize, Layout, Losses, ModelSize
 
 __all__ = ["PROGRAM", "activation_bytes", "loss_bytes", "memory"]
@@ -20,8 +19,6 @@ _GRADIENTS = 2
 _TILE_BYTES = 2 * 2**20
 _TILES = {"sft": 2.25, "logits": 8.5, "dual": 8.5}
 """Tiles of float32 that a CPU works in, see `functional._tiles`; logits in 16 bits need one more a head."""
-_COPIES = {"sft": 8, "logits": 16, "dual": 16}
-"""Tensors of a chunk's logits on a GPU, see `functional.fused_distillation`."""
 
 
 def memory(
@@ -78,12 +75,13 @@ def loss_bytes(
 ) -> float:
     """Of the vocabulary-sized tensors of a chunk."""
     vocabulary = max(model.vocabulary for model in (student, *teachers))
-    copies = _COPIES[losses.kind] if layout.cuda else losses.heads
-    chunk = chunk_tokens(vocabulary, losses.budget / 2**20, copies=copies)
+    compared, cpu = losses.kind != "sft", not layout.cuda
+    chunk, copies = fused_chunk(
+        vocabulary, losses.budget / 2**20, heads=losses.heads, compared=compared, cpu=cpu
+    )
     rows = min(chunk, data.largest_responses)
     if layout.cuda:
         return 4.0 * copies * rows * vocabulary
-    rows = min(rows, CPU_TOKENS)
     width = layout.width(student)
     tiles = _TILES[losses.kind] + (losses.heads if width == 2 else 0)
     return losses.heads * rows * vocabulary * width + tiles * min(_TILE_BYTES, 4 * rows * vocabulary)
