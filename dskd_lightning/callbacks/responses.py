@@ -17,7 +17,7 @@ from peft import PeftModel
 from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
-from dskd_lightning.evaluation.predict import predict
+from dskd_lightning.evaluation.predict import predict, told_by_seed
 from dskd_lightning.files import write_object
 from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.export import merged
@@ -146,14 +146,6 @@ class ResponseEvaluation(L.Callback):
         folder = self.output / "predictions"
         self._weights = weights_fingerprint(student)
         with Progress("Responses", len(records), "prompts", seconds=10) as progress:
-
-            def report(seed: int | None, done: int, total: int) -> None:
-                progress.what = "Greedy responses" if seed is None else f"Responses of seed {seed}"
-                progress.done, progress.total = done, total
-                if done == total:
-                    progress.say()
-                    progress.begin("Responses", len(records))
-
             predictions = module_.as_step(
                 partial(
                     predict,
@@ -162,7 +154,7 @@ class ResponseEvaluation(L.Callback):
                     folder,
                     model_id=self._weights,
                     seeds=self.seeds,
-                    progress=report,
+                    progress=told_by_seed(progress),
                 )
             )
         return response_scores(predictions)

@@ -17,6 +17,7 @@ from dskd_lightning.data.reading import read_examples
 from dskd_lightning.data.sources import resolve_sources
 from dskd_lightning.data.urls import masked
 from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.predict import told_by_seed
 from dskd_lightning.evaluation.response_data import prompt_records, samples_folder, write_response_data
 from dskd_lightning.evaluation.response_parts import answer_part
 from dskd_lightning.generation.filtering import ResponseFilter
@@ -70,11 +71,7 @@ def generate_responses(
         "limit": limit,
     }
     with Progress("Responses", len(examples), "prompts", seconds=10) as progress:
-
-        def report(seed: int | None, done: int, total: int) -> None:
-            progress.what = "Greedy responses" if seed is None else f"Responses of seed {seed}"
-            progress.done, progress.total = done, total
-
+        report = told_by_seed(progress)
         if chosen is not None:
             folder = samples_folder(Path(output))
             records, identity = prompt_records(renderer, examples), weights_fingerprint(generator.model)
@@ -86,7 +83,6 @@ def generate_responses(
             meta = write_response_data(
                 generator, renderer, examples, Path(output), seeds, keep, provenance, report, places
             )
-        progress.say()
     if rank_and_world()[0] != 0:
         return
     if chosen is not None:

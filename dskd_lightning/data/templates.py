@@ -51,7 +51,7 @@ class ChatTemplate:
         # Qwen3-like templates read `enable_thinking`; others ignore it.
         self.options = {"enable_thinking": False, **(options or {})}
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        self._system_shown: dict[tuple[tuple[str, ...], bool], bool] = {}
+        self._shown_of: dict[tuple[Any, ...], frozenset[int]] = {}
 
     def around_responses(
         self,
@@ -127,7 +127,7 @@ class ChatTemplate:
         system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
         try:
             text = self._rendered(messages, tools)
-            if system and not (system in text and self._shows_system(messages, tools)):
+            if system and not (system in text and 0 in self._shown(messages, tools)):
                 raise ValueError("it leaves out the system message")
         except Exception as error:  # templates are programs, and raise anything
             if system and len(messages) > 1 and messages[1]["role"] == "user":
@@ -144,10 +144,11 @@ class ChatTemplate:
                 "give the model another `chat_template`.",
                 "refused by the chat template",
             ) from error
-        for message in messages:
-            content = message["content"].strip()
-            forms = (content, json.dumps(content, ensure_ascii=False)[1:-1])
-            if message["role"] in ("user", "tool") and not any(form in text for form in forms):
+        for index, message in enumerate(messages):
+            if message["role"] in ("user", "tool") and not (
+                any(form in text for form in _forms(message["content"].strip()))
+                and index in self._shown(messages, tools)
+            ):
                 raise InvalidRecord(
                     f"The chat template leaves out a {message['role']} message of the conversation at "
                     f"{place}: give the model another `chat_template`.",
@@ -155,14 +156,22 @@ class ChatTemplate:
                 )
         return text
 
-    def _shows_system(self, messages: list[dict[str, Any]], tools: str) -> bool:
-        """Whether the template takes a system message, whose text may stand elsewhere too."""
-        case = (tuple(message["role"] for message in messages), bool(tools))
-        if case not in self._system_shown:
+    def _shown(self, messages: list[dict[str, Any]], tools: str) -> frozenset[int]:
+        """Which messages of a conversation like this the template shows; their text may stand elsewhere too.
+
+        All of them where the template refuses to be asked, which it does by other texts in their place.
+        """
+        case = (tuple((message["role"], *sorted(message)) for message in messages), bool(tools))
+        if case not in self._shown_of:
             mark = _absent([tools, *(message["content"] for message in messages)], 1)
-            marked = [{**messages[0], "content": mark}, *messages[1:]]
-            self._system_shown[case] = mark in self._rendered(marked, tools)
-        return self._system_shown[case]
+            asked = {i: f"{mark}{i}{mark}" for i, m in enumerate(messages) if m["role"] != "assistant"}
+            marked = [{**m, "content": asked.get(i, m["content"])} for i, m in enumerate(messages)]
+            try:
+                text = self._rendered(marked, tools)
+            except Exception:
+                text = "".join(asked.values())
+            self._shown_of[case] = frozenset(i for i, name in asked.items() if name in text)
+        return self._shown_of[case]
 
     def spelled_out(self, example: Example) -> Example:
         """``example`` with its tool calls as the text that this template writes for them."""
@@ -254,6 +263,11 @@ def _left_out(what: str, place: str, everything: bool) -> InvalidRecord:
         f"`chat_template` or a `prompt_template`{setting}.",
         "left out by the chat template",
     )
+
+
+def _forms(content: str) -> tuple[str, str]:
+    """How a template may write ``content``: as it is, or within JSON."""
+    return content, json.dumps(content, ensure_ascii=False)[1:-1]
 
 
 def _absent(texts: Sequence[str], count: int) -> str:

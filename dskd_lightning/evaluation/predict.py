@@ -15,9 +15,10 @@ from dskd_lightning.evaluation.writer import PredictionWriter
 from dskd_lightning.files import read_object, write_object
 from dskd_lightning.generation.generator import Generator
 from dskd_lightning.ranks import barrier, rank_and_world
+from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
 
-__all__ = ["PAPER_SEEDS", "SETTINGS_FILE", "PromptRecord", "check_settings", "predict"]
+__all__ = ["PAPER_SEEDS", "SETTINGS_FILE", "PromptRecord", "check_settings", "predict", "told_by_seed"]
 
 SETTINGS_FILE = "settings.json"
 
@@ -56,7 +57,8 @@ def predict(
         folder: where the files go.
         model_id: names the weights; a partial file of another model is refused.
         seeds: sampling seeds; None among them decodes greedily.
-        progress: called with (seed, prompts done, prompts of this rank).
+        progress: called with (seed, prompts done, prompts of this rank that aren't on disk), with 0 done at
+            first, see `told_by_seed`.
 
     Raises:
         UserError: partial results of other settings are in the way, or indices repeat.
@@ -83,6 +85,19 @@ def predict(
         barrier()
         results[seed] = read_predictions(path, indices)
     return results
+
+
+def told_by_seed(progress: Progress) -> Callable[[int | None, int, int], None]:
+    """What `predict` calls, told as ``progress``, which begins anew with each seed."""
+
+    def report(seed: int | None, done: int, total: int) -> None:
+        if done == 0:
+            progress.begin("Greedy responses" if seed is None else f"Responses of seed {seed}", total)
+        progress.done = done
+        if done == total > 0:
+            progress.say()
+
+    return report
 
 
 def check_settings(
@@ -118,6 +133,8 @@ def _generate(
 ) -> None:
     by_index = {record.index: record for record in records}
     done = 0
+    if progress is not None:
+        progress(seed, done, len(records))
     for batch in generator(
         [record.ids for record in records], seed=seed, indices=[record.index for record in records]
     ):

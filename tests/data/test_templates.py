@@ -314,11 +314,27 @@ def test_templates_raise_anything(template: object) -> None:
         renderer.render(example)
 
 
+@pytest.mark.parametrize("text", ["question", "e"])  # which the template itself writes
 @pytest.mark.parametrize("left_out", ["user", "tool"])
-def test_a_template_that_leaves_out_a_message_is_refused(left_out: str) -> None:
+def test_a_template_that_leaves_out_a_message_is_refused(left_out: str, text: str) -> None:
     template = CHAT_TEMPLATE.replace(
         "{% for m in messages %}", "{% for m in messages if m.role != '" + left_out + "' %}"
     )
-    said = [Message("user", "question"), Message("tool", "result"), Message("assistant", "y")]
+    said = [Message("user", text), Message("tool", text), Message("assistant", "yes")]
     with pytest.raises(UserError, match=f"leaves out a {left_out} message"):
         text_of(template, *said)
+
+
+def test_a_template_may_refuse_other_texts_than_the_conversations() -> None:
+    template = "{% if messages[0].content | length < 5 %}{{ 1 // 0 }}{% endif %}" + CHAT_TEMPLATE
+    whole, _ = text_of(template, Message("user", "long enough"), Message("assistant", "y"))
+    assert "long enough" in whole
+
+
+def test_a_message_may_stand_within_json() -> None:
+    template = CHAT_TEMPLATE.replace(
+        "m['content']", "(m.content | tojson if m.role == 'tool' else m.content)"
+    )
+    said = [Message("user", "x"), Message("tool", 'a "quoted"\nline'), Message("assistant", "y")]
+    whole, _ = text_of(template, *said)
+    assert '"a \\"quoted\\"\\nline"' in whole

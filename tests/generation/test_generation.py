@@ -7,10 +7,11 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.evaluation.predict import PromptRecord, predict
+from dskd_lightning.evaluation.predict import PromptRecord, predict, told_by_seed
 from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.generation.sampling import InverseTransformSampling, prompt_uniforms
 from dskd_lightning.generation.stop_tokens import stop_token_ids
+from dskd_lightning.runs.heartbeat import Progress
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [20, 21], [30, 31, 32, 33]]
 
@@ -173,10 +174,18 @@ def test_predict_resumes_after_a_kill_with_the_same_result(model, tokenizer, tmp
     asked = []
     again = predict(
         generator, records(), tmp_path / "cut", model_id="m", seeds=(10, None),
-        progress=lambda seed, done, total: asked.append((seed, total)),
+        progress=lambda seed, done, total: asked.append((seed, done, total)),
     )  # fmt: skip
     assert again == whole
-    assert asked[0] == (10, 3)
+    assert asked[0] == (10, 0, 3)
+    seen = []
+    progress = Progress("Responses", 99, "prompts")
+    report = told_by_seed(progress)
+    for told in ((10, 0, 3), (10, 2, 3), (10, 3, 3), (None, 0, 5)):
+        report(*told)
+        seen.append((progress.what, progress.done, progress.total))
+    name = "Responses of seed 10"
+    assert seen == [(name, 0, 3), (name, 2, 3), (name, 3, 3), ("Greedy responses", 0, 5)]
     assert not partial.exists()
     names = sorted(path.name for path in (tmp_path / "cut").iterdir())
     assert names == ["greedy.jsonl", "seed_10.jsonl", "settings.json"]
