@@ -1,4 +1,4 @@
-"""Chunks of examples, and what each becomes: Arrow record batches as bytes, the same whoever makes them."""
+"""Chunks of records, and what each becomes: Arrow record batches as bytes, the same whoever makes them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import functools
 import gc
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.examples import Example
+from dskd_lightning.data.reading import RawRecord, parsed
 from dskd_lightning.data.rendering import PreparationSettings, render_examples
 
 __all__ = ["RenderedChunk", "chunked", "file_names", "render_chunk", "schemas"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_EXAMPLES = 512
+_RECORDS = 512
 _CHARACTERS = 2**21
 """Where a chunk ends, whichever comes first: a few long documents are as much work as many conversations."""
 
@@ -32,14 +33,14 @@ class RenderedChunk:
             where ``rows`` is 0.
         rows: of each record batch.
         lengths: ``rows * models`` tokens that each model reads of each row.
-        examples: that went into the chunk.
-        counts: what was cut and left out.
+        records: that went into the chunk.
+        counts: what was unused, cut and left out.
     """
 
     messages: tuple[bytes, ...]
     rows: int
     lengths: array[int]
-    examples: int
+    records: int
     counts: Counter[str]
 
 
@@ -53,9 +54,9 @@ def schemas(models: int) -> list[Any]:
     return [_example_schema(), *(_model_schema() for _ in range(models))]
 
 
-def chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Lists of consecutive examples, whose borders follow from the examples alone."""
-    following = iter(examples)
+def chunked(records: Iterable[RawRecord | Example]) -> Iterator[list[RawRecord | Example]]:
+    """Lists of consecutive records, whose borders follow from the records alone."""
+    following = iter(records)
     while chunk := _first_chunk(following):
         yield chunk
 
@@ -77,31 +78,54 @@ def _uncollected(work: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 @_uncollected
-def _first_chunk(examples: Iterator[Example]) -> list[Example]:
-    chunk: list[Example] = []
+def _first_chunk(records: Iterator[RawRecord | Example]) -> list[RawRecord | Example]:
+    chunk: list[RawRecord | Example] = []
     characters = 0
-    for example in examples:
-        chunk.append(example)
-        characters += sum(len(message.content) for message in example.messages)
-        if len(chunk) >= _EXAMPLES or characters >= _CHARACTERS:
+    for record in records:
+        chunk.append(record)
+        characters += _characters(record)
+        if len(chunk) >= _RECORDS or characters >= _CHARACTERS:
             break
     return chunk
 
 
+def _characters(record: RawRecord | Example) -> int:
+    if isinstance(record, Example):
+        return sum(len(message.content) for message in record.messages)
+    return _size(record.value)
+
+
+def _size(value: Any) -> int:
+    """Characters, or bytes, in all that ``value`` holds, however deep."""
+    size, values = 0, [value]
+    for held in values:
+        if isinstance(held, str | bytes):
+            size += len(held)
+        elif isinstance(held, Mapping):
+            values += held.values()
+        elif isinstance(held, list):
+            values += held
+    return size
+
+
 @_uncollected
 def render_chunk(
-    examples: Sequence[Example], renderers: Sequence[ChatRenderer], settings: PreparationSettings
+    records: Sequence[RawRecord | Example],
+    renderers: Sequence[ChatRenderer],
+    settings: PreparationSettings,
 ) -> RenderedChunk:
-    """Render, cut and lay out the examples of a chunk.
+    """Parse, render, cut and lay out what a chunk holds.
 
     Raises:
-        InvalidRecord: one of them can't be learnt from, unless ``skip_invalid``.
+        InvalidRecord: one of the records can't be learnt from, unless ``skip_invalid``.
     """
     import pyarrow as pa
 
     counts: Counter[str] = Counter()
     lengths = array("i")  # 4 bytes a number
     columns: list[list[dict[str, Any]]] = [[] for _ in file_names(len(renderers))]
+    found = (parsed(record, settings, counts) for record in records)
+    examples = [example for example in found if example is not None]
     for _, piece, rows in render_examples(examples, renderers, settings, counts):
         lengths.extend(len(row["tokens"]) - 1 for row in rows)
         for column, row in zip(columns, [_example_row(piece), *rows], strict=True):
@@ -110,7 +134,7 @@ def render_chunk(
         pa.RecordBatch.from_pylist(rows, schema=schema).serialize().to_pybytes() if rows else b""
         for rows, schema in zip(columns, schemas(len(renderers)), strict=True)
     )
-    return RenderedChunk(messages, len(columns[0]), lengths, len(examples), counts)
+    return RenderedChunk(messages, len(columns[0]), lengths, len(records), counts)
 
 
 def _example_row(example: Example) -> dict[str, Any]:

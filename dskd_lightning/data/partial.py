@@ -46,7 +46,7 @@ class PartialDataset:
     def _begin(self) -> None:
         self.chunks = 0
         """Appended so far; those that an earlier process appended needn't be rendered again."""
-        self.examples = 0
+        self.records = 0
         """That went into those chunks."""
         self.counts: Counter[str] = Counter()
         self._starts = {name: [0] for name in file_names(self.models)}
@@ -82,7 +82,7 @@ class PartialDataset:
             self._rows.append(chunk.rows)
             self._files[_LENGTHS].write(chunk.lengths.tobytes())
         self.chunks += 1
-        self.examples += chunk.examples
+        self.records += chunk.records
         self.counts.update(chunk.counts)
         if self.chunks % _EVERY == 0:
             self._note()
@@ -127,7 +127,7 @@ class PartialDataset:
             os.fsync(file.fileno())
         state = {
             "chunks": self.chunks,
-            "examples": self.examples,
+            "records": self.records,
             "counts": self.counts,
             "rows": self._rows,
             "starts": self._starts,
@@ -143,11 +143,11 @@ class PartialDataset:
         for name, size in sizes.items():
             if (self.folder / name).stat().st_size < size:
                 raise ValueError(f"{name} is shorter than the journal says")
-        self.chunks, self.examples = int(state["chunks"]), int(state["examples"])
+        self.chunks, self.records = int(state["chunks"]), int(state["records"])
         self.counts = Counter(state["counts"])
         self._starts, self._crc32, self._rows = state["starts"], state["checksums"], state["rows"]
         self._open(sizes)
-        _log.info("Going on with %s examples that an earlier process has prepared.", f"{self.examples:,}")
+        _log.info("Going on with %s records that an earlier process has prepared.", f"{self.records:,}")
 
     def _open(self, sizes: Mapping[str, int]) -> None:
         for name, size in sizes.items():

@@ -23,7 +23,7 @@ from dskd_lightning.data.checked_files import damaged
 from dskd_lightning.data.chunks import chunked, render_chunk
 from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.prepared import PreparedDataset
-from dskd_lightning.data.reading import read_examples
+from dskd_lightning.data.reading import read_records
 from dskd_lightning.data.remote_faults import SourceUnavailable
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_VERSION = 10  # of the files' layout and of the rendering
+_VERSION = 11  # of the files' layout and of the rendering
 UNFINISHED = ".preparing-"
 """How the folders of what isn't finished begin."""
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write
@@ -244,12 +244,12 @@ def _write(
     work = functools.partial(render_chunk, renderers=renderers, settings=settings)
     with (
         PartialDataset(folder, len(renderers)) as made,
-        Progress(f"Preparing {names}", None, "examples") as progress,
+        Progress(f"Preparing {names}", None, "records") as progress,
     ):
         with _unchanged(sources):
-            chunks = chunked(read_examples(sources, settings, counts))
+            chunks = chunked(read_records(sources, settings, counts))
             done = sum(map(len, itertools.islice(chunks, made.chunks)))  # read again, for what that counts
-            if done != made.examples:
+            if done != made.records:
                 raise UserError(
                     f"What is prepared in '{folder}' was begun by another version of this library: it is "
                     "removed now; start again."
@@ -260,7 +260,7 @@ def _write(
             for chunk in worked_in_order(work, chunks, processes):
                 made.append(chunk)
                 _check_size(made.size, at_most, names)
-                progress.done += chunk.examples
+                progress.done += chunk.records
         counts.update(made.counts)
         counts["used"] = made.rows
         made.finish(_ordered(counts))

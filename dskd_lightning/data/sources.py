@@ -74,6 +74,13 @@ class Source:
         """Whether it is read over a network that may fail."""
         return self.shard is not None or isinstance(self.path, RemoteFile)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file, whose records consist of JSON's or Arrow's own types."""
+        if isinstance(self.path, RemoteFile):
+            return True
+        return self.path is not None and not self.path.is_dir()
+
     def records(self, skip: Skip | None = None) -> Iterator[Record]:
         """All records in order; never more than a chunk of them in memory.
 

@@ -75,15 +75,19 @@ def _until_failure(chunks: Iterable[_In], failures: list[Exception]) -> Iterator
 
 def _shared_out(work: Callable[[_In], _Out], chunks: Iterator[_In], processes: int) -> Iterator[_Out]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    waiting: collections.deque[Future[_Out]] = collections.deque()
+    waiting: collections.deque[tuple[_In, Future[_Out]]] = collections.deque()
     pool = ProcessPoolExecutor(processes, context, _begin, (work,))
     try:
         while True:
             for chunk in islice(chunks, _AHEAD * processes - len(waiting)):
-                waiting.append(pool.submit(_done, chunk))
+                waiting.append((chunk, pool.submit(_done, chunk)))
             if not waiting:
                 return
-            yield waiting.popleft().result()
+            chunk, result = waiting.popleft()
+            try:
+                yield result.result()
+            except RecursionError:  # nested too deep to be sent, so that nobody else can say what is wrong
+                yield work(chunk)
     except BrokenProcessPool as error:
         raise WorkerEnded(
             f"data.num_proc: one of the {processes} processes that prepare the data was ended, most often "

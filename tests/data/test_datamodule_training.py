@@ -534,7 +534,7 @@ def dataset_rows(make) -> list:
 
 def test_every_byte_that_is_read_of_prepared_data_is_checked(make, monkeypatch) -> None:
     """Blocks are small here, so that one flipped byte anywhere is in one of many."""
-    monkeypatch.setattr("dskd_lightning.data.chunks._EXAMPLES", 3)
+    monkeypatch.setattr("dskd_lightning.data.chunks._RECORDS", 3)
     whole = dataset_rows(make)
     folder = make().examples("train").dataset.folder
     path = folder / "model-0.arrow"

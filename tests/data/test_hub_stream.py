@@ -40,7 +40,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, config, split: load(str(here / name), config, split=split)
     )
-    monkeypatch.setattr(chunks, "_EXAMPLES", 3)
+    monkeypatch.setattr(chunks, "_RECORDS", 3)
     return folder
 
 

@@ -18,8 +18,9 @@ import pytest
 
 from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec, UserError
 from dskd_lightning.data import chunks, preparation, workers
-from dskd_lightning.data.examples import InvalidRecord
+from dskd_lightning.data.examples import Example, InvalidRecord, Message
 from dskd_lightning.data.partial import PartialDataset
+from dskd_lightning.data.reading import RawRecord
 from dskd_lightning.data.sources import resolve_sources
 from dskd_lightning.data.workers import usable_cores, worked_in_order
 from dskd_lightning.runs.lock import only_one
@@ -30,7 +31,7 @@ Build = Callable[..., InstructionDataModule]
 @pytest.fixture
 def build(model_folder, tmp_path: Path, monkeypatch) -> Build:
     """Some sixty chunks of conversations, two documents of several windows among them."""
-    monkeypatch.setattr(chunks, "_EXAMPLES", 3)
+    monkeypatch.setattr(chunks, "_RECORDS", 3)
     rows = [{"prompt": f"Say {n}.", "response": f"{n} " * (n % 5 + 1)} for n in range(170)]
     names = ["a.jsonl", "texts.jsonl", "b.jsonl"]
     for name, part in zip(
@@ -78,10 +79,10 @@ def test_bytes_are_the_same_for_any_number_of_processes(build, caplog) -> None:
 def test_processes_really_share_the_work(build, tmp_path, monkeypatch) -> None:
     render = preparation.render_chunk
 
-    def told(examples, **options):
+    def told(records, **options):
         time.sleep(0.01)
         (tmp_path / f"worker {os.getpid()}").touch()
-        return render(examples, **options)
+        return render(records, **options)
 
     monkeypatch.setattr(preparation, "render_chunk", told)
     files(build("two", num_proc=2))
@@ -92,10 +93,45 @@ def test_processes_really_share_the_work(build, tmp_path, monkeypatch) -> None:
 def test_work_can_be_sent_to_a_process_that_shares_nothing(build) -> None:
     data = build("any")
     settings = preparation.PreparationSettings(max_length=64, max_prompt_length=32)
-    examples = list(preparation.read_examples(resolve_sources(data.sources["train"]), settings, Counter()))
+    records = list(preparation.read_records(resolve_sources(data.sources["train"]), settings, Counter()))
+    assert all(isinstance(record, RawRecord) for record in records)  # so that others parse them
     work = partial(chunks.render_chunk, renderers=data.renderers, settings=settings)
-    sent_work, sent_examples = pickle.loads(pickle.dumps((work, examples[18:30])))
-    assert pickle.loads(pickle.dumps(sent_work(sent_examples))) == work(examples[18:30])
+    sent_work, sent_records = pickle.loads(pickle.dumps((work, records[18:30])))
+    assert pickle.loads(pickle.dumps(sent_work(sent_records))) == work(records[18:30])
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_what_is_lost_is_counted_whoever_parses_it(build, tmp_path, limit) -> None:
+    rows = [{"prompt": f"Say {n}.", "response": f"{n}", "kept": n, "score": [n]} for n in range(45)]
+    rows[7]["response"] = ""
+    rows[19] = {"prompt": "no response"}
+    texts = [json.dumps(row) for row in rows]
+    texts[11], texts[23] = "{", '{"prompt": "a", "response": "b", "deep": ' + "[" * 800 + "]" * 800 + "}"
+    (tmp_path / "lossy.jsonl").write_text("\n".join(texts))
+    alone, two = (
+        files(build(f"{n}", train=str(tmp_path / "lossy.jsonl"), num_proc=n, skip_invalid=True, limit=limit))
+        for n in (1, 2)
+    )
+    assert two == alone
+    counts = json.loads(alone["report.json"])["counts"]
+    assert counts["used"] == (limit or 42)
+    assert counts["read"] == (33 if limit else 45)
+    assert sum(number for name, number in counts.items() if name.startswith("skipped: ")) == 3
+    assert counts["skipped: no response"] == 2
+    assert counts[f"unused field 'deep' of {tmp_path / 'lossy.jsonl'}"] == 1
+    rows[0]["ours"] = threading.Lock()  # can't be sent
+    if limit is None:
+        in_memory = build("memory", train=rows, num_proc=2, skip_invalid=True)
+        assert in_memory._prepared("train").report["used"] == 43
+
+
+def test_records_of_many_characters_make_small_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "_CHARACTERS", 50)
+    values = [{"text": "x" * 30, "more": {"deep": ["y" * 5, b"12345", 7, None]}}] * 5
+    raw = [RawRecord(value, "text", "f", line) for line, value in enumerate(values, 1)]
+    assert [len(chunk) for chunk in chunks.chunked(raw)] == [2, 2, 1]
+    examples = [Example((Message("assistant", "x" * 26),))] * 5
+    assert [len(chunk) for chunk in chunks.chunked(examples)] == [2, 2, 1]
 
 
 def test_the_first_bad_record_is_told_whoever_meets_it(build, tmp_path) -> None:
@@ -146,7 +182,7 @@ def test_a_killed_preparation_is_gone_on_with(
         assert files(build("killed", num_proc=processes)) == whole
     kept = killed_at // 4 * 4
     assert len(appended) == 58 - kept
-    assert (f"Going on with {3 * kept} examples" in caplog.text) == bool(kept)
+    assert (f"Going on with {3 * kept} records" in caplog.text) == bool(kept)
     assert [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")] == []
 
 
@@ -178,10 +214,10 @@ def test_what_a_killed_preparation_left_damaged_is_made_again(build, tmp_path, m
 def test_processes_end_with_the_one_that_was_killed(build, tmp_path, monkeypatch) -> None:
     render = preparation.render_chunk
 
-    def told(examples, **options):
+    def told(records, **options):
         (tmp_path / f"worker {os.getpid()}").touch()
         time.sleep(0.05)
-        return render(examples, **options)
+        return render(records, **options)
 
     monkeypatch.setattr(preparation, "render_chunk", told)
     child = fork(lambda: files(build("killed", num_proc=2)))
@@ -199,10 +235,10 @@ def test_processes_end_with_the_one_that_was_killed(build, tmp_path, monkeypatch
 def test_a_process_that_the_system_ends_is_one_sentence(build, monkeypatch, caplog) -> None:
     whole, render, own = files(build("whole", num_proc=1)), preparation.render_chunk, os.getpid()
 
-    def dies(examples, **options):
-        if os.getpid() != own and any("Say 119." in example.messages[0].content for example in examples):
+    def dies(records, **options):
+        if os.getpid() != own and any(record.value.get("prompt") == "Say 119." for record in records):
             os.kill(os.getpid(), signal.SIGKILL)
-        return render(examples, **options)
+        return render(records, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "render_chunk", dies)

@@ -62,7 +62,7 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch, most=1024)
     monkeypatch.setattr(remote, "_PIECE", 128)
     monkeypatch.setattr(remote_faults, "_SECONDS", 1.0)
-    monkeypatch.setattr(chunks, "_EXAMPLES", 3)
+    monkeypatch.setattr(chunks, "_RECORDS", 3)
 
 
 @pytest.fixture
