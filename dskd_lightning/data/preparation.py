@@ -12,15 +12,17 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from dskd_lightning.alignment.token_bytes import token_bytes
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.checked_files import damaged
 from dskd_lightning.data.chunks import chunked, render_chunk
+from dskd_lightning.data.groups import groups_of
 from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.data.reading import read_records
@@ -43,6 +45,8 @@ __all__ = [
     "remove_abandoned",
     "unwritable",
 ]
+
+_Found = TypeVar("_Found")
 
 _log = logging.getLogger(__name__)
 _VERSION = 11  # of the files' layout and of the rendering
@@ -72,8 +76,9 @@ def prepare(
 ) -> PreparedDataset:
     """The prepared dataset, from the cache where it is there, else made now.
 
-    Where several processes call this at once, one makes it and the others wait for it. A process that
-    was killed leaves what it had finished to the next one.
+    Where several processes call this at once, perhaps on machines that share the folder, each makes another
+    group of the sources (`groups_of`), and waits for what others are at when nothing else is left. A process
+    that was killed leaves what it had finished to the next one.
 
     Args:
         sources: to read.
@@ -87,15 +92,25 @@ def prepare(
         UserError: a bad source or record, no example left, or a full or read-only disk.
     """
     _look_at(sources)
-    groups = _apart(sources, settings)
-    folders, made, size, told = [], False, 0, False
-    for left, group in zip(reversed(range(len(groups))), groups, strict=True):
-        folder, is_new = prepared_folder(group, renderers, settings, cache_dir, num_proc or usable_cores())
-        folders.append(folder)
+    groups = groups_of(sources, settings.limit)
+
+    @functools.cache
+    def key(at: int) -> str:
+        return cache_key(groups[at], renderers, settings)
+
+    def attempt(at: int, wait: bool) -> tuple[Path, bool] | None:
+        return _prepared_folder(
+            groups[at], key(at), renderers, settings, cache_dir, num_proc or usable_cores(), wait=wait
+        )
+
+    folders: dict[int, Path] = {}
+    made, size, told = False, 0, False
+    for at, (folder, is_new) in _in_turn(len(groups), attempt):
+        folders[at] = folder
         made |= is_new
         size += bytes_of(folder)
-        told = told or _room_is_short(size / len(folders) * left, cache_dir)
-    dataset = PreparedDataset(*folders)
+        told = told or _room_is_short(size / len(folders) * (len(groups) - len(folders)), cache_dir)
+    dataset = PreparedDataset(*(folders[at] for at in range(len(groups))))
     if not len(dataset):
         raise UserError(
             f"No example is left of {_names(sources)} ({_listed(dataset.report)}): check the files and the "
@@ -106,6 +121,26 @@ def prepare(
     return dataset
 
 
+def _in_turn(count: int, attempt: Callable[[int, bool], _Found | None]) -> Iterator[tuple[int, _Found]]:
+    """What ``attempt`` finds for each number; those that others are at come again, waited for in the end.
+
+    Args:
+        count: of the numbers from 0 on.
+        attempt: given a number and whether to wait for others; None where they are at it.
+    """
+    left, wait = list(range(count)), False
+    while left:
+        busy = []
+        for at in left:
+            if (found := attempt(at, wait)) is None:
+                busy.append(at)
+            else:
+                wait = False
+                yield at, found
+        wait = len(busy) == len(left)
+        left = busy
+
+
 def _look_at(sources: Sequence[Source]) -> None:
     """Ask for the version of each file that is elsewhere: a missing one is told before hours of work."""
     elsewhere = [source for source in sources if source.is_elsewhere]
@@ -113,22 +148,6 @@ def _look_at(sources: Sequence[Source]) -> None:
         with ThreadPoolExecutor(min(_TOGETHER, len(elsewhere))) as pool:
             for found in [pool.submit(source.fingerprint) for source in elsewhere]:
                 found.result()
-
-
-def _apart(sources: Sequence[Source], settings: PreparationSettings) -> list[list[Source]]:
-    """What is prepared together: files of this machine that stand side by side; each of others on its own.
-
-    A file that can't be read, or has changed, then costs no more than itself.
-    """
-    if settings.limit is not None:  # which is on all of them together
-        return [list(sources)]
-    groups: list[list[Source]] = []
-    for source in sources:
-        if groups and not source.is_elsewhere and not groups[-1][-1].is_elsewhere:
-            groups[-1].append(source)
-        else:
-            groups.append([source])
-    return groups
 
 
 def _room_is_short(needed: float, cache_dir: Path) -> bool:
@@ -156,6 +175,22 @@ def prepared_folder(
     Args and errors as of `prepare`; more bytes than ``at_most`` are an error too.
     """
     key = cache_key(sources, renderers, settings)
+    found = _prepared_folder(sources, key, renderers, settings, cache_dir, processes, at_most)
+    assert found is not None  # it was waited for
+    return found
+
+
+def _prepared_folder(
+    sources: Sequence[Source],
+    key: str,
+    renderers: Sequence[ChatRenderer],
+    settings: PreparationSettings,
+    cache_dir: Path,
+    processes: int,
+    at_most: int | None = None,
+    wait: bool = True,
+) -> tuple[Path, bool] | None:
+    """As `prepared_folder`; None where another process prepares it and isn't waited for."""
     folder = cache_dir / key
     names = _names(sources)
     if _is_there(folder):
@@ -163,7 +198,9 @@ def prepared_folder(
         return folder, False
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with only_one(cache_dir / f".{key}.lock", f"prepares {names}") as alone:
+        with only_one(cache_dir / f".{key}.lock", f"prepares {names}", wait) as alone:
+            if alone is None:
+                return None
             if _is_there(folder):
                 return folder, False
             making = cache_dir / f"{UNFINISHED}{key}"

@@ -16,6 +16,7 @@ from dskd_lightning.alignment.byte_spans import ByteSpans
 from dskd_lightning.data.chat import RenderedConversation
 from dskd_lightning.data.checked_files import ArrowRows, ChainedRows, read_array, read_report
 from dskd_lightning.data.examples import Example, Message
+from dskd_lightning.data.open_files import allow_open_files
 from dskd_lightning.structures import IGNORE_INDEX
 
 __all__ = ["PreparedDataset", "RenderedExample", "conversation_row", "rendered_example"]
@@ -117,6 +118,8 @@ class PreparedDataset:
             self.report |= {name: self.report.get(name, 0) + number for name, number in counts.items()}
         lengths = [read_array(part / "lengths.npy", arrays["lengths.npy"]) for part, _, arrays, _ in parts]
         self.lengths: _Ints = np.concatenate(lengths)
+
+        allow_open_files(len(parts) * (1 + self.lengths.shape[1]))
 
         def rows(name: str) -> ArrowRows | ChainedRows:
             files = [ArrowRows(part / name, streams[name]) for part, _, _, streams in parts]

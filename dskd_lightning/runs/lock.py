@@ -86,14 +86,15 @@ def _take(path: Path, folder: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def only_one(path: Path, what: str) -> Iterator[bool]:
+def only_one(path: Path, what: str, wait: bool = True) -> Iterator[bool | None]:
     """Let one process at a time in, the others when it has ended, however it does.
 
-    Gives False where the file system has no locks.
+    Gives False where the file system has no locks, and None where another is inside that isn't waited for.
 
     Args:
         path: of the lock, a file beside what it is about.
         what: that the one inside does, for those that wait.
+        wait: until nobody else is inside.
     """
     try:
         import fcntl
@@ -106,6 +107,9 @@ def only_one(path: Path, what: str) -> Iterator[bool]:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    if not wait:
+                        yield None
+                        return
                     logger.info("Waiting for another process that %s.", what)
                     fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
@@ -19,9 +20,12 @@ import pytest
 from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec, UserError
 from dskd_lightning.data import chunks, preparation, workers
 from dskd_lightning.data.examples import Example, InvalidRecord, Message
+from dskd_lightning.data.groups import groups_of
+from dskd_lightning.data.open_files import allow_open_files
 from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.reading import RawRecord
-from dskd_lightning.data.sources import resolve_sources
+from dskd_lightning.data.remote import RemoteFile
+from dskd_lightning.data.sources import Source, resolve_sources
 from dskd_lightning.data.workers import usable_cores, worked_in_order
 from dskd_lightning.runs.lock import only_one
 
@@ -273,6 +277,120 @@ def test_one_prepares_and_the_others_wait(build, tmp_path, monkeypatch, caplog) 
         thread.join(60)
     assert entered == [True, True]
     assert not lock.exists()
+
+
+@pytest.fixture
+def many(build, tmp_path, monkeypatch) -> Callable[..., InstructionDataModule]:
+    """Eight files, each prepared by itself."""
+    monkeypatch.setattr("dskd_lightning.data.groups._BYTES", 0)
+    for number in range(8):
+        rows = [{"prompt": f"Say {n}.", "response": f"{number} {n}"} for n in range(10)]
+        path = tmp_path / f"many {number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [str(tmp_path / f"many {number}.jsonl") for number in range(8)]
+    return partial(build, train=names, num_proc=1)
+
+
+def rows_of(data: InstructionDataModule) -> list[tuple[str, list[int]]]:
+    dataset = data._prepared("train")
+    return [(dataset.example(i).place, dataset.rendered(i).input_ids.tolist()) for i in range(len(dataset))]
+
+
+def test_machines_that_share_a_folder_share_the_files(many, tmp_path, monkeypatch, caplog) -> None:
+    write, whole = preparation._write, rows_of(many("alone"))
+    assert len(whole) == 80
+
+    def told(making, names, *rest) -> None:
+        with (tmp_path / f"made by {os.getpid()}").open("a") as file:
+            file.write(f"{names}\n")
+        inside = tmp_path / f"inside {os.getpid()}"
+        inside.touch()
+        time.sleep(0.2)
+        if len(list(tmp_path.glob("inside *"))) > 1:
+            (tmp_path / "together").touch()
+        write(making, names, *rest)
+        inside.unlink()
+
+    monkeypatch.setattr(preparation, "_write", told)
+    others = [fork(lambda: many("shared")._prepared("train")) for _ in range(2)]
+    with caplog.at_level(logging.INFO, logger="dskd_lightning"):
+        assert rows_of(many("shared")) == whole
+    for other in others:
+        assert os.waitpid(other, 0)[1] == 0
+    made = {path.name: path.read_text().splitlines() for path in tmp_path.glob("made by *")}
+    assert (tmp_path / "together").exists()
+    assert len(made) == 3
+    assert min(map(len, made.values())) >= 2
+    names = [name for found in made.values() for name in found]
+    assert len(names) == len(set(names)) == 8  # none twice
+
+
+def test_what_a_killed_machine_was_at_is_made_by_another(many, monkeypatch, tmp_path) -> None:
+    write, whole = preparation._write, rows_of(many("alone"))
+
+    def killed(making, names, *rest) -> None:
+        if "many 2" in names:
+            (tmp_path / "there").touch()
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(making, names, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_write", killed)
+        other = fork(lambda: many("shared")._prepared("train"))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "there").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert rows_of(many("shared")) == whole
+    assert os.WIFSIGNALED(os.waitpid(other, 0)[1])
+
+
+def test_nobody_waits_while_there_is_something_else_to_do() -> None:
+    asked: list[tuple[int, bool]] = []
+    free = {0: 3, 1: 1, 2: 1}  # the attempt that finds it, or is waited for
+
+    def attempt(at: int, wait: bool) -> str | None:
+        asked.append((at, wait))
+        free[at] -= 1
+        return f"{at}" if wait or not free[at] else None
+
+    assert list(preparation._in_turn(3, attempt)) == [(1, "1"), (2, "2"), (0, "0")]
+    assert asked == [(0, False), (1, False), (2, False), (0, False), (0, True)]
+
+
+def test_groups_follow_from_sizes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dskd_lightning.data.groups._BYTES", 100)
+    for number, size in enumerate([40, 40, 40, 300, 10, 90, 1]):
+        (tmp_path / f"{number}.jsonl").write_text(" " * size)
+    sources = resolve_sources(str(tmp_path))
+    sources.insert(5, Source("elsewhere", RemoteFile("https://example.org/a.jsonl")))
+    found = [[source.name[-7:-6] for source in group] for group in groups_of(sources)]
+    assert found == [["0", "1"], ["2"], ["3"], ["4"], ["s"], ["5", "6"]]
+    assert [len(group) for group in groups_of(sources, limit=7)] == [8]
+
+
+def test_more_files_are_mapped_than_a_process_may_open_by_default(tmp_path, monkeypatch) -> None:
+    def within(soft: int, hard: int) -> int:
+        def run() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            try:
+                allow_open_files(300)
+                files = [(tmp_path / "file").open("w") for _ in range(300)]
+            except UserError as error:
+                (tmp_path / "said").write_text(str(error))
+                os._exit(3)
+            os._exit(len(files) == 300)
+
+        return os.waitstatus_to_exitcode(os.waitpid(fork(run), 0)[1])
+
+    assert within(256, 2048) == 1
+    assert within(256, 700) == 3
+    assert "300 files of prepared data must be open at once" in (tmp_path / "said").read_text()
+    asked = []
+    monkeypatch.setattr("dskd_lightning.data.prepared.allow_open_files", asked.append)
+    data = InstructionDataModule("demo", student=StudentSpec("demo"), cache_dir=str(tmp_path / "c"), limit=4)
+    data._prepared("train")
+    assert asked == [2]
 
 
 def test_results_come_in_order_and_no_further_ahead_than_needed() -> None:
