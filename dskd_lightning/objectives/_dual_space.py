@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dskd_lightning.functional import (
@@ -97,7 +98,12 @@ def student_space(
 
 
 def projector_alone(
-    student: Side, projected: Tensor, targets: Tensor, weight: float | Tensor, budget_mb: float
+    student: Side,
+    projected: Tensor,
+    targets: Tensor,
+    weight: float | Tensor,
+    budget_mb: float,
+    learnt: tuple[Tensor, int] | None = None,
 ) -> ObjectiveOutput:
     """The projected teacher's cross-entropy, the one term that reads no hidden state of the student.
 
@@ -107,17 +113,22 @@ def projector_alone(
         targets: ``[m]``, what they must predict; -1 leaves one out.
         weight: factor on the loss.
         budget_mb: MiB for the vocabulary-sized tensors of a chunk.
+        learnt: sum and number of positions of another cross-entropy than that of ``targets``.
     """
     head, kept = student.head.detach(), targets >= 0
-    size = chunk_tokens(head.vocab_size, budget_mb, device=projected.device)
-    log_prob = token_log_prob(projected, head, targets.clamp(min=0), chunk_size=size)
-    total = -log_prob.where(kept, 0).sum()
+    count = kept.sum()
+    if learnt is None:
+        size = chunk_tokens(head.vocab_size, budget_mb, device=projected.device)
+        log_prob = token_log_prob(projected, head, targets.clamp(min=0), chunk_size=size)
+        total = -log_prob.where(kept, 0).sum()
+    else:
+        total, count = learnt[0], kept.new_full((), learnt[1], dtype=torch.long)
     right = (token_argmax(projected, head) == targets).sum()
     tokens = student.labels.new_full((), len(student))
     return ObjectiveOutput(
         weight * total,
         tokens,
-        {"t2s_ce": Ratio(total.detach(), kept.sum())},
+        {"t2s_ce": Ratio(total.detach(), count)},
         {"t2s_agreement": Ratio(right, kept.sum())},
     )
 

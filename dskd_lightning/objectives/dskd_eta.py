@@ -11,12 +11,13 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.functional import Divergence, ForwardKL, token_argmax
 from dskd_lightning.functional.chunking import DEFAULT_BUDGET_MB
+from dskd_lightning.functional.paired_logits import paired_logit_sum
 from dskd_lightning.objectives._dual_space import SpaceWeights, projector_alone, student_space, teacher_space
 from dskd_lightning.objectives._vocabulary import mutual_tokens
 from dskd_lightning.objectives.base import ObjectiveOutput
 from dskd_lightning.objectives.cross_tokenizer import CrossTokenizerObjective
 from dskd_lightning.projection import HeadMap, LinearProjector
-from dskd_lightning.structures import Alignment, ModelSpace, Ratio, Side
+from dskd_lightning.structures import Alignment, Head, ModelSpace, Ratio, Side
 
 __all__ = ["DSKDTokenAlignmentObjective"]
 
@@ -40,6 +41,9 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         topk_vocab: shared tokens that initialise the projectors, the first of them; None takes all.
         positions: ``pairs`` are exact pairs, as published; ``boundaries`` also takes every other byte at
             which tokens of both end: the two have read the same text there, though their next tokens differ.
+        projector_learns: the teacher's ``choice``, as published, or its whole ``distribution`` over the
+            shared tokens at every pair: ``t2s_ce`` is then ``-sum p log q``. A choice says little of
+            thousands of dimensions, and a projector learns that of few examples by heart.
         scale_inputs: the trained projector reads dimensions of unit root mean square, so that one
             learning rate holds for every teacher; False as published, see `LinearProjector`.
         kd_ratio: ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
@@ -50,6 +54,8 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
     warms_up_alone = True
     t2s: LinearProjector
     s2t: HeadMap
+    student_ids: Tensor
+    teacher_ids: Tensor
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         agreement_threshold: float = 1.0,
         topk_vocab: int | None = None,
         positions: Literal["pairs", "boundaries"] = "pairs",
+        projector_learns: Literal["choice", "distribution"] = "choice",
         scale_inputs: bool = True,
         kd_ratio: float = 0.5,
         temperature: float = 2.0,
@@ -80,7 +87,13 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
                 f"positions of DSKDTokenAlignmentObjective must be 'pairs' or 'boundaries', not "
                 f"{positions!r}."
             )
+        if projector_learns not in ("choice", "distribution"):
+            raise UserError(
+                "projector_learns of DSKDTokenAlignmentObjective must be 'choice' or 'distribution', not "
+                f"{projector_learns!r}."
+            )
         self.topk_vocab, self.positions = topk_vocab, positions
+        self.projector_learns = projector_learns
         self.scale_inputs = scale_inputs
 
     def configure(self, student: ModelSpace, teacher: ModelSpace | None) -> None:
@@ -88,8 +101,10 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         assert teacher is not None
         assert self.student_to_teacher is not None
         assert self.teacher_to_student is not None
-        shared = mutual_tokens(self.student_to_teacher, self.teacher_to_student)[: self.topk_vocab]
-        partners = self.student_to_teacher[shared]
+        tokens = mutual_tokens(self.student_to_teacher, self.teacher_to_student)
+        self.register_buffer("student_ids", tokens, persistent=False)
+        self.register_buffer("teacher_ids", self.student_to_teacher[tokens], persistent=False)
+        shared, partners = self.student_ids[: self.topk_vocab], self.teacher_ids[: self.topk_vocab]
         self.t2s = LinearProjector.between_heads(
             teacher.head, student.head, partners, shared, scale_inputs=self.scale_inputs
         )
@@ -113,8 +128,13 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         kept = labels >= 0
         pairs = kept.sum()
         ratio, per_pair = self.kd_share(student), tokens / pairs.clamp(min=1)
+        per_ce, soft = per_pair, None
+        if self.projector_learns == "distribution":
+            per_ce = pairs.new_full((), tokens / max(len(j), 1), dtype=per_pair.dtype)
+            soft = self._from_distribution(projected, student.head.detach(), teacher, j)
         if not student.hidden.shape[1]:
-            return projector_alone(student, projected, labels, ratio * per_pair, self.memory_budget_mb)
+            learnt = None if soft is None else (soft, len(j))
+            return projector_alone(student, projected, labels, ratio * per_ce, self.memory_budget_mb, learnt)
         agreeing = kept & (token_argmax(projected, student.head) == labels)
         chosen = self._chosen(kept, agreeing)
         per_chosen = tokens / chosen.sum().clamp(min=1)
@@ -126,7 +146,7 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             targets,
             self.divergence,
             self.temperature,
-            SpaceWeights(1 - ratio, ratio * per_pair, ratio * per_chosen),
+            SpaceWeights(1 - ratio, ratio * per_pair if soft is None else 0.0, ratio * per_chosen),
             memory_budget_mb=self.memory_budget_mb,
             only_agreeing=False,
             kd_mask=projected.new_zeros(tokens).index_put((i,), chosen.to(projected.dtype)),
@@ -148,9 +168,12 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
             memory_budget_mb=self.memory_budget_mb,
             kept=kept,
         )
+        if soft is not None:
+            loss = loss + ratio * per_ce * soft
+            stats["t2s_ce"] = soft.detach()
         terms = {
             "ce": stats["ce"],
-            "t2s_ce": stats["t2s_ce"] * per_pair,
+            "t2s_ce": stats["t2s_ce"] * per_ce,
             "t2s_kd": stats["t2s_kd"] * per_chosen,
             "s2t_kd": s2t["s2t_kd"] * per_pair,
         }
@@ -161,6 +184,28 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
         return ObjectiveOutput(
             loss + s2t_loss, count, {k: Ratio(v, count) for k, v in terms.items()}, metrics
         )
+
+    def _from_distribution(self, projected: Tensor, head: Head, teacher: Side, j: Tensor) -> Tensor:
+        """The projected teacher's cross-entropy from the teacher's distribution, summed over pairs."""
+
+        def cross_entropy(
+            own: Tensor, theirs: Tensor, paired: Tensor, rows: tuple[Tensor, ...]
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            p = theirs.index_select(-1, self.teacher_ids).softmax(-1)
+            log_q = own.index_select(-1, self.student_ids).log_softmax(-1)
+            return -(p * log_q).sum(-1).where(paired, 0).sum(), {}
+
+        total, _ = paired_logit_sum(
+            cross_entropy,
+            (projected, head),
+            (teacher.hidden.detach()[j], teacher.head.detach()),
+            torch.arange(len(j), device=j.device),
+            (),
+            most=len(j),
+            memory_budget_mb=self.memory_budget_mb,
+            copies=self.vocabulary_copies,
+        )
+        return total
 
     def _metrics(
         self,

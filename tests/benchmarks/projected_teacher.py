@@ -3,7 +3,8 @@
 Run: ``python tests/benchmarks/projected_teacher.py --config FILE [FILE ...]``, those of a run across
 vocabularies with validation data; its teacher cache is read, and built where it is missing. The projector is
 trained on exact pairs of the training set, without the student's body: AdamW, cosine, a tenth of the steps
-as warm-up. Then, on pairs of the validation set: cross-entropy of the human token and of the teacher's choice
+as warm-up. It learns the teacher's choice, the human token, or the teacher's distribution over the shared
+tokens. Then, on pairs of the validation set: cross-entropy of the human token and of the teacher's choice
 (nats), how often its choice is the teacher's, KL from the teacher over the shared tokens, and entropy, beside
 the student's and the teacher's own. A projected teacher that predicts people's tokens worse than the student
 does can't lower its loss on them.
@@ -38,6 +39,7 @@ from dskd_lightning.objectives._vocabulary import mutual_tokens  # noqa: E402
 from dskd_lightning.structures import DistillationBatch, Head, ModelSpace  # noqa: E402
 from dskd_lightning.teacher_cache import TeacherCacheSettings, ensure_caches  # noqa: E402
 
+LABELS = {"teacher": "teacher's token", "gold": "human token", "distribution": "teacher's distribution"}
 COLUMNS = ("steps", "human token", "on what it learnt", "teacher's token", "same choice", "KL", "entropy")
 
 
@@ -92,17 +94,23 @@ class Study:
     def train(
         self, pairs: Pairs, labels: str, rate: float, steps: int, rows: int, marks: Sequence[int]
     ) -> Iterable[tuple[int, torch.nn.Module]]:
-        """A projector after each of ``marks`` steps, from the heads' initialisation."""
+        """A projector after each of ``marks`` steps, from the heads' initialisation; see `LABELS`."""
         projector, generator = copy.deepcopy(self.objective.t2s).train(), torch.Generator().manual_seed(0)
         optimizer = torch.optim.AdamW(projector.parameters(), rate, weight_decay=0.01)
-        targets = pairs.gold if labels == "gold" else pairs.choice
+        targets = pairs.choice if labels == "teacher" else pairs.gold  # the latter are all known
         known = torch.nonzero(targets >= 0).squeeze(1)
         head = self.student.head.detach()
         for step in range(steps):
             warm = min(1.0, (step + 1) / max(1.0, 0.1 * steps))
             optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
             chosen = known[torch.randint(len(known), (rows,), generator=generator)]
-            loss = -token_log_prob(projector(pairs.teacher[chosen]), head, targets[chosen]).mean()
+            hidden = projector(pairs.teacher[chosen])
+            if labels == "distribution":
+                with torch.no_grad():
+                    p = self.teacher.head.logits(pairs.teacher[chosen]).float()[:, self.partners].softmax(-1)
+                loss = -(p * head.logits(hidden)[:, self.shared].log_softmax(-1)).sum(-1).mean()
+            else:
+                loss = -token_log_prob(hidden, head, targets[chosen]).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
@@ -158,10 +166,10 @@ def table(study: Study, train: Pairs, held: Pairs, a: argparse.Namespace) -> lis
     ]
     rows.append(["projected, untrained", "0", *projected(study.objective.t2s.eval())])
     marks = [max(1, a.steps // 4), a.steps]
-    for labels in ("teacher", "gold"):
+    for labels in a.labels:
         for rate in a.rates:
             for step, projector in study.train(train, labels, rate, a.steps, a.rows, marks):
-                rows.append([f"{labels}'s token, {rate:g}", str(step), *projected(projector)])
+                rows.append([f"{LABELS[labels]}, {rate:g}", str(step), *projected(projector)])
     return rows
 
 
@@ -169,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-4])
+    parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=200, help="pairs of a step")
     parser.add_argument("--held", type=int, default=800, help="pairs of the validation set to measure on")

@@ -200,9 +200,11 @@ def test_the_projected_teacher_is_measured_against_formulas() -> None:
     ]  # fmt: skip
     found = study.row(pairs, student, study.student.head, None)
     assert [float(found[at]) for at in (0, 2, 4, 5)] == pytest.approx([float(w) for w in wanted], abs=0.006)
-    sizes = argparse.Namespace(rates=[0.05], steps=20, rows=8)
+    sizes = argparse.Namespace(rates=[0.05], steps=20, rows=8, labels=["teacher", "gold", "distribution"])
     rows = {(row[0], row[1]): row[2:] for row in projected_teacher.table(study, pairs, pairs, sizes)}
-    assert len(rows) == 7
+    assert len(rows) == 9
     untrained, trained = rows["projected, untrained", "0"], rows["teacher's token, 0.05", "20"]
     assert float(trained[2]) < float(untrained[2])
-    assert float(rows["gold's token, 0.05", "20"][0]) < float(untrained[0])
+    assert float(rows["human token, 0.05", "20"][0]) < float(untrained[0])
+    learnt = rows["teacher's distribution, 0.05", "20"]
+    assert float(learnt[4]) < min(float(untrained[4]), float(trained[4]))

@@ -17,10 +17,19 @@ from conftest import make_model, make_tokenizer
 import dskd_lightning as dl
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 
+
+class FromDistribution(dl.DSKDTokenAlignmentObjective):
+    """Token alignment whose projector learns the teacher's distribution."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(projector_learns="distribution", **settings)
+
+
 OBJECTIVES: dict[str, tuple[type[dl.Objective], bool]] = {
     "DSKD": (dl.DSKDObjective, True),
     "DSKD v2": (dl.DSKDv2Objective, True),
     "ETA": (dl.DSKDTokenAlignmentObjective, False),
+    "ETA distribution": (FromDistribution, False),
     "CMA": (dl.DSKDCrossAttentionObjective, False),
     "GOLD": (dl.GOLDObjective, False),
     "ALM": (dl.ALMObjective, False),

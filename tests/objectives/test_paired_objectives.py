@@ -45,6 +45,7 @@ OBJECTIVES = {
     "eta": lambda **k: DSKDTokenAlignmentObjective(**k),
     "eta_all": lambda **k: DSKDTokenAlignmentObjective(agreement_threshold=0.0, **k),
     "eta_boundaries": lambda **k: DSKDTokenAlignmentObjective(positions="boundaries", **k),
+    "eta_distribution": lambda **k: DSKDTokenAlignmentObjective(projector_learns="distribution", **k),
 }
 PARAMETERS = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -241,6 +242,13 @@ def kd_eta(case, o):
         back.append(forward_kl(moved, t[j], 2.0))
     agreeing = [value for hit, value in kd if hit]
     assert 0 < len(agreeing) < len(kd)
+    if o.projector_learns == "distribution":
+        ce = []
+        for i, j in places:
+            z = o.t2s(case.teacher.hidden[j]) @ case.student.head.weight.detach()[[i for i, _ in shared]].T
+            p = t[j][[j for _, j in shared]].softmax(-1)
+            ce.append(-(p * z.log_softmax(-1)).sum())
+        assert len(ce) > len(kd)
     chosen = agreeing if len(agreeing) / len(kd) <= o.agreement_threshold else [v for _, v in kd]
     return n * sum(sum(part) / len(part) for part in (ce, chosen, back))
 
@@ -260,6 +268,7 @@ NAIVE = {
     "eta": kd_eta,
     "eta_all": kd_eta,
     "eta_boundaries": kd_eta,
+    "eta_distribution": kd_eta,
 }
 
 
@@ -441,6 +450,7 @@ def test_missing_tokenizers_and_strangers_are_named():
         (lambda: MinEditObjective(alignment="x"), "alignment"),  # type: ignore[arg-type]
         (lambda: XTokenHybridObjective(min_weight=0), "min_weight"),
         (lambda: DSKDTokenAlignmentObjective(topk_vocab=0), "topk_vocab"),
+        (lambda: DSKDTokenAlignmentObjective(projector_learns="labels"), "projector_learns"),
         (lambda: DSKDTokenAlignmentObjective(agreement_threshold=2), "agreement_threshold"),
         (lambda: DSKDTokenAlignmentObjective(positions="x"), "positions"),  # type: ignore[arg-type]
     ],

@@ -14,8 +14,8 @@ from torch import Tensor
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.output import decoder_of
 
-DUAL = ("DSKD", "DSKD v2", "ETA", "CMA")
-ALONE = ("DSKD v2", "ETA")
+DUAL = ("DSKD", "DSKD v2", "ETA", "ETA distribution", "CMA")
+ALONE = ("DSKD v2", "ETA", "ETA distribution")
 OPTIONS: dict[str, Any] = {"limit_val_batches": 0}
 
 
@@ -112,10 +112,11 @@ def test_a_run_that_is_resumed_within_goes_on_with_it() -> None:
     assert same(watch.projectors[-1], whole.projectors[-1])
 
 
-def test_metrics_of_a_warm_up_are_those_of_the_step() -> None:
+@pytest.mark.parametrize("objective", ["ETA", "ETA distribution"])
+def test_metrics_of_a_warm_up_are_those_of_the_step(objective: str) -> None:
     setup, found = Setup("cpu"), []
     for warmup in (2, 0):
-        module, data = setup.run("ETA")
+        module, data = setup.run(objective)
         module.projector_warmup_steps = warmup
         trainer = setup.trainer(max_steps=3 if warmup else 1, limit_train_batches=1, max_epochs=3)
         values: list[dict[str, float]] = []
