@@ -141,7 +141,7 @@ class Preparer:
         names |= {name for portion in kept for name in portion.folders} | self._found
         for path in self.shelf.prepared():
             if path.name not in names:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
     def _prepare(self, index: int) -> tuple[str, int]:
         """Name and bytes of a prepared file."""
@@ -171,6 +171,14 @@ class Preparer:
                 break
             names.add(name)
         return names
+
+
+def _remove(path: Path) -> None:
+    """Delete a prepared file; a kill in between leaves nothing that looks like one."""
+    with contextlib.suppress(OSError):
+        if not path.name.startswith(UNFINISHED):
+            path = path.rename(path.with_name(f"{UNFINISHED}gone-{path.name}"))
+        shutil.rmtree(path)
 
 
 def start_ahead(job: AheadJob) -> subprocess.Popen[bytes]:

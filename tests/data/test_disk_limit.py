@@ -348,6 +348,28 @@ def test_what_is_left_of_a_killed_run_is_used(threads, make, monkeypatch, tmp_pa
     assert not (root / ("0" * 32)).exists()
 
 
+def test_a_kill_within_taking_away_leaves_nothing_that_looks_prepared(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "0123"
+    folder.mkdir()
+    for name in ("report.json", "lengths.npy"):
+        (folder / name).touch()
+
+    def killed(path: Path) -> None:
+        (path / "report.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ahead._remove(folder)
+    assert not folder.exists()
+    shelf = Shelf(tmp_path)
+    (left,) = shelf.prepared()  # to be taken away like anything that nobody reads
+    assert left.name.startswith(".preparing-")
+    ahead._remove(left)
+    assert shelf.prepared() == []
+
+
 def test_ranks_read_different_batches_at_their_own_pace(threads, make, tmp_path) -> None:
     found: dict[int, list[list[str]]] = {}
     failed = []
