@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from dskd_lightning.errors import UserError
 
 __all__ = ["allow_open_files"]
@@ -10,8 +12,15 @@ _OTHERS = 512
 """That are open besides: libraries, sockets, pipes."""
 
 
-def allow_open_files(count: int) -> None:
+_counts: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+
+
+def allow_open_files(owner: object, count: int) -> None:
     """Let this process, and those that it starts from now on, map so many files of prepared data.
+
+    Args:
+        owner: which maps them while it lives, beside those of others.
+        count: of its files.
 
     Raises:
         UserError: the operating system doesn't.
@@ -21,6 +30,8 @@ def allow_open_files(count: int) -> None:
     except ImportError:  # Windows, which has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _counts[owner] = count
+    count = sum(_counts.values())
     needed = count + _OTHERS
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return

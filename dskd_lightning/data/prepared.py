@@ -119,7 +119,7 @@ class PreparedDataset:
         lengths = [read_array(part / "lengths.npy", arrays["lengths.npy"]) for part, _, arrays, _ in parts]
         self.lengths: _Ints = np.concatenate(lengths)
 
-        allow_open_files(len(parts) * (1 + self.lengths.shape[1]))
+        allow_open_files(self, len(parts) * (1 + self.lengths.shape[1]))
 
         def rows(name: str) -> ArrowRows | ChainedRows:
             files = [ArrowRows(part / name, streams[name]) for part, _, _, streams in parts]

@@ -144,10 +144,10 @@ class ChatTemplate:
                 "give the model another `chat_template`.",
                 "refused by the chat template",
             ) from error
+        shown = self._shown(messages, tools)
         for index, message in enumerate(messages):
             if message["role"] in ("user", "tool") and not (
-                any(form in text for form in _forms(message["content"].strip()))
-                and index in self._shown(messages, tools)
+                index in shown and any(form in text for form in _forms(message["content"].strip()))
             ):
                 raise InvalidRecord(
                     f"The chat template leaves out a {message['role']} message of the conversation at "

@@ -374,7 +374,9 @@ def test_more_files_are_mapped_than_a_process_may_open_by_default(tmp_path, monk
         def run() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             try:
-                allow_open_files(300)
+                first, second = threading.Event(), threading.Event()  # each maps a part
+                allow_open_files(first, 150)
+                allow_open_files(second, 150)
                 files = [(tmp_path / "file").open("w") for _ in range(300)]
             except UserError as error:
                 (tmp_path / "said").write_text(str(error))
@@ -387,7 +389,9 @@ def test_more_files_are_mapped_than_a_process_may_open_by_default(tmp_path, monk
     assert within(256, 700) == 3
     assert "300 files of prepared data must be open at once" in (tmp_path / "said").read_text()
     asked = []
-    monkeypatch.setattr("dskd_lightning.data.prepared.allow_open_files", asked.append)
+    monkeypatch.setattr(
+        "dskd_lightning.data.prepared.allow_open_files", lambda owner, count: asked.append(count)
+    )
     data = InstructionDataModule("demo", student=StudentSpec("demo"), cache_dir=str(tmp_path / "c"), limit=4)
     data._prepared("train")
     assert asked == [2]
