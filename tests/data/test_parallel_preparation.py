@@ -10,6 +10,7 @@ import resource
 import signal
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -370,6 +371,8 @@ def test_groups_follow_from_sizes(tmp_path, monkeypatch) -> None:
 
 
 def test_more_files_are_mapped_than_a_process_may_open_by_default(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dskd_lightning.data.open_files._counts", weakref.WeakKeyDictionary())
+
     def within(soft: int, hard: int) -> int:
         def run() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
