@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.layer_measurements import LayerMeasurements, measured_once
 from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_hidden, decoder_layers, language_head
 from dskd_lightning.models.pruning import evenly_spaced
@@ -138,7 +141,8 @@ def rank_layers(
 def decide_layers(spec: StudentSpec, calibration: Calibration | None) -> StudentSpec:
     """``spec`` with the list of the layers that its source keeps, where it names their number alone.
 
-    The list is what runs and checkpoints record: nothing is measured a second time.
+    The list is what runs and checkpoints record, and what was measured is kept: nothing is measured a second
+    time.
 
     Raises:
         UserError: there is no text to measure the layers on.
@@ -156,18 +160,25 @@ def decide_layers(spec: StudentSpec, calibration: Calibration | None) -> Student
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     model = load_model(spec).to(device).eval()  # type: ignore[arg-type]
     batches = [batch.to(device) for batch in calibration(spec, prune.calibration)]
-    ranking = rank_layers(model, prune.by, batches, prune.layers)
-    kept, scores = ranking.kept(prune.layers), ranking.scores
-    before = response_loss(model, batches)
-    with _only(model, kept):
-        after = response_loss(model, batches)
+    found = measured_once(model, prune, batches, partial(_measure, model, prune.by, batches, prune.layers))
+    scores = found.scores
+    kept = LayerRanking(found.dropped, scores).kept(prune.layers)
     _log.info(
         "Keeps %d of %d layers by %s: %s; perplexity of %d calibration responses %.2f before, %.2f after. "
         "Scores by layer: %s.",
         len(kept), len(scores), prune.by, kept, prune.calibration,
-        torch.tensor(before).exp(), torch.tensor(after).exp(), ", ".join(f"{s:.3f}" for s in scores),
+        math.exp(found.before), math.exp(found.after), ", ".join(f"{s:.3f}" for s in scores),
     )  # fmt: skip
     return replace(spec, prune=replace(prune, layers=kept))
+
+
+def _measure(
+    model: PreTrainedModel, by: str, batches: Sequence[TokenBatch], layers: int
+) -> LayerMeasurements:
+    ranking = rank_layers(model, by, batches, layers)
+    before = response_loss(model, batches)
+    with _only(model, ranking.kept(layers)):
+        return LayerMeasurements(ranking.dropped, ranking.scores, before, response_loss(model, batches))
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""What was measured of a model's layers, kept: the variants of a study and repeated runs prune alike."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from dskd_lightning.cache_dir import cache_dir
+from dskd_lightning.errors import UserError
+from dskd_lightning.files import read_object, write_object
+from dskd_lightning.models.fingerprint import weights_fingerprint
+from dskd_lightning.models.output import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dskd_lightning.models.spec import PruneSpec
+    from dskd_lightning.structures import TokenBatch
+
+__all__ = ["LayerMeasurements", "measured_once"]
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T", int, float)
+_VERSION = 1
+"""Of how layers are measured."""
+
+
+@dataclass(frozen=True)
+class LayerMeasurements:
+    """How a model does without some of its layers.
+
+    Args:
+        dropped: indices of layers, the first to go first.
+        scores: of each layer, as in `LayerRanking`.
+        before: mean loss of the calibration responses with all layers, nats per token.
+        after: the same with those alone that the spec keeps.
+    """
+
+    dropped: tuple[int, ...]
+    scores: tuple[float, ...]
+    before: float
+    after: float
+
+
+def measured_once(
+    model: PreTrainedModel,
+    prune: PruneSpec,
+    batches: Sequence[TokenBatch],
+    measure: Callable[[], LayerMeasurements],
+) -> LayerMeasurements:
+    """What ``measure`` says of these weights, this choice and this text: now, or when it was asked first.
+
+    Args:
+        model: the whole model.
+        prune: what to keep of it.
+        batches: the calibration text.
+        measure: is called where nothing is kept of it, or what is kept is damaged.
+    """
+    path = cache_dir("layers") / f"{_key(model, prune, batches)}.json"
+    layers = len(decoder_layers(model))
+    try:
+        kept = _read(path, layers)
+        _log.info("Layers were measured earlier: %s.", path)
+        return kept
+    except FileNotFoundError:
+        pass
+    except UserError as error:
+        _log.warning("%s", error)
+    found = measure()
+    try:
+        write_object(path, asdict(found))
+    except UserError as error:
+        _log.warning("The layers' measurements aren't kept: %s", error)
+    return found
+
+
+def _key(model: PreTrainedModel, prune: PruneSpec, batches: Sequence[TokenBatch]) -> str:
+    digest = hashlib.sha256(f"{_VERSION} {weights_fingerprint(model)} {prune.by} {prune.layers}".encode())
+    for batch in batches:
+        for tensor in (batch.input_ids, batch.labels, batch.attention_mask):
+            if tensor is not None:
+                digest.update(f"\n{tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path, layers: int) -> LayerMeasurements:
+    """What a file holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it holds something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    remedy = "the layers are measured anew"
+    values = read_object(path, remedy)
+    dropped, scores = _all(values.get("dropped"), int), _all(values.get("scores"), float)
+    losses = _all([values.get(name) for name in ("before", "after")], float)
+    if not (
+        len(scores) == layers
+        and len({*dropped}) == len(dropped)
+        and {*dropped} <= {*range(layers)}
+        and len(losses) == 2
+        and all(map(math.isfinite, losses))
+    ):
+        raise UserError(f"{path}: holds no measurements of {layers} layers; {remedy}.")
+    return LayerMeasurements(tuple(dropped), tuple(scores), losses[0], losses[1])
+
+
+def _all(values: object, kind: type[T]) -> list[T]:
+    """The values of a list that holds nothing else; else none."""
+    found = values if isinstance(values, list) else []
+    chosen = [value for value in found if type(value) is kind]
+    return chosen if len(chosen) == len(found) else []
