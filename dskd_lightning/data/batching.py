@@ -30,11 +30,13 @@ __all__ = ["Batch", "BatchPlan", "BatchSettings", "plan_batches"]
 Batch = list[list[int]]
 """Rows of a batch, each the indices of its examples (one, unless rows are packed)."""
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Changes when the same lengths, seed and epoch give other batches: a place in the old ones means nothing."""
 
 _TOGETHER = 64
-"""Batches that stay neighbours with `BatchSettings.group_by_length`: a step of so many ranks is even."""
+"""Most batches that stay neighbours with `BatchSettings.group_by_length`: a step of so many ranks is even."""
+_GROUPS = 32
+"""Groups of neighbours in an epoch, at least, where batches suffice: few data come in random order."""
 _WINDOW = 64 * _TOGETHER
 """Batches whose examples are sorted together."""
 
@@ -51,7 +53,8 @@ class BatchSettings:
         packing: put several examples in a row of ``max_length`` tokens.
         max_length: longest row when packing.
         group_by_length: fixed numbers of rows of similar lengths, and batches of similar lengths next to each
-            other, so that the ranks of a step have about as much to do.
+            other, so that the ranks of a step have about as much to do: up to 64 of them, a thirty-second of
+            an epoch's at most.
     """
 
     batch_size: int = 8
@@ -188,14 +191,29 @@ def plan_batches(
 
 
 def _neighbours(lengths: _Array, order: _Array, size: int, rng: np.random.Generator | None) -> _Array:
-    """``order`` sorted by length within windows; neighbouring batches stay together in the shuffle."""
+    """``order`` sorted by length within windows, cut into groups of batches that stay neighbours.
+
+    Groups follow each other at random, as do the batches of a group: with one rank an epoch reads long and
+    short batches in turn. What fills no group comes last; it is as long as any other.
+    """
     windows = np.arange(len(order)) // (size * _WINDOW)
     order = order[np.lexsort((-lengths[order].astype(np.int64), windows))]
-    if rng is None:
+    if rng is None or len(order) < size:
         return order
-    together = size * _TOGETHER
-    whole = len(order) // together * together
-    return np.concatenate([rng.permutation(order[:whole].reshape(-1, together)).ravel(), order[whole:]])
+    batches = len(order) // size
+    together = min(_TOGETHER, 1 << max(batches // _GROUPS, 1).bit_length() - 1)
+    window = (len(order) - 1) // (size * _WINDOW) * size * _WINDOW
+    whole, rest = divmod(len(order) - window, together * size)
+    start = window + int(rng.integers(whole + 1)) * together * size
+    groups = np.concatenate([order[:start], order[start + rest :]]).reshape(-1, together, size)
+    within = rng.random((len(groups), together), np.float32).argsort(1)
+    last = order[start : start + rest]
+    full = last[: rest // size * size]
+    return np.concatenate([
+        groups[rng.permutation(len(groups))[:, None], within].ravel(),
+        rng.permutation(full.reshape(-1, size)).ravel(),
+        last[len(full) :],
+    ])  # fmt: skip
 
 
 def _every(size: int, count: int) -> _Array:

@@ -138,3 +138,29 @@ def test_batches_grouped_by_length_are_even_over_ranks(ranks: int, most: float) 
         totals.append(sum(map(sum, parts)) / int(lengths.sum()))
     assert waits[1] < most < waits[0]
     assert totals[1] < 1.05 < totals[0]
+
+
+@pytest.mark.parametrize("batches", [40, 83, 500, 3000, 5000])
+def test_grouped_batches_come_at_random(batches: int) -> None:
+    """Neither the longest first, nor the shortest last, nor every epoch alike."""
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, batches * 4 + 2).astype(np.int64) + 8
+    place = np.arange(batches)
+    correlations, lasts, orders = [], [], set()
+    for epoch in range(20):
+        plan = plan_batches(lengths, BatchSettings(4, group_by_length=True), seed=3, epoch=epoch)
+        widths = np.array([padded(batch, lengths) / len(batch) for batch in plan[:batches]])
+        ranks = widths.argsort().argsort()
+        correlations.append(float(np.corrcoef(place, ranks)[0, 1]))
+        lasts.append(float(ranks[-batches // 32 :].mean()) / batches)
+        orders.add(tuple(widths))
+    assert abs(np.mean(correlations)) < 0.1
+    assert max(map(abs, correlations)) < 0.5
+    assert 0.3 < np.mean(lasts) < 0.7
+    assert len(orders) == 20
+
+
+def test_few_grouped_batches_follow_each_other_as_if_drawn() -> None:
+    lengths = np.arange(1, 4 * 60 + 1)
+    plan = plan_batches(lengths, BatchSettings(4, group_by_length=True), seed=0)
+    widths = np.array([padded(batch, lengths) for batch in plan])
+    assert float(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.4
