@@ -43,7 +43,9 @@ PAIRS = {
 }
 OWN_DATA = ("demo_to_gpt2", "qwen2.5_coder_to_smollm2")
 """Pairs whose models or data a reader brings himself: read here, trained elsewhere."""
-OWN = sorted(path for pair in OWN_DATA for path in (CONFIGS / pair).glob("*.yaml"))
+OWN = sorted(
+    path for pair in OWN_DATA for path in (CONFIGS / pair).glob("*.yaml") if ".study" not in path.name
+)
 FRAGMENTS = sorted(
     path
     for folder in ("objective", "on_policy", "precision", "strategy", "logger", "teacher", "validation")
