@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_object
 
 __all__ = ["Place", "Portion", "Shelf", "order_of_files"]
@@ -85,12 +86,12 @@ class Shelf:
 
     def portion(self, place: Place) -> Portion | None:
         """What begins at a place, None until it is there."""
-        path = self._at(place)
-        return self._read(path) if path.is_file() else None
+        return self._read(self._at(place))
 
     def portions(self) -> list[Portion]:
         """All that are there to be read."""
-        return [self._read(path) for path in self._portions.glob("*.json")]
+        found = [self._read(path) for path in self._portions.glob("*.json")]
+        return [portion for portion in found if portion is not None]
 
     def say_reading(self, reader: int, place: Place | None) -> None:
         """Say where a reader has arrived; None before it has begun."""
@@ -99,7 +100,7 @@ class Shelf:
     def slowest(self) -> Place | None:
         """Where the last of the readers is; None before all have begun."""
         paths = sorted(self._readers.glob("*.json"))
-        places = [read_object(path, _REMEDY)["place"] for path in paths]
+        places = [(_whole(path) or {"place": None})["place"] for path in paths]
         return min((epoch, start) for epoch, start in places) if places and all(places) else None
 
     def fail(self, message: str) -> None:
@@ -108,7 +109,8 @@ class Shelf:
 
     def failure(self) -> str | None:
         """Why no more portions will come; None while all is well."""
-        return str(read_object(self._failure, _REMEDY)["message"]) if self._failure.is_file() else None
+        failure = _whole(self._failure)
+        return None if failure is None else str(failure["message"])
 
     def prepared(self) -> list[Path]:
         """Folders of files that are prepared, or were begun to be."""
@@ -118,6 +120,16 @@ class Shelf:
     def _at(self, place: Place) -> Path:
         return self._portions / f"{place[0]}-{place[1]}.json"
 
-    def _read(self, path: Path) -> Portion:
-        values = read_object(path, _REMEDY)
-        return Portion(**{**values, "folders": tuple(values["folders"])})
+    def _read(self, path: Path) -> Portion | None:
+        values = _whole(path)
+        return None if values is None else Portion(**{**values, "folders": tuple(values["folders"])})
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """What a file holds, None where there is none, or no longer: who begins anew takes them away."""
+    try:
+        return read_object(path, _REMEDY)
+    except UserError:
+        if path.exists():
+            raise
+        return None

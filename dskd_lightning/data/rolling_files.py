@@ -79,9 +79,9 @@ class RollingFiles:
             "folder: give one of them another (`--output`, default_root_dir of the Trainer), or another "
             "data.cache_dir."
         )
+        self.stop(keep_lock=not alone)  # before what they agree about is cleared
         try:
             if alone:
-                self._lock.close()
                 self._lock.enter_context(locked(root / ".run.lock", held))
             remove_abandoned(root.parent, _ROLLING, but=root)
             self.shelf.clear()

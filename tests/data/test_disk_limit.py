@@ -26,9 +26,10 @@ from file_server import FileServer, serving
 from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec, UserError
 from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.data import ahead
-from dskd_lightning.data.portions import Place, Shelf, order_of_files
+from dskd_lightning.data.portions import Place, Portion, Shelf, order_of_files
 from dskd_lightning.data.preparation import remove_abandoned
 from dskd_lightning.data.rolling import RollingLoader
+from dskd_lightning.files import read_object
 from dskd_lightning.planning.calculator.disk import disk
 from dskd_lightning.planning.calculator.shapes import Layout, Losses, ModelSize
 from dskd_lightning.planning.run_sizes import data_size
@@ -302,6 +303,40 @@ def test_a_second_fit_of_a_trainer_begins_anew(threads, make, tmp_path) -> None:
     loader.load_state_dict(state)
     train(4)
     assert read[22:] == read[9:13]
+
+
+def test_who_prepares_has_ended_before_a_run_begins_again(threads, make, monkeypatch, tmp_path) -> None:
+    data = make()
+    loader = at_rank(data, tmp_path / "run")
+    next(iter(loader))
+    thread, clear, alive = loader._process.thread, Shelf.clear, []
+
+    def cleared(shelf: Shelf) -> None:
+        alive.append(thread.is_alive())
+        clear(shelf)
+
+    monkeypatch.setattr(Shelf, "clear", cleared)
+    data.rolling.begin()
+    assert alive == [False]
+
+
+def test_what_goes_while_it_is_looked_up_was_never_there(monkeypatch, tmp_path) -> None:
+    """Rank 0 begins anew while those who prepared for the other machines' ranks still look."""
+    shelf = Shelf(tmp_path)
+    shelf.clear()
+
+    def too_late(path: Path, remedy: str) -> dict[str, Any]:
+        path.unlink()
+        return read_object(path, remedy)
+
+    monkeypatch.setattr("dskd_lightning.data.portions.read_object", too_late)
+    looks = [lambda: shelf.slowest(), lambda: shelf.portion((0, 0)), lambda: shelf.portions()]
+    for look, nothing in zip(looks, (None, None, []), strict=True):
+        shelf.say_reading(0, (0, 0))
+        shelf.publish(Portion(0, 0, 1, 1, ("a",)))
+        assert look() == nothing
+    shelf.fail("why")
+    assert shelf.failure() is None
 
 
 def test_iterating_again_goes_on(threads, make) -> None:
