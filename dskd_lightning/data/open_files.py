@@ -10,9 +10,8 @@ __all__ = ["allow_open_files"]
 
 _OTHERS = 512
 """That are open besides: libraries, sockets, pipes."""
-
-
 _counts: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+"""How many files each owner maps while it lives."""
 
 
 def allow_open_files(owner: object, count: int) -> None:
@@ -31,14 +30,14 @@ def allow_open_files(owner: object, count: int) -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     _counts[owner] = count
-    count = sum(_counts.values())
-    needed = count + _OTHERS
+    mapped = sum(_counts.values())
+    needed = mapped + _OTHERS
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{count:,} files of prepared data must be open at once, but a process may open no more than "
+            f"{mapped:,} files of prepared data must be open at once, but a process may open no more than "
             f"{hard:,} here: raise that limit (`ulimit -Hn`), or join the data files into fewer."
         ) from error

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.models.layer_measurements import LayerMeasurements, measured_once
+from dskd_lightning.models.layer_measurements import LayerMeasurements, LayerRanking, measured_once
 from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_hidden, decoder_layers, language_head
 from dskd_lightning.models.pruning import evenly_spaced
@@ -25,7 +25,7 @@ from dskd_lightning.structures import TokenBatch
 if TYPE_CHECKING:
     from dskd_lightning.models.spec import ModelSpec, StudentSpec
 
-__all__ = ["Calibration", "LayerRanking", "block_influence", "decide_layers", "rank_layers", "response_loss"]
+__all__ = ["Calibration", "block_influence", "decide_layers", "rank_layers", "response_loss"]
 
 _log = logging.getLogger(__name__)
 
@@ -78,30 +78,6 @@ def response_loss(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> floa
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
         tokens += len(labels)
     return total / max(tokens, 1)
-
-
-@dataclass(frozen=True)
-class LayerRanking:
-    """The layers of a model in the order in which a smaller student does without them.
-
-    Args:
-        dropped: indices, the first to go first; those that were never dropped are missing.
-        scores: of each layer: its influence, or the loss (nats per token) that dropping it led to,
-            infinite for those that were kept.
-    """
-
-    dropped: tuple[int, ...]
-    scores: tuple[float, ...]
-
-    def kept(self, count: int) -> list[int]:
-        """Ascending indices of the ``count`` layers that stay.
-
-        Raises:
-            UserError: ``count`` is out of range.
-        """
-        total = len(self.scores)
-        evenly_spaced(count, total)  # the same limits
-        return sorted(set(range(total)).difference(self.dropped[: total - count]))
 
 
 def rank_layers(
@@ -161,8 +137,7 @@ def decide_layers(spec: StudentSpec, calibration: Calibration | None) -> Student
     model = load_model(spec).to(device).eval()  # type: ignore[arg-type]
     batches = [batch.to(device) for batch in calibration(spec, prune.calibration)]
     found = measured_once(model, prune, batches, partial(_measure, model, prune.by, batches, prune.layers))
-    scores = found.scores
-    kept = LayerRanking(found.dropped, scores).kept(prune.layers)
+    kept, scores = found.kept(prune.layers), found.scores
     _log.info(
         "Keeps %d of %d layers by %s: %s; perplexity of %d calibration responses %.2f before, %.2f after. "
         "Scores by layer: %s.",

@@ -17,6 +17,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_object
 from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.output import decoder_layers
+from dskd_lightning.models.pruning import evenly_spaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dskd_lightning.models.spec import PruneSpec
     from dskd_lightning.structures import TokenBatch
 
-__all__ = ["LayerMeasurements", "measured_once"]
+__all__ = ["LayerMeasurements", "LayerRanking", "measured_once"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T", int, float)
@@ -33,18 +34,38 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class LayerMeasurements:
-    """How a model does without some of its layers.
+class LayerRanking:
+    """The layers of a model in the order in which a smaller student does without them.
 
     Args:
-        dropped: indices of layers, the first to go first.
-        scores: of each layer, as in `LayerRanking`.
-        before: mean loss of the calibration responses with all layers, nats per token.
-        after: the same with those alone that the spec keeps.
+        dropped: indices, the first to go first; those that were never dropped are missing.
+        scores: of each layer: its influence, or the loss (nats per token) that dropping it led to,
+            infinite for those that were kept.
     """
 
     dropped: tuple[int, ...]
     scores: tuple[float, ...]
+
+    def kept(self, count: int) -> list[int]:
+        """Ascending indices of the ``count`` layers that stay.
+
+        Raises:
+            UserError: ``count`` is out of range.
+        """
+        total = len(self.scores)
+        evenly_spaced(count, total)  # the same limits
+        return sorted(set(range(total)).difference(self.dropped[: total - count]))
+
+
+@dataclass(frozen=True)
+class LayerMeasurements(LayerRanking):
+    """A ranking, and what the model loses by it.
+
+    Args:
+        before: mean loss of the calibration responses with all layers, nats per token.
+        after: the same with those alone that the spec keeps.
+    """
+
     before: float
     after: float
 
@@ -66,11 +87,9 @@ def measured_once(
     path = cache_dir("layers") / f"{_key(model, prune, batches)}.json"
     layers = len(decoder_layers(model))
     try:
-        kept = _read(path, layers)
-        _log.info("Layers were measured earlier: %s.", path)
-        return kept
-    except FileNotFoundError:
-        pass
+        if (kept := _read(path, layers)) is not None:
+            _log.info("Layers were measured earlier: %s.", path)
+            return kept
     except UserError as error:
         _log.warning("%s", error)
     found = measure()
@@ -91,15 +110,14 @@ def _key(model: PreTrainedModel, prune: PruneSpec, batches: Sequence[TokenBatch]
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path, layers: int) -> LayerMeasurements:
-    """What a file holds.
+def _read(path: Path, layers: int) -> LayerMeasurements | None:
+    """What a file holds; None where there is none.
 
     Raises:
-        FileNotFoundError: there is none.
         UserError: it holds something else.
     """
     if not path.exists():
-        raise FileNotFoundError(path)
+        return None
     remedy = "the layers are measured anew"
     values = read_object(path, remedy)
     dropped, scores = _all(values.get("dropped"), int), _all(values.get("scores"), float)
