@@ -18,6 +18,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.generation.cast_weights import cast_weights
+from dskd_lightning.generation.contiguous_head import contiguous_head
 from dskd_lightning.generation.in_step import in_step, is_sharded
 from dskd_lightning.generation.sampling import InverseTransformSampling, RowBudget, prompt_uniforms
 from dskd_lightning.generation.stop_tokens import stop_token_ids
@@ -233,7 +235,7 @@ class Generator:
                 InverseTransformSampling(uniforms, length, settings.temperature, settings.top_p)
             )
         generate: Any = self.model.generate
-        with evaluating(self.model):
+        with evaluating(self.model), cast_weights(self.model), contiguous_head(self.model):
             output = generate(
                 input_ids=ids,
                 attention_mask=mask,
