@@ -86,8 +86,8 @@ def _from_json(file: Path) -> PreTrainedTokenizerBase:
 
 def _complete_special_tokens(tokenizer: PreTrainedTokenizerFast, spec: ModelSpec) -> None:
     name = spec.tokenizer or spec.source
-    vocabulary = tokenizer.get_vocab()
     if tokenizer.eos_token is None:
+        vocabulary = tokenizer.get_vocab()
         found = next((token for token in _END_OF_TEXT if token in vocabulary), None)
         if found is None:
             raise UserError(
