@@ -9,6 +9,9 @@ from dskd_lightning.functional.precision import autocast_to
 
 __all__ = ["ChunkedHead"]
 
+_WORDS = 2**13
+"""Rows of a weight's gradient whose products in half precision are there at once."""
+
 
 class ChunkedHead:
     """Products of hidden states with one head, and gradients to what needs one.
@@ -44,7 +47,12 @@ class ChunkedHead:
             self.d_hidden[span] = gradient @ self.weight
         if self._needs_weight:
             rows = self.hidden[span].to(self.weight.dtype)
-            if self.d_weight is None:
+            if self._dtypes[1] == torch.float32 != rows.dtype:
+                if self.d_weight is None:
+                    self.d_weight = torch.zeros_like(self.weight, dtype=torch.float32)
+                for some, words in zip(gradient.split(_WORDS, 1), self.d_weight.split(_WORDS), strict=True):
+                    words.add_(some.T @ rows)
+            elif self.d_weight is None:
                 self.d_weight = gradient.T @ rows
             elif self.d_weight.dtype == rows.dtype == torch.promote_types(rows.dtype, torch.float32):
                 self.d_weight.addmm_(gradient.T, rows)

@@ -67,6 +67,11 @@ class Objective(Described, nn.Module, ABC):
         """How many parameters `configure` makes for models of these hidden sizes; for plans of memory."""
         return 0
 
+    def further_head_products(self) -> tuple[int, int]:
+        """Matrix products of a response token with the student's and with the teacher's head beyond those
+        of the losses in each space, such as for a choice that is read in front of them; for plans of time."""
+        return 0, 0
+
     @abstractmethod
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None

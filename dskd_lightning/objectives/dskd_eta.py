@@ -114,6 +114,10 @@ class DSKDTokenAlignmentObjective(CrossTokenizerObjective):
     def projector_parameters(self, student: int, teacher: int) -> int:
         return student * teacher
 
+    def further_head_products(self) -> tuple[int, int]:
+        # Both teachers' choices; for a distribution both logits once more, and the projector's gradient.
+        return (3, 2) if self.projector_learns == "distribution" else (1, 1)
+
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:

@@ -84,6 +84,9 @@ class DSKDv2Objective(SameVocabularyObjective):
     def projector_parameters(self, student: int, teacher: int) -> int:
         return student * teacher
 
+    def further_head_products(self) -> tuple[int, int]:
+        return 1, 0  # where the projected teacher agrees
+
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:

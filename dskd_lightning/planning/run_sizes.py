@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +67,9 @@ def losses_of(objectives: Sequence[Objective], student: ModelSize, teachers: Seq
     maps = [8 * t.hidden**2 + 4 * t.hidden * student.hidden for o, t in pairs if o.keeps_teacher_head]
     budget = max(getattr(o, "memory_budget_mb", DEFAULT_BUDGET_MB) for o in objectives)
     asks = any(objective.needs_teacher for objective in objectives)
-    return Losses("dual" if sum(made) else "logits" if asks else "sft", sum(made), sum(maps), budget * 2**20)
+    kind: Literal["sft", "logits", "dual"] = "dual" if sum(made) else "logits" if asks else "sft"
+    further = objectives[0].further_head_products()
+    return Losses(kind, sum(made), sum(maps), budget * 2**20, *further)
 
 
 def layout_of(trainer: Any, module: Any, data: InstructionDataModule, mixed: bool, cuda: bool) -> Layout:

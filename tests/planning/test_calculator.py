@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tracemalloc
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "objectives"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
@@ -191,3 +193,45 @@ def test_states_of_optimizers() -> None:
         raise RuntimeError("no CUDA")
 
     assert optimizer_states(elsewhere) == 2
+
+
+class _Products(TorchDispatchMode):
+    """Rows that products with a head of a shape have, forward and backward, its own gradient left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: Counter[frozenset[int]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.rows[frozenset(right.shape)] += left.shape[0]
+        return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "same"),
+    [
+        (dl.DSKDObjective, True),
+        (dl.DSKDv2Objective, True),
+        (dl.DSKDTokenAlignmentObjective, False),
+        (lambda: dl.DSKDTokenAlignmentObjective(projector_learns="distribution"), False),
+    ],
+)
+def test_products_with_the_heads_are_those_that_are_computed(kind: Any, same: bool) -> None:
+    case = make_case((("bpe", 400), ("bpe", 400) if same else ("sentencepiece", 420)), (16, 24))
+    frozen = replace(case.student.head, weight=case.student.head.weight.detach())
+    case = replace(case, student=replace(case.student, head=frozen))
+    objective = kind()
+    objective.configure(case.student_space, case.teacher_space)
+    objective.double()
+    with _Products() as found:
+        objective(case.student, case.teacher, None if same else case.alignment).loss.backward()
+    tokens = len(case.student)
+    pairs = tokens if same else len(case.alignment.pairs)
+    further = objective.further_head_products()
+    # Of a position without a partner its own logits, an empty projection's, and their gradients.
+    student = 4 * tokens + further[0] * pairs
+    assert found.rows[frozenset(case.student_space.head.weight.shape)] == student
+    assert found.rows[frozenset(case.teacher_space.head.weight.shape)] == (3 + further[1]) * pairs

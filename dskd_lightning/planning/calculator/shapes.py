@@ -131,12 +131,16 @@ class Losses:
         projectors: trained parameters, float32.
         fixed: bytes of what is made of the heads and kept on every rank.
         budget: bytes that vocabulary-sized tensors may take together.
+        student_products: of a response token with the student's head, beyond those of the kind.
+        teacher_products: with each teacher's.
     """
 
     kind: Literal["sft", "logits", "dual"] = "dual"
     projectors: int = 0
     fixed: float = 0.0
     budget: float = DEFAULT_BUDGET_MB * 2**20
+    student_products: int = 0
+    teacher_products: int = 0
 
     @property
     def heads(self) -> int:

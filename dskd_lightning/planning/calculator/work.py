@@ -20,11 +20,12 @@ def work(
     forward = _forward(student, data.length)
     passes = (2 if student.adapted else 3) + int(layout.checkpointing)
     found = {"student": data.epochs * data.padded * (passes * forward + 6.0 * student.adapted)}
-    products = _STUDENT_PRODUCTS[losses.kind] + int(student.trains_head)
+    products = _STUDENT_PRODUCTS[losses.kind] + losses.student_products + int(student.trains_head)
     row = 2.0 * products * student.vocabulary * student.hidden + 5.0 * losses.projectors
     read, running = data.teacher_tokens or data.padded, 0.0
     for teacher in teachers:
-        row += 2.0 * _TEACHER_PRODUCTS[losses.kind] * teacher.vocabulary * teacher.hidden
+        products = _TEACHER_PRODUCTS[losses.kind] + losses.teacher_products
+        row += 2.0 * products * teacher.vocabulary * teacher.hidden
         running += read * _forward(teacher, read / max(1, data.examples))
     found["losses"] = data.epochs * data.responses * row
     found["teacher"] = running * (1 if layout.cached else data.epochs)
