@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 __all__ = ["cast_weights"]
 
@@ -47,10 +46,16 @@ def _linear(model: nn.Module) -> list[nn.Linear]:
         module
         for module in modules
         if type(module) is nn.Linear
+        and _is_whole(module)
         and module.weight.dtype == torch.float32
         and module.weight.device == first.device
-        and not isinstance(module.weight, DTensor)
     ]
+
+
+def _is_whole(module: nn.Linear) -> bool:
+    """Whether the weight is an ordinary one: no shard of it, no placeholder, nothing quantised."""
+    shape = (module.out_features, module.in_features)
+    return type(module.weight) is nn.Parameter and module.weight.shape == shape
 
 
 def _cast(weight: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:

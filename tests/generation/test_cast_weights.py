@@ -102,6 +102,11 @@ def test_compiled_models_and_other_types_are_left_alone() -> None:
     model.lm_head = model.lm_head.double()
     with _autocast(), cast_weights(model):
         assert model.lm_head.weight.dtype == torch.float64
+    part = model.model.layers[0].mlp.up_proj
+    part.weight = nn.Parameter(torch.zeros(3))  # as sharding leaves it
+    with _autocast(), cast_weights(model):
+        assert part.weight.dtype == torch.float32
+        assert model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     model.model.compile()
     with _autocast(), cast_weights(model):
         assert {value.dtype for value in model.parameters()} == {torch.float32, torch.float64}
