@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 __all__ = ["contiguous_head"]
@@ -19,8 +20,15 @@ def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
     makes that one product per row, for which a CPU copies the head as often as there are rows.
     """
     head: Any = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(_contiguous)
     try:
         yield
     finally:
         hook.remove()
+
+
+def _contiguous(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.contiguous() if isinstance(one, Tensor) else one for one in given)

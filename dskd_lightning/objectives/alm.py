@@ -106,6 +106,9 @@ class ALMObjective(CrossTokenizerObjective):
             for name, value in zip(("order", "first", "last"), extension_ranges(space), strict=True):
                 setattr(self, f"{side}_{name}", value)
 
+    def further_head_products(self) -> tuple[int, int]:
+        return 1, 0  # the backward pass makes the logits once more
+
     def forward(
         self, student: Side, teacher: Side | None = None, alignment: Alignment | None = None
     ) -> ObjectiveOutput:

@@ -96,6 +96,9 @@ class GOLDObjective(PairedObjective):
                 raise UserError("skip_eos: the student's tokenizer names no end-of-sequence token; set one.")
         self._match(self.matched_tokens(student, teacher), teacher.vocab_size)
 
+    def further_head_products(self) -> tuple[int, int]:
+        return 1, 0  # the backward pass makes those of groups' later tokens once more
+
     def matched_tokens(self, student: ModelSpace, teacher: ModelSpace) -> Tensor:
         """``[student vocab]``: the teacher token that each student token is matched with, or -1."""
         assert self.student_to_teacher is not None

@@ -41,6 +41,16 @@ def test_the_head_is_read_once_for_all_prompts(dtype, monkeypatch) -> None:
     assert plain.count > 0
 
 
+def test_heads_of_other_kinds_are_left_alone() -> None:
+    model = make_model(len(make_tokenizer()))
+    states = torch.randn(3, 5, model.config.hidden_size)
+    with torch.no_grad(), contiguous_head(model):
+        assert model.lm_head(input=states).shape[:2] == (3, 5)
+    model.get_output_embeddings = lambda: None
+    with contiguous_head(model):
+        assert not model.lm_head._forward_pre_hooks
+
+
 def test_the_same_logits_of_a_slice() -> None:
     model = make_model(len(make_tokenizer())).double()
     states = torch.randn(3, 5, model.config.hidden_size, dtype=torch.float64)[:, -1:]
