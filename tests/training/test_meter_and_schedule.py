@@ -7,10 +7,23 @@ import torch
 
 from dskd_lightning.structures import Ratio
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
+from dskd_lightning.training import meter as meter_file
 
 
 def ratio(total: float, count: int) -> Ratio:
     return Ratio(torch.tensor(total), torch.tensor(count))
+
+
+def test_sums_in_float32_lose_nothing(monkeypatch) -> None:
+    """As on a device without float64; 2**24 + 1 is no float32."""
+    monkeypatch.setattr(meter_file, "widest", lambda _: torch.float32)
+    meter = RatioMeter()
+    for _ in range(2):  # the second time after a reduction
+        meter.update({"loss": Ratio(torch.tensor(2.0**24), torch.tensor(2**24))})
+        for _ in range(1000):
+            meter.update({"loss": Ratio(torch.tensor(1.0), torch.tensor(1))})
+        found = meter.reduce()["loss"]
+        assert (found.total.item(), found.count.item()) == (2**24 + 1000, 2**24 + 1000)
 
 
 def test_mean_of_unequal_batches_is_the_mean_over_tokens():
