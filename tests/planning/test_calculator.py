@@ -210,6 +210,23 @@ class _Products(TorchDispatchMode):
         return result
 
 
+def _products(case: Any, objective: Objective, alignment: Any) -> Counter[frozenset[int]]:
+    """Rows with each head of a step whose student's head is frozen."""
+    frozen = replace(case.student.head, weight=case.student.head.weight.detach())
+    objective.configure(case.student_space, case.teacher_space)
+    objective.double()
+    with _Products() as found:
+        objective(replace(case.student, head=frozen), case.teacher, alignment).loss.backward()
+    return found.rows
+
+
+def test_products_of_alm_whose_backward_pass_makes_logits_again() -> None:
+    case, objective = make_case((("bpe", 400), ("sentencepiece", 420)), (16, 24)), dl.ALMObjective()
+    rows = _products(case, objective, case.alignment)
+    student = 2 + objective.further_head_products()[0]
+    assert rows[frozenset(case.student_space.head.weight.shape)] == student * len(case.student)
+
+
 @pytest.mark.parametrize(
     ("kind", "same"),
     [
@@ -221,17 +238,12 @@ class _Products(TorchDispatchMode):
 )
 def test_products_with_the_heads_are_those_that_are_computed(kind: Any, same: bool) -> None:
     case = make_case((("bpe", 400), ("bpe", 400) if same else ("sentencepiece", 420)), (16, 24))
-    frozen = replace(case.student.head, weight=case.student.head.weight.detach())
-    case = replace(case, student=replace(case.student, head=frozen))
     objective = kind()
-    objective.configure(case.student_space, case.teacher_space)
-    objective.double()
-    with _Products() as found:
-        objective(case.student, case.teacher, None if same else case.alignment).loss.backward()
+    rows = _products(case, objective, None if same else case.alignment)
     tokens = len(case.student)
     pairs = tokens if same else len(case.alignment.pairs)
     further = objective.further_head_products()
     # Of a position without a partner its own logits, an empty projection's, and their gradients.
     student = 4 * tokens + further[0] * pairs
-    assert found.rows[frozenset(case.student_space.head.weight.shape)] == student
-    assert found.rows[frozenset(case.teacher_space.head.weight.shape)] == (3 + further[1]) * pairs
+    assert rows[frozenset(case.student_space.head.weight.shape)] == student
+    assert rows[frozenset(case.teacher_space.head.weight.shape)] == (3 + further[1]) * pairs
