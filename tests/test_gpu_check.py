@@ -12,6 +12,7 @@ import pytest
 import torch
 from gpu_checks.features import fitted
 from gpu_checks.setup import OBJECTIVES, Setup
+from gpu_checks.training import train
 from pretended_gpu import PretendedGpu
 from torch import Tensor
 
@@ -52,6 +53,18 @@ def test_runs_without_float64_and_sparse_tensors() -> None:
     with PretendedGpu(float64=False), gpu_check.quiet():
         setup = Setup("pretended")
         found = {name: gpu_check.run_one(name, partial(fitted, setup, name, {}), 120) for name in OBJECTIVES}
+    assert [result for result in found.values() if result.outcome != "ok"] == []
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_resumes_caches_tests_and_predicts_without_float64(cached: bool) -> None:
+    with PretendedGpu(float64=False), gpu_check.quiet():
+        setup = Setup("pretended")
+        found = {
+            name: gpu_check.run_one(name, partial(train, setup, name, cached, lora=False), 120)
+            for name, (kind, *_) in OBJECTIVES.items()
+            if kind.needs_teacher or not cached
+        }
     assert [result for result in found.values() if result.outcome != "ok"] == []
 
 
