@@ -69,6 +69,7 @@ from dskd_lightning.training.following import Follower
 from dskd_lightning.training.length import follow_accumulation, total_steps
 from dskd_lightning.training.monitor import TrainingMonitor
 from dskd_lightning.training.on_policy import OnPolicySettings, SampleBuffer, on_samples, sample_metrics
+from dskd_lightning.training.on_processor import suit_processor
 from dskd_lightning.training.origin import (
     StartingWeights,
     check_origin,
@@ -77,7 +78,6 @@ from dskd_lightning.training.origin import (
     parts_of,
     weight_sample,
 )
-from dskd_lightning.training.processor import warn_of_slow_bfloat16
 from dskd_lightning.training.projector_warmup import check_warmup, forget_gradients, touched
 from dskd_lightning.training.rank_loads import RankLoads
 from dskd_lightning.training.resuming import settle_progress
@@ -312,7 +312,7 @@ class DistillationModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Let a Trainer that has no way of its own write checkpoints that are whole or absent."""
         check_tuning(self.trainer)
-        warn_of_slow_bfloat16(self.trainer, (self.student_spec, *self.teacher_specs))
+        suit_processor(self.trainer, (self.student_spec, *self.teacher_specs))
         use_whole_checkpoints(self.trainer)
 
     # --- steps --------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -22,6 +21,7 @@ from dskd_lightning.launch.trained import load_trained, specs_of
 from dskd_lightning.models.loading import load_model, load_teacher
 from dskd_lightning.models.spec import ModelSpec, TeacherSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
+from dskd_lightning.processor import in_a_computed_type, working_device
 from dskd_lightning.runs.text import visible
 
 __all__ = ["chat", "open_speakers", "typed"]
@@ -40,7 +40,7 @@ def open_speakers(models: Sequence[str], settings: GenerationSettings, ckpt_path
     Raises:
         UserError: a model can't be found, or there is no run whose teacher could be meant.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = working_device()
     runs = [model for model in models if (Path(model) / "config.yaml").is_file()]
     speakers = []
     for name in models:
@@ -59,7 +59,7 @@ def open_speakers(models: Sequence[str], settings: GenerationSettings, ckpt_path
             model, tokenizer = load_model(plain), load_tokenizer(plain)
             renderer, system = ChatRenderer.from_spec(tokenizer, plain), None
         if not getattr(model, "is_quantized", False):
-            model.to(device)
+            in_a_computed_type(model, device).to(device)
         speakers.append(Speaker(name, Generator(model.eval(), tokenizer, settings), renderer, system))
     return speakers
 

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_model, load_tokenizer
 from dskd_lightning.models.spec import ModelSpec
+from dskd_lightning.processor import in_a_computed_type, working_device
 from dskd_lightning.ranks import rank_and_world
 from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.parts import Part
@@ -63,8 +64,11 @@ def generate_responses(
     examples = list(read_examples(sources, reading, Counter()))
     if not examples:
         raise UserError(f"{masked(prompts)}: holds no prompts.")
-    generator = Generator(load_model(spec), tokenizer, settings)
-    cast("Any", generator.model).to(device)
+    network: Any = load_model(spec)
+    identity = weights_fingerprint(network)  # of another processor's part, too, whatever it computes in
+    if dtype == "auto":
+        in_a_computed_type(network, device)
+    generator = Generator(network.to(device), tokenizer, settings)
     provenance = {
         "model": model,
         "data": [{"name": source.name, "fingerprint": source.fingerprint()} for source in sources],
@@ -74,14 +78,14 @@ def generate_responses(
         report = told_by_seed(progress)
         if chosen is not None:
             folder = samples_folder(Path(output))
-            records, identity = prompt_records(renderer, examples), weights_fingerprint(generator.model)
+            records = prompt_records(renderer, examples)
             count = answer_part(
                 generator, records, folder, chosen, model_id=identity, seeds=seeds, progress=report
             )
         else:
             places = [Path(place).expanduser() for place in join] if join else None
             meta = write_response_data(
-                generator, renderer, examples, Path(output), seeds, keep, provenance, report, places
+                generator, renderer, examples, Path(output), seeds, keep, provenance, report, places, identity
             )
     if rank_and_world()[0] != 0:
         return
@@ -105,6 +109,4 @@ def _join() -> torch.device:
     """Join the processes of ``torchrun``; the device of this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return working_device()

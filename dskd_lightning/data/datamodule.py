@@ -16,6 +16,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dskd_lightning.cache_dir import cache_dir as default_folder
+from dskd_lightning.cores import usable_cores
 from dskd_lightning.data.batching import BatchPlan, BatchSettings
 from dskd_lightning.data.chat import ChatRenderer, Learn
 from dskd_lightning.data.checks import check_disk_limit, check_epoch, check_lengths
@@ -35,7 +36,6 @@ from dskd_lightning.data.templates import split_reasoning
 from dskd_lightning.data.truncation import cut_left, truncate
 from dskd_lightning.data.urls import masked
 from dskd_lightning.data.views import ExampleView
-from dskd_lightning.data.workers import usable_cores
 from dskd_lightning.errors import UserError
 from dskd_lightning.models.spec import ModelSpec, Student, Teacher, teacher_names
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dskd_lightning.alignment.token_bytes import token_bytes
+from dskd_lightning.cores import usable_cores
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.checked_files import damaged
 from dskd_lightning.data.chunks import chunked, render_chunk
@@ -29,7 +30,7 @@ from dskd_lightning.data.reading import read_records
 from dskd_lightning.data.remote_faults import SourceUnavailable
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
-from dskd_lightning.data.workers import WorkerEnded, usable_cores, worked_in_order
+from dskd_lightning.data.workers import WorkerEnded, worked_in_order
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.lock import only_one

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from dskd_lightning.errors import UserError
 from dskd_lightning.runs.parent import end_with_parent
 
-__all__ = ["WorkerEnded", "usable_cores", "worked_in_order"]
+__all__ = ["WorkerEnded", "worked_in_order"]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -28,13 +28,6 @@ _work: Callable[[Any], Any]
 
 class WorkerEnded(UserError):
     """A process that worked was ended from outside; nothing is wrong with what it worked on."""
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def worked_in_order(work: Callable[[_In], _Out], chunks: Iterable[_In], processes: int) -> Iterator[_Out]:

@@ -64,6 +64,7 @@ def write_response_data(
     provenance: dict[str, Any],
     progress: Callable[[int | None, int, int], None] | None = None,
     places: Sequence[Path] | None = None,
+    model_id: str | None = None,
 ) -> dict[str, Any]:
     """Answer every example once per seed and write the responses that are kept, one record each.
 
@@ -82,6 +83,7 @@ def write_response_data(
         progress: called with (seed, prompts done, prompts of this rank).
         places: folders with parts of the responses, which together must hold all; None generates what is
             missing.
+        model_id: see `predict`; None for the fingerprint of the generator's weights.
 
     Returns:
         The content of ``OUTPUT.meta.json``.
@@ -93,7 +95,7 @@ def write_response_data(
     records = prompt_records(renderer, examples)
     prompts = [record.ids for record in records]
     folder = samples_folder(output)
-    identity = weights_fingerprint(generator.model)
+    identity = model_id or weights_fingerprint(generator.model)
     adopt_parts(generator, records, folder, places, model_id=identity, seeds=seeds)
     predictions = predict(generator, records, folder, model_id=identity, seeds=seeds, progress=progress)
     found: list[Candidate] = []

@@ -20,6 +20,7 @@ from dskd_lightning.models.layer_measurements import LayerMeasurements, LayerRan
 from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_hidden, decoder_layers, language_head
 from dskd_lightning.models.pruning import evenly_spaced
+from dskd_lightning.processor import working_device
 from dskd_lightning.structures import TokenBatch
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def decide_layers(spec: StudentSpec, calibration: Calibration | None) -> Student
             f"`student.prune.by: {prune.by}` is measured on training data, and there is none here: give the "
             "Trainer a datamodule, list the layers to keep, or set it to even."
         )
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    device = working_device()
     model = load_model(spec).to(device).eval()  # type: ignore[arg-type]
     batches = [batch.to(device) for batch in calibration(spec, prune.calibration)]
     found = measured_once(model, prune, batches, partial(_measure, model, prune.by, batches, prune.layers))

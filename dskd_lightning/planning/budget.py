@@ -11,9 +11,9 @@ from dskd_lightning.planning.finding import Finding
 from dskd_lightning.planning.machine import Machine, free_disk
 from dskd_lightning.planning.run_sizes import data_size, layout_of, losses_of
 from dskd_lightning.planning.target import Target
+from dskd_lightning.processor import FLOAT32_CONFIG
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.text import byte_count
-from dskd_lightning.training.processor import FLOAT32_CONFIG
 
 __all__ = ["Place", "budget", "calculate", "parts"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from dskd_lightning.training.processor import SLOW
+from dskd_lightning.processor import SLOW
 
 __all__ = ["Machine", "free_disk"]
 

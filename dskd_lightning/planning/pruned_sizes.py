@@ -17,8 +17,8 @@ from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_layers
 from dskd_lightning.models.pruning import evenly_spaced, prune
 from dskd_lightning.models.spec import Dtype, PruneSpec, StudentSpec
+from dskd_lightning.processor import in_a_computed_type, working_device
 from dskd_lightning.structures import TokenBatch
-from dskd_lightning.training.processor import SLOW, bfloat16_slowdown
 
 __all__ = ["PrunedSize", "PruningStudy"]
 
@@ -90,10 +90,9 @@ class PruningStudy:
         self.tokenizer = data.student_tokenizer
         model: Any = load_model(spec)
         self.stored_dtype = model.dtype
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu" and model.dtype == torch.bfloat16 and bfloat16_slowdown() > SLOW:
-            model.float()  # exactly, and back where it is written
-        self.model = model.to(device).eval()
+        device = working_device()
+        # Exactly, and back where it is written.
+        self.model = in_a_computed_type(model, device).to(device).eval()
         self._choosing = [batch.to(device) for batch in batches[::2]]
         self._measuring = [batch.to(device) for batch in batches[1::2]]
 

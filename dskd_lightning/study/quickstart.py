@@ -12,8 +12,8 @@ import yaml
 
 from dskd_lightning.demo import DATASET
 from dskd_lightning.files import write_atomic
+from dskd_lightning.processor import FLOAT32_CONFIG, SLOW, slowdown
 from dskd_lightning.study.study import Study
-from dskd_lightning.training.processor import FLOAT32_CONFIG, SLOW, bfloat16_slowdown
 
 __all__ = ["quickstart_study"]
 
@@ -37,12 +37,12 @@ def quickstart_study(output: str | None = None, cross: bool = False) -> Study:
         overlay = study.output / "student.yaml"
         write_atomic(overlay, yaml.safe_dump({"model": {"student": student}}))
         study = study.over(str(overlay))
-    slowdown = bfloat16_slowdown()
-    if slowdown <= SLOW:
+    times = slowdown()
+    if times <= SLOW:
         return study
     logger.info(
         "bfloat16 takes %.0f times as long as float32 on this processor: computing in float32 (%s).",
-        slowdown,
+        times,
         FLOAT32_CONFIG,
     )
     return study.over(FLOAT32_CONFIG)

@@ -26,6 +26,7 @@ from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.output import input_embeddings, language_head
 from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
+from dskd_lightning.processor import working_device
 from dskd_lightning.ranks import barrier, gathered, rank_and_world
 from dskd_lightning.runs.lock import locked
 from dskd_lightning.runs.parts import Part
@@ -303,9 +304,7 @@ def _device(datamodule: InstructionDataModule) -> torch.device:
     """The trainer's, or the accelerator that is here."""
     if datamodule.trainer is not None:
         return datamodule.trainer.strategy.root_device
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return working_device()
 
 
 def _builder(

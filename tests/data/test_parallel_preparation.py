@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from dskd_lightning import InstructionDataModule, StudentSpec, TeacherSpec, UserError
+from dskd_lightning.cores import usable_cores
 from dskd_lightning.data import chunks, preparation, workers
 from dskd_lightning.data.examples import Example, InvalidRecord, Message
 from dskd_lightning.data.groups import groups_of
@@ -27,7 +28,7 @@ from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.reading import RawRecord
 from dskd_lightning.data.remote import RemoteFile
 from dskd_lightning.data.sources import Source, resolve_sources
-from dskd_lightning.data.workers import usable_cores, worked_in_order
+from dskd_lightning.data.workers import worked_in_order
 from dskd_lightning.runs.lock import only_one
 
 Build = Callable[..., InstructionDataModule]

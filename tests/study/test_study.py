@@ -338,7 +338,7 @@ def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
             (self.output, [file.name for file in self.base], len(self.variants), overwrite)
         ),
     )
-    monkeypatch.setattr("dskd_lightning.study.quickstart.bfloat16_slowdown", lambda: slowdown)
+    monkeypatch.setattr("dskd_lightning.study.quickstart.slowdown", lambda: slowdown)
     assert main(["quickstart", "--output", str(tmp_path)]) == 0
     monkeypatch.chdir(tmp_path)
     assert main(["quickstart"]) == 0  # as the README has it, without a word more
@@ -356,7 +356,7 @@ def test_quickstart_across_vocabularies_makes_its_own_tokenizer(tmp_path, monkey
 
     ran: list[Study] = []
     monkeypatch.setattr(Study, "run", lambda self, overwrite: ran.append(self))
-    monkeypatch.setattr("dskd_lightning.study.quickstart.bfloat16_slowdown", lambda: 0.3)
+    monkeypatch.setattr("dskd_lightning.study.quickstart.slowdown", lambda: 0.3)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "quickstart_cross" / "tokenizer"
     written = []

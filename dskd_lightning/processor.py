@@ -1,0 +1,104 @@
+"""What suits this processor: as many threads as it may run, and no type that it only emulates."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from dskd_lightning.cores import affine_cores, usable_cores
+
+__all__ = [
+    "FLOAT32_CONFIG",
+    "SLOW",
+    "in_a_computed_type",
+    "limit_threads",
+    "slowdown",
+    "working_device",
+]
+
+FLOAT32_CONFIG = "dskd:precision/float32"
+SLOW = 1.2
+"""From how many times float32's seconds on, bfloat16 is to be left alone; what it saves is memory."""
+_TOKENS, _WIDTH, _REPEATS = 128, 512, 5
+_SHORT = (torch.bfloat16, torch.float16)
+
+logger = logging.getLogger(__name__)
+
+
+def limit_threads(processes: int = 1) -> None:
+    """Let PyTorch compute with no more threads than this process's part of the usable cores.
+
+    PyTorch takes all physical cores, also in a container with time on a few of them alone, where the
+    threads then wait for each other. What ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` say stays.
+
+    Args:
+        processes: on this machine that compute at once.
+    """
+    cores = usable_cores() // processes
+    # What Lightning gives to the ranks that it starts, which knows no quota, was nobody's choice.
+    ours = {None, str(max(1, affine_cores() // processes))}
+    if os.environ.get("MKL_NUM_THREADS") is None and os.environ.get("OMP_NUM_THREADS") in ours:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
+
+
+def working_device() -> torch.device:
+    """The accelerator of this process, where no Trainer has chosen one: of ``torchrun``'s its own."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return torch.device("cpu")
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def in_a_computed_type(model: _Model, device: torch.device) -> _Model:
+    """``model`` as it is, or with weights of 16 bits turned to float32 where this processor emulates them.
+
+    The numbers are the same, and take twice the memory.
+
+    Args:
+        model: changed in place.
+        device: it will run on; nothing but a processor needs this.
+    """
+    dtype = next(model.parameters()).dtype
+    if device.type == "cpu" and dtype in _SHORT and (times := slowdown(dtype)) > SLOW:
+        logger.info(
+            "%s takes %.0f times as long as float32 on this processor: computing in float32.",
+            str(dtype).removeprefix("torch."),
+            times,
+        )
+        model.float()
+    return model
+
+
+@cache
+def slowdown(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Seconds of a linear layer in ``dtype`` over those in float32 on the CPU, the best of five each.
+
+    Measured once a process, in a few milliseconds; of bfloat16 about 0.3 with AMX, 20 and more without
+    AVX-512.
+    """
+    return _seconds(dtype) / _seconds(torch.float32)
+
+
+@torch.inference_mode()
+def _seconds(dtype: torch.dtype) -> float:
+    hidden = torch.ones(_TOKENS, _WIDTH, dtype=dtype)
+    weight = torch.ones(2 * _WIDTH, _WIDTH, dtype=dtype)
+    linear(hidden, weight)  # warm
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        linear(hidden, weight)
+        times.append(time.perf_counter() - begin)
+    return min(times)
