@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
@@ -244,7 +245,9 @@ class DistillationModule(L.LightningModule):
             model, tokenizer = self.student_spec.build()
             return model.train(), tokenizer
         calibration = self._calibration()
-        self.student_spec = self._agreed(self.student_spec.decided(calibration))
+        mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        with self.trainer.precision_plugin.forward_context() if mixed else nullcontext():
+            self.student_spec = self._agreed(self.student_spec.decided(calibration))
         return self.student_spec.build(calibration)
 
     def _calibration(self) -> Calibration | None:
@@ -320,12 +323,14 @@ class DistillationModule(L.LightningModule):
     def as_step(self, function: Callable[[], _T]) -> _T:
         """What ``function`` gives, called as a step is, where it may read and run models and objectives.
 
-        Outside of steps the weights of a sharded module aren't there: all ranks call this then.
+        In the Trainer's precision; outside of steps the weights of a sharded module aren't there: all ranks
+        call this then.
         """
         for objective in self.objectives:
             if isinstance(objective, FSDPModule):
                 objective.unshard()
-        return function()
+        with nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context():
+            return function()
 
     def student_side(
         self, tokens: TokenBatch, padded_statistics: bool = False, sampled: bool = False
@@ -496,11 +501,7 @@ class DistillationModule(L.LightningModule):
         teachers = [ChatRenderer.from_spec(load_tokenizer(spec), spec) for spec in self.teacher_specs]
 
         def draw(prompts: list[list[int]], keys: list[int]) -> list[Sample]:
-            precision = (
-                nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
-            )
-            with precision:
-                return self.as_step(lambda: sampler(self.student, self.tokenizer, prompts, keys, seed))
+            return self.as_step(lambda: sampler(self.student, self.tokenizer, prompts, keys, seed))
 
         substitute = BatchOfSamples(self.tokenizer, teachers)
         return SampleBuffer(self.on_policy, lambda batch: prompts_of(batch.student), substitute, draw, seed)
@@ -630,10 +631,11 @@ class DistillationModule(L.LightningModule):
             self.as_step(self._verify_packing)
 
     def _verify_packing(self) -> None:
-        verify_packing(self.student, self.student_spec.source)
         run = zip(self.teacher_specs, self.teachers, strict=True) if self.complete_teachers else ()
-        for spec, teacher in run:
-            verify_packing(cast("Any", teacher), spec.source)
+        with torch.autocast(self.device.type, enabled=False):  # what is compared needs all of its digits
+            verify_packing(self.student, self.student_spec.source)
+            for spec, teacher in run:
+                verify_packing(cast("Any", teacher), spec.source)
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self._evaluation_step(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -17,7 +18,11 @@ from torch.utils.data import DataLoader
 
 import dskd_lightning as dl
 from dskd_lightning.callbacks import TrainingMonitor
+from dskd_lightning.callbacks.completions import CompletionsTable
+from dskd_lightning.callbacks.responses import ResponseEvaluation
+from dskd_lightning.callbacks.validation_responses import ValidationResponses
 from dskd_lightning.checkpoints import WholeCheckpointIO, digest_of
+from dskd_lightning.generation.generator import Generator
 from dskd_lightning.training.on_policy import OnPolicySettings
 
 QUIET = {
@@ -58,6 +63,32 @@ def test_predictions_come_back_in_the_order_of_the_rows(model_folder, tmp_path, 
     if seed is None:  # greedy: a prompt's place in its batch is no part of its answer
         assert [b[0].text for b in alone] == [answer.text for batch in found for answer in batch]
     assert all(0 < answer.tokens <= 5 or answer.finished for batch in found for answer in batch)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_all_responses_are_written_in_the_trainers_precision(
+    model_folder, tmp_path, monkeypatch, precision
+) -> None:
+    module, data = make(model_folder, tmp_path)
+    data.sources["test"] = data.sources["train"]
+    found: dict[str, set[bool]] = {}
+    own = Generator._generate_once
+
+    def asked(self: Generator, *given: object) -> object:
+        found.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+        return own(self, *given)
+
+    monkeypatch.setattr(Generator, "_generate_once", asked)
+    options: dict[str, Any] = {"max_new_tokens": 3}
+    callbacks = {
+        "completions": CompletionsTable(prompts=1, **options),
+        "validation": ValidationResponses(prompts=1, **options),
+        "responses": ResponseEvaluation(tmp_path / "r", seeds=(), limit=1, efficiency=False, **options),
+    }
+    for name, callback in callbacks.items():
+        trainer = L.Trainer(callbacks=[callback], max_steps=1, precision=precision, **QUIET)
+        (trainer.test if name == "responses" else trainer.validate)(module, datamodule=data)
+    assert found == {name: {precision == "bf16-mixed"} for name in callbacks}
 
 
 def test_the_data_modules_prompts_are_answered(model_folder, tmp_path):

@@ -51,8 +51,7 @@ class RepresentationAnalysis(L.Callback):
             return
         if isinstance(module.teachers[0], AbsentTeacher):  # without hidden states
             return
-        with trainer.precision_plugin.forward_context():
-            values, maps = module.as_step(lambda: self._measure(trainer, module))
+        values, maps = module.as_step(lambda: self._measure(trainer, module))
         for name, value in values["after"].items():
             pl_module.log(f"test/{name}", value, batch_size=1)
         step = module.trained_steps if trainer.ckpt_path else trainer.global_step

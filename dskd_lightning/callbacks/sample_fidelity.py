@@ -119,7 +119,7 @@ class SampleFidelity(L.Callback):
                 if gathered(len(shown) < self.show)[0]:  # the first rank's are shown
                     shown.extend(sample_responses(module, moved, max(0, self.show - len(shown))))
 
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad():
             module.as_step(measure)
         ratios = meter.reduce(module._all_reduce)
         values = {f"{stage}/samples_{name}": ratio.value.float() for name, ratio in ratios.items()}

@@ -101,7 +101,11 @@ def measured_once(
 
 
 def _key(model: PreTrainedModel, prune: PruneSpec, batches: Sequence[TokenBatch]) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {weights_fingerprint(model)} {prune.by} {prune.layers}".encode())
+    said = f"{_VERSION} {weights_fingerprint(model)} {prune.by} {prune.layers}"
+    device = model.device.type
+    if torch.is_autocast_enabled(device):
+        said += f" {torch.get_autocast_dtype(device)}"
+    digest = hashlib.sha256(said.encode())
     for batch in batches:
         for tensor in (batch.input_ids, batch.labels, batch.attention_mask):
             if tensor is not None:

@@ -91,7 +91,7 @@ class TeacherCheck(L.Callback):
             for batch in islice(loader, count):
                 meter.update(_likelihoods(module, batch.to(module.device)))
 
-        with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), evaluating(module):
             module.as_step(measure)
         ratios = meter.reduce(module._all_reduce)
         return {name: float(ratio.value) for name, ratio in ratios.items()}

@@ -61,6 +61,9 @@ def test_another_weight_text_or_choice_is_measured(asked, model) -> None:
         assert asked(model, batches=[text]) == number
     assert asked(model, batches=[batch(), batch()]) == 8
     assert asked(model, batches=[batch(pad=0)]) == 8
+    with torch.autocast("cpu", torch.bfloat16):  # whose scores are others
+        assert asked(model) == 9
+    assert asked(model) == 9
 
 
 @pytest.mark.parametrize(
