@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from dskd_lightning.cores import affine_cores, usable_cores
+from dskd_lightning.cores import affine_cores, cpu_quota
 
 __all__ = [
     "FLOAT32_CONFIG",
@@ -33,19 +33,27 @@ logger = logging.getLogger(__name__)
 
 
 def limit_threads(processes: int = 1) -> None:
-    """Let PyTorch compute with no more threads than this process's part of the usable cores.
+    """Let PyTorch compute with no more threads than this process has cores' time.
 
-    PyTorch takes all physical cores, also in a container with time on a few of them alone, where the
-    threads then wait for each other. What ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` say stays.
+    PyTorch takes all physical cores that it may run on, also in a container with time on a few of them
+    alone, where the threads then wait for each other. What ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` say
+    stays.
 
     Args:
-        processes: on this machine that compute at once.
+        processes: on this machine that compute at once and share a container's quota; and all cores, unless
+            each is bound to some.
     """
-    cores = usable_cores() // processes
+    given, share = os.environ.get("OMP_NUM_THREADS"), max(1, affine_cores() // processes)
     # What Lightning gives to the ranks that it starts, which knows no quota, was nobody's choice.
-    ours = {None, str(max(1, affine_cores() // processes))}
-    if os.environ.get("MKL_NUM_THREADS") is None and os.environ.get("OMP_NUM_THREADS") in ours:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
+    chosen = given is not None and not (processes > 1 and given == str(share))
+    if chosen or os.environ.get("MKL_NUM_THREADS") is not None:
+        return
+    limits = [torch.get_num_threads()]
+    if (quota := cpu_quota()) is not None:
+        limits.append(int(quota / processes))
+    if affine_cores() == os.cpu_count():
+        limits.append(share)
+    torch.set_num_threads(max(1, min(limits)))
 
 
 def working_device() -> torch.device:

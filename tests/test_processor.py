@@ -30,11 +30,12 @@ def test_slowdown_is_the_ratio_of_the_times_and_measured_once(monkeypatch) -> No
 
 @pytest.fixture
 def threads(monkeypatch) -> list[int]:
-    """What PyTorch was told; it starts with 8, on a machine of 8 cores of which 4 may be used."""
+    """What PyTorch was told; it starts with 8, on 8 cores with the time of 4."""
     told: list[int] = []
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processor, "usable_cores", lambda: 4)
+    monkeypatch.setattr(processor, "cpu_quota", lambda: 4.0)
+    monkeypatch.setattr(processor.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(processor, "affine_cores", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
@@ -56,10 +57,22 @@ def test_never_more_than_pytorch_would_take(threads, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
-def test_a_users_number_of_threads_stays(name, threads, monkeypatch) -> None:
-    monkeypatch.setenv(name, "6")
+@pytest.mark.parametrize("number", ["6", "8"])
+def test_a_users_number_of_threads_stays(name, number, threads, monkeypatch) -> None:
+    monkeypatch.setenv(name, number)
     limit_threads()
     assert threads == []
+
+
+@pytest.mark.parametrize(("affine", "expected"), [(8, 2), (4, 4)])
+def test_ranks_share_the_machine_unless_each_has_cores_of_its_own(
+    affine, expected, threads, monkeypatch
+) -> None:
+    monkeypatch.setattr(processor, "cpu_quota", lambda: None)
+    monkeypatch.setattr(processor, "affine_cores", lambda: affine)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: affine)
+    limit_threads(4)
+    assert threads == [expected]
 
 
 def test_what_lightning_gave_its_ranks_is_nobodys_choice(threads, monkeypatch) -> None:

@@ -459,7 +459,7 @@ def prune(
 def quickstart(output: str | None = None, overwrite: bool = False, cross: bool = False) -> None:
     """Train three small students of SmolLM2 on two CPU cores and compare them with a report.
 
-    Takes about eleven minutes where the processor computes in bfloat16 (AVX-512 or AMX); elsewhere it computes
+    Takes eleven minutes where the processor computes in bfloat16 (AVX-512 or AMX); elsewhere it computes
     in float32 and takes several times as long. Needs the packages of ``dskd-lightning[demo]``. Interrupted,
     it goes on where it stopped.
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.runs.heartbeat import Heartbeat
 
 __all__ = ["PairedTest", "bootstrap_interval", "holm", "paired_test", "sign_flip_p_value"]
 
@@ -49,8 +50,9 @@ def paired_test(
         raise UserError(f"a paired comparison needs at least 2 prompts, not {values.size}.")
     if not 0 < confidence < 1:
         raise UserError(f"confidence must be between 0 and 1, not {confidence}.")
-    low, high = bootstrap_interval(values, resamples=resamples, confidence=confidence, seed=seed)
-    p_value = sign_flip_p_value(values, resamples=resamples, seed=seed)
+    with Heartbeat(lambda: f"{resamples:,} resamples of {values.size:,} differences", seconds=10):
+        low, high = bootstrap_interval(values, resamples=resamples, confidence=confidence, seed=seed)
+        p_value = sign_flip_p_value(values, resamples=resamples, seed=seed)
     return PairedTest(float(values.mean()), low, high, p_value, confidence, values.size)
 
 

@@ -163,7 +163,7 @@ class ResponseLength(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """``response_tokens``, ``empty_share`` and ``unfinished_share``."""
-        tokens, empty, unfinished, count = self.sums.double()
+        tokens, empty, unfinished, count = self.sums.to(widest(self.sums.device))
         count = count.clamp(min=1)
         return {
             "response_tokens": tokens / count,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.metrics import exact_match
 from dskd_lightning.evaluation.rouge import rouge_l
+from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.predictions import Prediction
 from dskd_lightning.runs.run_folder import Draw, RunFolder
 
@@ -88,10 +89,19 @@ def score_run(run: RunFolder, metric: PromptMetric) -> RunScores:
 
 def _scored(run: RunFolder, metric: PromptMetric) -> RunScores:
     run.check_predicted()
+    count = sum(map(len, run.predictions.values()))
+    with Progress(f"{metric.name} of {run.name}", count, "responses", seconds=5) as progress:
+        return _score_seeds(run, metric, progress)
+
+
+def _score_seeds(run: RunFolder, metric: PromptMetric, progress: Progress) -> RunScores:
     totals: dict[int, float] = {}
     by_seed: dict[Draw, float] = {}
     for seed, predictions in run.predictions.items():
-        scores = {p.index: metric.score(p) for p in predictions}
+        scores: dict[int, float] = {}
+        for prediction in predictions:
+            scores[prediction.index] = metric.score(prediction)
+            progress.done += 1
         if totals and scores.keys() != totals.keys():
             raise UserError(
                 f"{run.path}: its seeds answer different prompts ({len(scores)} with seed {seed}, "

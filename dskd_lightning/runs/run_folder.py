@@ -26,11 +26,13 @@ import itertools
 import math
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object
+from dskd_lightning.runs.heartbeat import Heartbeat
 from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.metrics_file import read_rows
 from dskd_lightning.runs.predictions import Prediction, read_predictions
@@ -179,7 +181,8 @@ class RunFolder:
 def _read_all_predictions(folder: Path) -> dict[Draw, list[Prediction]]:
     predictions: dict[Draw, list[Prediction]] = {}
     for file in sorted(folder.glob("*.jsonl")):
-        read = read_predictions(file)
+        with Heartbeat(partial("reading {}".format, file), seconds=10):
+            read = read_predictions(file)
         seeds = {prediction.seed for prediction in read}
         if len(seeds) > 1:
             raise UserError(

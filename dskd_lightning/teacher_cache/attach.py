@@ -293,7 +293,7 @@ def _build(
     vocab = input_embeddings(teacher).shape[0]
     for cache in caches:
         builder = _builder(datamodule, spec, cache, settings, teacher, fingerprints, rank)
-        builder.announce(vocab)
+        builder.announce(vocab, *((0, 1) if part is None else part.rank(0, 1)))
         error = builder.build(teacher, *((rank, ranks) if part is None else part.rank(rank, ranks)))
         barrier()
         _log.info("Teacher cache of '%s' as %s: %s.", spec.source, settings.dtype, error)

@@ -68,22 +68,31 @@ class StateBuilder:
         self.tokens_per_batch = tokens_per_batch
         self._row_bytes = bytes_per_token(manifest.hidden_size, manifest.dtype)
 
-    def announce(self, vocab_size: int) -> None:
+    def announce(self, vocab_size: int, rank: int = 0, ranks: int = 1) -> None:
         """Log what will be written, and refuse where the disk is too small for it.
+
+        How long it takes is told once the first batch has been timed.
+
+        Args:
+            vocab_size: of the teacher.
+            rank: see `build`; ranks that write to one disk are counted as one.
+            ranks: see `build`.
 
         Raises:
             UserError: there isn't enough space.
         """
-        missing = self.layout.missing(self.folder)
+        mine = range(rank, self.layout.shards, ranks)
+        missing = sorted(set(self.layout.missing(self.folder)).intersection(mine))
         left = sum(self.layout.tokens(shard) for shard in missing)
         needed = left * self._row_bytes
         free = shutil.disk_usage(self.folder).free
         _log.info(
             "Teacher cache in '%s': %s examples, %s response tokens, %s (their logits in bfloat16 would be "
-            "%s). %s of %s shards are missing: %s, with %s free.",
+            "%s). %s of %s shards are missing%s: %s, with %s free.",
             self.folder, f"{len(self.dataset):,}", f"{self.layout.total:,}",
             byte_count(self.layout.total * self._row_bytes), byte_count(self.layout.total * vocab_size * 2),
-            len(missing), self.layout.shards, byte_count(needed), byte_count(free),
+            len(missing), len(mine), "" if ranks == 1 else f" of part {rank + 1} of {ranks}",
+            byte_count(needed), byte_count(free),
         )  # fmt: skip
         if needed + _SPARE_BYTES > free:
             raise UserError(
@@ -142,7 +151,10 @@ class StateBuilder:
             for place, part in zip(places, found.split([p.stop - p.start for p in places]), strict=True):
                 hidden[place] = part
             if progress is not None:
+                first_of_all = not progress.done
                 progress.done += len(found)
+                if first_of_all:
+                    progress.say()
         return hidden
 
     def _batches(self, shard: int) -> Iterator[list[int]]:

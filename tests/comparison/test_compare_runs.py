@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dskd_lightning.comparison import bootstrap
 from dskd_lightning.comparison.compare import compare_all
 from dskd_lightning.comparison.compare_runs import compare_runs
 from dskd_lightning.comparison.gate import Measured, parse_condition
 from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation import scores
 from dskd_lightning.evaluation.scores import prompt_metric
+from dskd_lightning.runs import run_folder
+from dskd_lightning.runs.heartbeat import Heartbeat, Progress
 from dskd_lightning.runs.predictions import Prediction
 from dskd_lightning.runs.run_folder import RunFolder
 
@@ -236,3 +240,28 @@ def test_damaged_run_folders(tmp_path, name, content, message) -> None:
         RunFolder.read(run)
     with pytest.raises(UserError, match="no such run folder"):
         RunFolder.read(tmp_path / "nowhere")
+
+
+def test_scoring_and_reading_tell_how_far_they_are(tmp_path, monkeypatch) -> None:
+    told: list[tuple[str, int, int | None]] = []
+
+    class Told(Progress):
+        def __exit__(self, *error) -> None:
+            told.append((self.what, self.done, self.total))
+            super().__exit__(*error)
+
+    lines: list[str] = []
+
+    class Said(Heartbeat):
+        def __enter__(self):
+            lines.append(self.line())
+            return super().__enter__()
+
+    monkeypatch.setattr(scores, "Progress", Told)
+    monkeypatch.setattr(bootstrap, "Heartbeat", Said)
+    monkeypatch.setattr(run_folder, "Heartbeat", Said)
+    runs = [make_run(tmp_path / name, [1, 2, 3]) for name in ("a", "b")]
+    assert compare_runs(runs, output=tmp_path / "out", resamples=100, console=quiet()) == 0
+    assert told[:2] == [("rougeL of a", 6, 6), ("rougeL of b", 6, 6)]  # others for the report follow
+    assert lines.count("100 resamples of 3 differences") == 1
+    assert [line for line in lines if str(tmp_path / "b" / "predictions" / "seed_20.jsonl") in line]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import write_config
@@ -139,3 +140,27 @@ def test_a_part_is_computed_and_nothing_else(
 def test_processes_of_jobs_share_as_one_job_of_all() -> None:
     taken = [Part(number, 3).rank(rank, 2) for number in (1, 2, 3) for rank in (0, 1)]
     assert taken == [(rank, 6) for rank in range(6)]
+
+
+def test_a_part_wants_room_for_itself_alone_and_says_what_it_computes(
+    config: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    assert cache(config, tmp_path / "whole") == 0
+    tokens = sum(map(len, shards(tmp_path / "whole").values()))
+    monkeypatch.setattr(build, "_SPARE_BYTES", 0)
+    room = SimpleNamespace(free=tokens // 2)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda folder: room)
+    capsys.readouterr()
+    assert cache(config, tmp_path / "part", "--part", "1/3") == 0
+    count = len(shards(tmp_path / "part"))
+    assert f"{count} of {count} shards are missing of part 1 of 3" in capsys.readouterr().err
+    assert cache(config, tmp_path / "all") == 2  # which the room isn't enough for
+
+
+def test_the_first_batch_tells_how_long_it_takes(config: Path, tmp_path: Path, capsys) -> None:
+    assert cache(config, tmp_path / "whole") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Teacher cache: ")]
+    first, last = said[0], said[-1]
+    assert "(100%)" not in first
+    assert first.endswith(" left")
+    assert "(100%)" in last

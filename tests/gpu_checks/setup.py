@@ -39,6 +39,7 @@ OBJECTIVES: dict[str, tuple[type[dl.Objective], bool]] = {
     "X-Token H": (dl.XTokenHybridObjective, False),
     "shared vocabulary": (dl.SharedVocabularyObjective, False),
     "logits": (dl.LogitKDObjective, True),
+    "top k": (dl.TopKObjective, True),
     "SFT": (dl.SFTObjective, True),
 }
 """Each objective, and whether it needs both models to read the same tokens."""
