@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dskd_lightning.data.arrays import kind_for, small, up_to
 from dskd_lightning.data.packing import pack_lengths
 
 __all__ = ["Batch", "BatchPlan", "BatchSettings", "plan_batches"]
@@ -39,6 +40,8 @@ _GROUPS = 32
 """Groups of neighbours in an epoch, at least, where batches suffice: few data come in random order."""
 _WINDOW = 64 * _TOGETHER
 """Batches whose examples are sorted together."""
+_PIECE = 1 << 18
+"""Rows or batches that are looked up together."""
 
 _Array = npt.NDArray[np.integer]
 
@@ -88,7 +91,7 @@ class BatchPlan(Sequence[Batch]):
     @classmethod
     def from_arrays(cls, examples: _Array, rows: _Array, batches: _Array) -> BatchPlan:
         """A plan of arrays, kept as small as their values allow."""
-        return cls(*(torch.from_numpy(_small(array)) for array in (examples, rows, batches)))
+        return cls(*(torch.from_numpy(small(array)) for array in (examples, rows, batches)))
 
     @classmethod
     def joined(cls, plans: Sequence[BatchPlan]) -> BatchPlan:
@@ -135,7 +138,7 @@ class BatchPlan(Sequence[Batch]):
 
     def renamed(self, names: _Array) -> BatchPlan:
         """The same batches with example ``i`` called ``names[i]``."""
-        return BatchPlan(torch.from_numpy(_small(names[self.examples.numpy()])), self.rows, self.batches)
+        return BatchPlan(torch.from_numpy(small(names[self.examples.numpy()])), self.rows, self.batches)
 
     def _taken(self, which: npt.NDArray[np.intp]) -> BatchPlan:
         rows, batches = _gathered(self.batches.numpy(), which)
@@ -163,15 +166,19 @@ def plan_batches(
         groups: ``[examples]``, None for one; examples of two groups never meet in a batch.
     """
     if groups is not None:
-        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-        plans = [plan_batches(lengths[m], settings, seed=seed, epoch=epoch, shuffle=shuffle) for m in members]
-        plan = BatchPlan.joined([p.renamed(m) for p, m in zip(plans, members, strict=True)])
+        plans = []
+        for group in np.unique(groups):
+            mine = small(np.flatnonzero(groups == group))
+            plan = plan_batches(lengths[mine], settings, seed=seed, epoch=epoch, shuffle=shuffle)
+            plans.append(plan.renamed(mine))
+        plan = BatchPlan.joined(plans)
+        del plans  # of ten million examples that is room that the order of the batches needs
         if not shuffle:
             return plan
         return plan._taken(np.random.default_rng([seed, epoch, 1]).permutation(len(plan)))
     rng = np.random.default_rng([seed, epoch]) if shuffle else None
     count = len(lengths)
-    order = _small(np.arange(count))
+    order = up_to(count)
     if rng is not None:
         rng.shuffle(order)
     if settings.packing:
@@ -182,12 +189,12 @@ def plan_batches(
     if settings.max_tokens is None:
         if settings.group_by_length:
             order = _neighbours(lengths, order, settings.batch_size, rng)
-        return BatchPlan.from_arrays(order, np.arange(count + 1), _every(settings.batch_size, count))
+        return BatchPlan.from_arrays(order, up_to(count + 1), _every(settings.batch_size, count))
     order = _longest_first(lengths, order)
     batches = _cut_by_budget(np.bincount(lengths) if count else lengths, settings.max_tokens)
     if rng is not None:
         order, batches = _reordered(order, batches, rng.permutation(len(batches) - 1))
-    return BatchPlan.from_arrays(order, np.arange(count + 1), batches)
+    return BatchPlan.from_arrays(order, up_to(count + 1), batches)
 
 
 def _neighbours(lengths: _Array, order: _Array, size: int, rng: np.random.Generator | None) -> _Array:
@@ -223,14 +230,19 @@ def _every(size: int, count: int) -> _Array:
 
 def _end_to_end(starts: Sequence[_Array]) -> _Array:
     """Where groups begin that follow each other, and the end."""
-    offsets = np.cumsum([0, *(int(part[-1]) for part in starts)])
-    parts = [part[:-1] + offset for part, offset in zip(starts, offsets[:-1], strict=True)]
-    return np.concatenate([*parts, offsets[-1:]])
+    found = np.empty(sum(len(part) - 1 for part in starts) + 1, kind_for(sum(int(p[-1]) for p in starts)))
+    at = offset = 0
+    for part in starts:
+        here = found[at : at + len(part)]  # its last is the first of the next one
+        here[:] = part
+        here += offset
+        at, offset = at + len(part) - 1, int(here[-1])
+    return found
 
 
 def _longest_first(lengths: _Array, order: _Array) -> _Array:
     keys = lengths.max(initial=0) - lengths[order]
-    return order[np.argsort(_small(keys), kind="stable")]  # a radix sort for 16-bit keys
+    return order[np.argsort(small(keys), kind="stable")]  # a radix sort for 16-bit keys
 
 
 def _cut_by_budget(counts: _Array, budget: int) -> _Array:
@@ -250,13 +262,13 @@ def _cut_by_budget(counts: _Array, budget: int) -> _Array:
 def _packed(lengths: _Array, order: _Array, room: int) -> tuple[_Array, _Array]:
     """Examples row by row, and where rows begin; of equal lengths, the first in ``order`` comes first."""
     groups = pack_lengths(np.bincount(lengths) if len(lengths) else lengths, room)
-    kind = _small(np.array([room, lengths.max(initial=0)])).dtype
+    kind = small(np.array([room, lengths.max(initial=0)])).dtype
     slots = np.concatenate(
         [np.zeros(0, kind)] + [np.tile(np.array(g.lengths, kind), g.count) for g in groups]
     )
     sizes = [np.zeros(1, np.int64)] + [np.full(g.count, len(g.lengths), np.int64) for g in groups]
     examples = np.empty(len(slots), order.dtype)
-    examples[_longest_first(slots, _small(np.arange(len(slots))))] = _longest_first(lengths, order)
+    examples[_longest_first(slots, up_to(len(slots)))] = _longest_first(lengths, order)
     return examples, np.cumsum(np.concatenate(sizes))
 
 
@@ -266,17 +278,22 @@ def _reordered(items: _Array, starts: _Array, order: _Array) -> tuple[_Array, _A
 
 
 def _gathered(starts: _Array, which: _Array) -> tuple[_Array, _Array]:
-    """Positions of the items of the groups ``which``, one group after the other, and where each begins."""
-    sizes = starts[which + 1] - starts[which]
-    begins = np.append(0, np.cumsum(sizes, dtype=np.int64))
-    taken = _small(np.arange(begins[-1]))
-    taken = taken.astype(np.promote_types(taken.dtype, starts.dtype), copy=False)
-    taken += np.repeat((starts[which] - begins[:-1]).astype(taken.dtype), sizes)
+    """Positions of the items of the groups ``which``, one group after the other, and where each begins.
+
+    NumPy turns indices and counts into 64 bits first, so that this goes piece by piece.
+
+    Args:
+        starts: where each group begins, and the end.
+        which: none of them twice.
+    """
+    kind = kind_for(int(starts[-1]))
+    begins = np.zeros(len(which) + 1, kind)
+    pieces = [(at, which[at : at + _PIECE]) for at in range(0, len(which), _PIECE)]
+    for at, some in pieces:
+        begins[at + 1 : at + 1 + len(some)] = starts[1:][some] - starts[some]
+    np.cumsum(begins, dtype=kind, out=begins)
+    taken = np.arange(begins[-1], dtype=kind)
+    for at, some in pieces:
+        here = begins[at : at + len(some) + 1]
+        taken[here[0] : here[-1]] += np.repeat(starts[some] - here[:-1], np.diff(here))
     return taken, begins
-
-
-def _small(array: _Array) -> _Array:
-    """The same values in 16 or 32 bits where they fit."""
-    top = int(array.max(initial=0))
-    small = np.int16 if top < 1 << 15 else np.int32 if top < 1 << 31 else np.int64
-    return array.astype(small, order="C", copy=False)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO, TextIO, cast
 
 from dskd_lightning.data.examples import InvalidRecord
-from dskd_lightning.data.remote import DataFile
+from dskd_lightning.data.read_share import ReadShare
+from dskd_lightning.data.remote import DataFile, size_of
 from dskd_lightning.errors import UserError
 
 __all__ = ["PACKED", "kind_of", "not_utf8", "open_text"]
@@ -25,8 +26,13 @@ def kind_of(path: DataFile) -> str:
 
 
 @contextlib.contextmanager
-def open_text(path: DataFile, newline: str | None = None) -> Iterator[TextIO]:
+def open_text(path: DataFile, newline: str | None = None, share: ReadShare | None = None) -> Iterator[TextIO]:
     """The file's text, unpacked as it is read; of bytes that aren't UTF-8 `not_utf8` tells.
+
+    Args:
+        path: the file.
+        newline: as of `open`.
+        share: told how much of the file, as it is packed, is read.
 
     Raises:
         UserError: it can't be unpacked.
@@ -34,6 +40,8 @@ def open_text(path: DataFile, newline: str | None = None) -> Iterator[TextIO]:
     try:
         with contextlib.ExitStack() as stack:
             raw = cast("IO[bytes]", stack.enter_context(path.open("rb")))
+            if share is not None:
+                share.follow_bytes(raw, size_of(path))
             if path.suffix == ".gz":
                 raw = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw)))
             elif path.suffix == ".zst":

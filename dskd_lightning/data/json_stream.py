@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from dskd_lightning.data.compressed import kind_of, not_utf8, open_text
 from dskd_lightning.data.examples import InvalidRecord
+from dskd_lightning.data.read_share import ReadShare, told
 from dskd_lightning.data.remote import DataFile
 from dskd_lightning.errors import UserError
 
@@ -25,7 +26,9 @@ def leave_out(error: InvalidRecord, skip: Skip | None) -> None:
     skip(error)
 
 
-def iter_json(path: DataFile, skip: Skip | None = None) -> Iterator[tuple[int, Any]]:
+def iter_json(
+    path: DataFile, skip: Skip | None = None, share: ReadShare | None = None
+) -> Iterator[tuple[int, Any]]:
     """Line (from 1) and value of each record of a ``.json`` or ``.jsonl`` file.
 
     A file that starts with ``[`` is an array of records, any other has one record a line or is a
@@ -35,6 +38,7 @@ def iter_json(path: DataFile, skip: Skip | None = None) -> Iterator[tuple[int, A
         path: the file.
         skip: called with the error of a line or an item that is malformed or isn't UTF-8, which is then
             left out; None raises it. Malformed JSON in an array is raised: what follows it can't be found.
+        share: told how much of the file is read.
 
     Raises:
         UserError: malformed JSON, with its line.
@@ -45,9 +49,9 @@ def iter_json(path: DataFile, skip: Skip | None = None) -> Iterator[tuple[int, A
             first = file.read(1)
     if first != "[" and kind_of(path) == ".json" and _is_one_object(path):
         with open_text(path) as file:
-            yield from _object(path, file.read())
+            yield from _object(path, file.read(), share)
         return
-    with open_text(path) as file:  # from its beginning; packed ones can't go back
+    with open_text(path, share=share) as file:  # from its beginning; packed ones can't go back
         yield from _array(path, file, skip) if first == "[" else _lines(path, file, skip)
 
 
@@ -87,7 +91,7 @@ def _lines(path: DataFile, file: TextIO, skip: Skip | None) -> Iterator[tuple[in
         yield number, value
 
 
-def _object(path: DataFile, text: str) -> Iterator[tuple[int, Any]]:
+def _object(path: DataFile, text: str, share: ReadShare | None) -> Iterator[tuple[int, Any]]:
     if (foreign := not_utf8(path, 1, text)) is not None:
         raise foreign
     try:
@@ -96,7 +100,7 @@ def _object(path: DataFile, text: str) -> Iterator[tuple[int, Any]]:
         raise _malformed(path, getattr(error, "lineno", 1), error) from error
     records = value.get("data") if isinstance(value, dict) else None
     if isinstance(records, list):
-        yield from enumerate(records, 1)
+        yield from told(enumerate(records, 1), len(records), share)
     else:
         yield 1, value
 

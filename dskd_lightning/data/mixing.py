@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dskd_lightning.data.arrays import small, up_to
+
 __all__ = ["Mixture", "mix"]
 
 _Ints = npt.NDArray[np.integer]
@@ -35,7 +37,10 @@ class Mixture:
 
     def of_epoch(self, epoch: int) -> _Ints:
         """``[places]``, the rows that ``epoch`` reads; each candidate comes once before one comes again."""
-        return self.rows[self.starts[:-1] + epoch % np.diff(self.starts)]
+        places = np.diff(self.starts)
+        np.remainder(epoch, places, out=places)
+        places += self.starts[:-1]
+        return self.rows[places]
 
 
 def mix(
@@ -51,17 +56,40 @@ def mix(
         seed: of who comes first.
     """
     rng = np.random.default_rng(seed)
-    places: list[_Ints] = []  # positions in `rows` that share a place
-    for file in np.unique(files).tolist():
-        mine = np.flatnonzero(files == file)
-        whole, part = divmod(weights[file], 1)
-        places += [place for _ in range(int(whole)) for place in mine[:, None]]
-        some = round(part * len(mine))
-        if some:
-            shuffled = rng.permutation(mine)
-            by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-            places += [rng.permutation(place) for place in np.array_split(by_length, some)]
-    chosen = np.concatenate(places) if places else np.zeros(0, np.intp)
-    starts = np.append(0, np.cumsum([len(place) for place in places], dtype=np.intp))
-    most = np.maximum.reduceat(lengths[chosen], starts[:-1]) if places else lengths[:0]
+    by_file = small(np.argsort(files, kind="stable"))
+    numbers, counts = np.unique(files, return_counts=True)
+    parts = [
+        _of_file(mine, lengths, weights[number], rng)
+        for number, mine in zip(numbers.tolist(), np.split(by_file, np.cumsum(counts)[:-1]), strict=True)
+    ]
+    del by_file
+    starts = np.zeros(sum(len(sizes) for _, sizes in parts) + 1, np.intp)
+    np.cumsum(np.concatenate([up_to(0), *(sizes for _, sizes in parts)]), out=starts[1:])
+    chosen = np.concatenate([up_to(0), *(positions for positions, _ in parts)])
+    del parts
+    most = np.maximum.reduceat(lengths[chosen], starts[:-1]) if len(chosen) else lengths[:0]
     return Mixture(most, rows[chosen], starts)
+
+
+def _of_file(mine: _Ints, lengths: _Ints, weight: float, rng: np.random.Generator) -> tuple[_Ints, _Ints]:
+    """Positions of a file's examples, place by place, and how many share each place.
+
+    Args:
+        mine: ``[examples]``, positions of the file's.
+        lengths: of all examples.
+        weight: how often an epoch reads the file.
+        rng: of who comes first.
+    """
+    whole, part = divmod(weight, 1)
+    positions, sizes = [np.tile(mine, int(whole))], [np.ones(int(whole) * len(mine), mine.dtype)]
+    if some := round(part * len(mine)):
+        shuffled = rng.permutation(mine)
+        by_length = shuffled[np.argsort(small(lengths[shuffled]), kind="stable")]  # radix for 16-bit keys
+        size, larger = divmod(len(mine), some)  # as `np.array_split` shares them out
+        border = larger * (size + 1)
+        for places, count in ((by_length[:border], size + 1), (by_length[border:], size)):
+            together = places.reshape(-1, count)
+            rng.permuted(together, axis=1, out=together)
+            sizes.append(np.full(len(together), count, mine.dtype))
+        positions.append(by_length)
+    return np.concatenate(positions), np.concatenate(sizes)

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,6 +26,7 @@ from dskd_lightning.data.chunks import chunked, render_chunk
 from dskd_lightning.data.groups import groups_of
 from dskd_lightning.data.partial import PartialDataset
 from dskd_lightning.data.prepared import PreparedDataset
+from dskd_lightning.data.read_share import ReadShare
 from dskd_lightning.data.reading import read_records
 from dskd_lightning.data.remote_faults import SourceUnavailable
 from dskd_lightning.data.rendering import PreparationSettings
@@ -285,23 +286,42 @@ def _write(
         Progress(f"Preparing {names}", None, "records") as progress,
     ):
         with _unchanged(sources):
-            chunks = chunked(read_records(sources, settings, counts))
+            share = ReadShare([source.size() for source in sources])
+            chunks = chunked(read_records(sources, settings, counts, share))
             done = sum(map(len, itertools.islice(chunks, made.chunks)))  # read again, for what that counts
             if done != made.records:
                 raise UserError(
                     f"What is prepared in '{folder}' was begun by another version of this library: it is "
                     "removed now; start again."
                 )
-            progress.done = done
+            progress.done, progress.share = done, _share(share(), done, settings.limit)
             for renderer in renderers:  # kept, and so made once for all processes that are forked
                 token_bytes(renderer.tokenizer)
-            for chunk in worked_in_order(work, chunks, processes):
+            progress.go_on()
+            read: deque[float | None] = deque()  # shares when each chunk that is in work was read
+            noted = _noting(chunks, lambda: read.append(share()))
+            for chunk in worked_in_order(work, noted, processes):
                 made.append(chunk)
                 _check_size(made.size, at_most, names)
                 progress.done += chunk.records
+                progress.share = _share(read.popleft(), progress.done, settings.limit)
         counts.update(made.counts)
         counts["used"] = made.rows
         made.finish(_ordered(counts))
+
+
+def _noting(items: Iterator[_Found], note: Callable[[], object]) -> Iterator[_Found]:
+    """``items``, with a ``note`` behind the making of each."""
+    for item in items:
+        note()
+        yield item
+
+
+def _share(read: float | None, records: int, limit: int | None) -> float | None:
+    """Of the work: it ends with the last source, or where ``limit`` records are reached."""
+    if limit is None:
+        return read
+    return max(read or 0.0, min(1.0, records / limit)) if limit else None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dskd_lightning.data.examples import Example, InvalidRecord
 from dskd_lightning.data.formats import DetectedFormat, detect_format, parse_record
+from dskd_lightning.data.read_share import ReadShare
 from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
 
@@ -31,7 +32,10 @@ class RawRecord(NamedTuple):
 
 
 def read_records(
-    sources: Sequence[Source], settings: PreparationSettings, counts: Counter[str]
+    sources: Sequence[Source],
+    settings: PreparationSettings,
+    counts: Counter[str],
+    share: ReadShare | None = None,
 ) -> Iterator[RawRecord | Example]:
     """Records of all sources, to be `parsed`, until ``settings.limit`` examples are in them.
 
@@ -42,6 +46,7 @@ def read_records(
         sources: to read.
         settings: what is expected of them.
         counts: filled as they pass.
+        share: told how much of the sources is read.
 
     Raises:
         UserError: an unreadable source or, unless ``skip_invalid``, a record that is malformed or, where
@@ -54,9 +59,11 @@ def read_records(
         counts[f"skipped: {error.reason}"] += 1
 
     for source in sources:
+        if share is not None:
+            share.next_source()
         format: DetectedFormat | None = None if settings.format == "auto" else settings.format
         at_once = not source.is_file or (settings.limit is not None and settings.skip_invalid)
-        for record in source.records(skip if settings.skip_invalid else None):
+        for record in source.records(skip if settings.skip_invalid else None, share):
             if settings.limit is not None and used >= settings.limit:
                 return
             counts["read"] += 1

@@ -18,7 +18,7 @@ from dskd_lightning.data.remote_stream import RemoteStream
 from dskd_lightning.data.urls import masked, path_of, protocol_of, stable
 from dskd_lightning.errors import UserError
 
-__all__ = ["DataFile", "RemoteFile", "remote_files"]
+__all__ = ["DataFile", "RemoteFile", "remote_files", "size_of"]
 
 _log = logging.getLogger(__name__)
 _PIECE = 1 << 17  # bytes that parsers get at a time
@@ -49,6 +49,11 @@ class RemoteFile:
     @property
     def suffix(self) -> str:
         return PurePosixPath(path_of(self.url)).suffix
+
+    @property
+    def size(self) -> int | None:
+        """Bytes; None where the server doesn't say it."""
+        return self._first_info().get("size")
 
     @property
     def stem(self) -> str:
@@ -143,6 +148,11 @@ class RemoteFile:
 
 
 DataFile: TypeAlias = Path | RemoteFile
+
+
+def size_of(path: DataFile) -> int | None:
+    """Bytes of a file here or behind a URL; None where nobody says it."""
+    return path.stat().st_size if isinstance(path, Path) else path.size
 
 
 def remote_files(url: str, wanted: Callable[[str], bool]) -> list[RemoteFile]:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from dskd_lightning.data.compressed import PACKED, kind_of
 from dskd_lightning.data.file_names import is_beside_data
 from dskd_lightning.data.hub_stream import HubShard, hub_shards
 from dskd_lightning.data.json_stream import Skip, iter_json
-from dskd_lightning.data.remote import DataFile, RemoteFile, remote_files
+from dskd_lightning.data.read_share import ReadShare, told
+from dskd_lightning.data.remote import DataFile, RemoteFile, remote_files, size_of
 from dskd_lightning.data.tables import ROWS, iter_csv, iter_parquet, rows_of
 from dskd_lightning.data.urls import expanded, is_url
 from dskd_lightning.demo import DATASET
@@ -81,17 +83,22 @@ class Source:
             return True
         return self.path is not None and not self.path.is_dir()
 
-    def records(self, skip: Skip | None = None) -> Iterator[Record]:
+    def size(self) -> int | None:
+        """Bytes of a file; None of anything else, or where nobody says it."""
+        return size_of(self.path) if self.is_file and self.path is not None else None
+
+    def records(self, skip: Skip | None = None, share: ReadShare | None = None) -> Iterator[Record]:
         """All records in order; never more than a chunk of them in memory.
 
         Args:
             skip: called with the error of a malformed line, which is then left out; None raises it.
+            share: told how much of the source is read, where that is known.
 
         Raises:
             UserError: the source can't be read or is malformed (with its line).
         """
         try:
-            for line, value in self._values(skip):
+            for line, value in self._values(skip, share):
                 yield Record(value, self.name, line)
         except OSError as error:
             raise UserError(f"Can't read '{self.name}': {error.strerror or error}.") from error
@@ -129,21 +136,21 @@ class Source:
         if isinstance(self.path, RemoteFile):
             self.path.check_unchanged()
 
-    def _values(self, skip: Skip | None) -> Iterator[tuple[int, Any]]:
+    def _values(self, skip: Skip | None, share: ReadShare | None) -> Iterator[tuple[int, Any]]:
         if isinstance(self.memory, Sequence):
-            yield from enumerate(self.memory, 1)
+            yield from told(enumerate(self.memory, 1), len(self.memory), share)
         elif self.shard is not None:
             yield from self.shard.rows()
         elif self.path is None or (isinstance(self.path, Path) and self.path.is_dir()):
-            for start in range(0, len(dataset := self._dataset()), ROWS):
-                chunk = dataset[start : start + ROWS]
-                yield from enumerate(rows_of(chunk), start + 1)
+            dataset = self._dataset()
+            pieces = (rows_of(dataset[start : start + ROWS]) for start in range(0, len(dataset), ROWS))
+            yield from told(enumerate(chain.from_iterable(pieces), 1), len(dataset), share)
         elif self.path.suffix == ".parquet":
-            yield from iter_parquet(self.path)
+            yield from iter_parquet(self.path, share)
         elif kind_of(self.path) == ".csv":
-            yield from iter_csv(self.path, skip)
+            yield from iter_csv(self.path, skip, share)
         else:
-            yield from iter_json(self.path, skip)
+            yield from iter_json(self.path, skip, share)
 
     def _dataset(self) -> Any:
         import datasets

@@ -10,6 +10,7 @@ from typing import Any
 from dskd_lightning.data.compressed import not_utf8, open_text
 from dskd_lightning.data.examples import InvalidRecord
 from dskd_lightning.data.json_stream import Skip, leave_out
+from dskd_lightning.data.read_share import ReadShare
 from dskd_lightning.data.remote import DataFile, RemoteFile
 from dskd_lightning.errors import UserError
 
@@ -25,8 +26,12 @@ def rows_of(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(columns, values, strict=True))
 
 
-def iter_parquet(path: DataFile) -> Iterator[tuple[int, Any]]:
+def iter_parquet(path: DataFile, share: ReadShare | None = None) -> Iterator[tuple[int, Any]]:
     """Number from 1 and value of each row.
+
+    Args:
+        path: the file.
+        share: told how much of the file is read.
 
     Raises:
         UserError: the file isn't what its name says.
@@ -37,6 +42,8 @@ def iter_parquet(path: DataFile) -> Iterator[tuple[int, Any]]:
     try:
         line = 0
         with pq.ParquetFile(path.open(anywhere=True) if isinstance(path, RemoteFile) else path) as file:
+            if share is not None:
+                share.follow_rows(lambda: line, file.metadata.num_rows)
             for batch in file.iter_batches(ROWS):
                 for value in batch.to_pylist():
                     line += 1
@@ -45,19 +52,20 @@ def iter_parquet(path: DataFile) -> Iterator[tuple[int, Any]]:
         raise UserError(f"'{path}' is no readable Parquet file: {error}.") from error
 
 
-def iter_csv(path: DataFile, skip: Skip | None) -> Iterator[tuple[int, Any]]:
+def iter_csv(path: DataFile, skip: Skip | None, share: ReadShare | None = None) -> Iterator[tuple[int, Any]]:
     """Line and value of each row, whose keys are in the first one.
 
     Args:
         path: the file.
         skip: called with the error of a row that is malformed, which is then left out; None raises it.
+        share: told how much of the file is read.
 
     Raises:
         UserError: it can't be read as CSV, or a row is malformed.
     """
     csv.field_size_limit(1 << 30)
     try:
-        with open_text(path, newline="") as file:
+        with open_text(path, newline="", share=share) as file:
             reader = csv.DictReader(file)
             if (foreign := not_utf8(path, 1, "".join(reader.fieldnames or ()))) is not None:
                 raise foreign

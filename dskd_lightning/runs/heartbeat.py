@@ -75,6 +75,9 @@ class Heartbeat:
 class Progress(Heartbeat):
     """Work of known length, as ``teacher cache: 1,200 of 4,000 tokens (30 %), 8 s left``.
 
+    Where nobody knows how many ``unit`` there are, though how much of the work is done, set ``share`` (from
+    0 to 1, None for unknown) beside ``done``.
+
     Args:
         what: the work.
         total: how much there is; None where nobody knows.
@@ -98,6 +101,12 @@ class Progress(Heartbeat):
     def begin(self, what: str, total: int | None) -> None:
         """Other work, from its beginning."""
         self.what, self.total, self.done = what, total, 0
+        self.share: float | None = None
+        self.go_on()
+
+    def go_on(self) -> None:
+        """What is done so far was done before: it says nothing about the speed from now on."""
+        self._before = (self.done, self._share() or 0.0)
         self._since = self._clock()
 
     def _described(self) -> str:
@@ -106,12 +115,16 @@ class Progress(Heartbeat):
         if self.total is not None:
             parts[0] += f" of {self.total:,}"
         parts[0] += f" {self.unit}"
-        if self.total:
-            parts[0] += f" ({self.done / self.total:.0%})"
-        if self.done:
-            parts.append(f"{self.done / max(spent, 1e-9):,.1f} a second")
-        if self.done and self.total:
-            parts.append(f"{duration(spent / self.done * (self.total - self.done))} left")
+        share = self._share()
+        if share is not None:
+            parts[0] += f" ({share:.0%})"
+        if (lately := self.done - self._before[0]) > 0:
+            parts.append(f"{lately / max(spent, 1e-9):,.1f} a second")
+        if share is not None and share > self._before[1]:
+            parts.append(f"{duration(spent / (share - self._before[1]) * (1 - share))} left")
         else:
             parts.append(f"{duration(spent)} so far")
         return ", ".join(parts)
+
+    def _share(self) -> float | None:
+        return self.done / self.total if self.total else self.share

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import pkgutil
 import resource
 import signal
 import threading
@@ -254,6 +257,65 @@ def test_a_process_that_the_system_ends_is_one_sentence(build, monkeypatch, capl
     with caplog.at_level(logging.INFO, logger="dskd_lightning"):
         assert files(build("died", num_proc=2)) == whole
     assert "that an earlier process has prepared" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux alone chooses by it")
+def test_the_kernel_ends_a_process_that_works_before_the_one_that_can_tell() -> None:
+    own = _ended_first(0)
+    assert list(worked_in_order(_ended_first, range(3), 2)) == [1000] * 3
+    assert _ended_first(0) == own
+
+
+def _ended_first(_: int) -> int:
+    return int(Path("/proc/self/oom_score_adj").read_text())
+
+
+NO_MEMORY, NO_PROCESS = OSError(errno.ENOMEM, "no memory"), OSError(errno.EAGAIN, "no process")
+NO_THREAD = RuntimeError("can't start new thread")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("refused", "error"),
+    [
+        ("multiprocessing.popen_fork.Popen._launch", NO_MEMORY),
+        ("multiprocessing.popen_fork.Popen._launch", NO_PROCESS),
+        ("multiprocessing.queues.Queue.__init__", NO_MEMORY),
+        ("concurrent.futures.process._ExecutorManagerThread.start", NO_THREAD),
+        ("multiprocessing.queues.Queue._start_thread", NO_THREAD),  # in the pool's thread, which ends of it
+        ("dskd_lightning.data.preparation.render_chunk", NO_MEMORY),
+        ("dskd_lightning.data.preparation.render_chunk", MemoryError()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_processes_that_the_system_refuses_are_one_sentence(build, monkeypatch, refused, error) -> None:
+    module, name = refused.rsplit(".", 1)
+    owner = pkgutil.resolve_name(module)
+    made, calls, own = getattr(owner, name), [], os.getpid()
+
+    def refuse(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > (name == "_launch") and (name != "render_chunk" or os.getpid() != own):
+            raise error
+        return made(*args, **kwargs)
+
+    before = set(multiprocessing.active_children())
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refuse)
+        with pytest.raises(UserError, match=r"data\.num_proc: one of the 3 processes .* was refused") as told:
+            files(build("refused", num_proc=3))
+    assert str(told.value).endswith("set a smaller number; what is finished is kept.")
+    assert set(multiprocessing.active_children()) == before  # or this process would wait for them at its end
+    assert files(build("refused", num_proc=1)) == files(build("whole", num_proc=1))
+
+
+def test_other_errors_of_reading_and_rendering_stay_what_they_are() -> None:
+    with pytest.raises(OSError, match="quite another"):
+        list(worked_in_order(_fail, range(3), 2))
+
+
+def _fail(_: int) -> None:
+    raise OSError(errno.ENOSPC, "quite another")
 
 
 def test_one_prepares_and_the_others_wait(build, tmp_path, monkeypatch, caplog) -> None:

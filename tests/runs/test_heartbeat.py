@@ -39,6 +39,26 @@ def test_progress_tells_speed_and_time_left(caplog) -> None:
     assert progress.line() == "preparing: 6 tokens, 1.5 a second, 4 s so far"
 
 
+def test_time_left_follows_from_a_share_and_what_was_done_before_says_nothing_of_speed() -> None:
+    now = [0.0]
+    progress = Progress("preparing", None, "records", clock=lambda: now[0])
+    progress.done, progress.share = 500, 0.5
+    now[0] += 60  # which finding the place again took
+    progress.go_on()
+    now[0] += 10
+    assert progress.line() == "preparing: 500 records (50%), 10 s so far"
+    progress.done, progress.share = 600, 0.6
+    assert progress.line() == "preparing: 600 records (60%), 10.0 a second, 40 s left"
+    progress.share = None
+    assert progress.line() == "preparing: 600 records, 10.0 a second, 10 s so far"
+    known = Progress("preparing", 1_000, "records", clock=lambda: now[0])
+    known.done = 500
+    known.go_on()
+    now[0] += 10
+    known.done = 600
+    assert known.line() == "preparing: 600 of 1,000 records (60%), 10.0 a second, 40 s left"
+
+
 def test_lines_come_while_a_single_step_blocks_and_never_afterwards(caplog, monkeypatch) -> None:
     logger = logging.getLogger("dskd_lightning.runs.heartbeat")
     monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
