@@ -98,14 +98,14 @@ def _adopt(
     if target.exists():
         return
     answered: dict[int, Prediction] = {}
-    complete = []
+    complete: dict[Part, list[Path]] = {}
     for folder, part in found.items():
         path = folder / target.name
         if path.is_file():
             indices = [record.index for record in part.take(records)]
             for prediction in read_predictions(path, indices):
                 answered.setdefault(prediction.index, prediction)
-            complete.append(part)
+            complete.setdefault(part, []).append(folder.parent)
     with PredictionWriter(target) as writer:
         known = answered.keys() | writer.done.keys()
         missing = sum(record.index not in known for record in records)
@@ -119,7 +119,22 @@ def _adopt(
         new = [prediction for index, prediction in answered.items() if index not in writer.done]
         if new:
             writer.append(new)
-            _log.info("%s: %d responses of %d parts", target, len(new), len(complete))
+            _log.info("%s: %d responses of %s%s.", target, len(new), _parts_of(complete), _twice(complete))
+
+
+def _parts_of(complete: Mapping[Part, Sequence[Path]]) -> str:
+    return f"{len(complete)} {'part' if len(complete) == 1 else 'parts'}"
+
+
+def _twice(complete: Mapping[Part, Sequence[Path]]) -> str:
+    """Which parts lie in several folders, as the end of a sentence; empty where none does."""
+    quoted = {
+        part: [f"'{place}'" for place in places] for part, places in complete.items() if len(places) > 1
+    }
+    return "".join(
+        f"; {part} is in {' and '.join(places)}, of which the first is taken"
+        for part, places in quoted.items()
+    )
 
 
 def _parts(folder: Path) -> dict[Path, Part]:
