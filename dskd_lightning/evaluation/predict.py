@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.announcement import announce
 from dskd_lightning.evaluation.writer import PredictionWriter
 from dskd_lightning.files import read_object, write_object
 from dskd_lightning.generation.generator import Generator
@@ -69,7 +70,8 @@ def predict(
     barrier()
     if rank == 0:
         write_object(settings_file, settings)
-    barrier()
+        announce([record.ids for record in records], Path(folder), seeds, generator.settings)
+    barrier()  # nobody writes while answers are counted
     indices = [record.index for record in records]
     results: dict[int | None, list[Prediction]] = {}
     for seed in seeds:
@@ -88,13 +90,17 @@ def predict(
 
 
 def told_by_seed(progress: Progress) -> Callable[[int | None, int, int], None]:
-    """What `predict` calls, told as ``progress``, which begins anew with each seed."""
+    """What `predict` calls, told as ``progress``, which begins anew with each seed.
+
+    The first batch of a seed is told at once: its speed is the first estimate of the time left.
+    """
 
     def report(seed: int | None, done: int, total: int) -> None:
         if done == 0:
             progress.begin("Greedy responses" if seed is None else f"Responses of seed {seed}", total)
+        first = progress.done == 0 < done
         progress.done = done
-        if done == total > 0:
+        if first or done == total > 0:
             progress.say()
 
     return report

@@ -13,9 +13,11 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.runs.predictions import Prediction, check_complete
 
-__all__ = ["PredictionWriter"]
+__all__ = ["PredictionWriter", "count_answered"]
 
 logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 16
 
 
 class PredictionWriter:
@@ -90,12 +92,9 @@ class PredictionWriter:
         predictions = sorted(self._recover(), key=lambda prediction: prediction.index)
         check_complete(predictions, expected, str(self.path))
         write_atomic(self.path, "".join(prediction.to_json() + "\n" for prediction in predictions))
-        for partial in self._partials():
+        for partial in _partials(self.path):
             partial.unlink()
         return predictions
-
-    def _partials(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.partial-*"))
 
     def _open(self) -> BinaryIO:
         if self._stream is None:
@@ -107,7 +106,22 @@ class PredictionWriter:
         return self._stream
 
     def _recover(self) -> list[Prediction]:
-        return [prediction for partial in self._partials() for prediction in _read_partial(partial)]
+        return [prediction for partial in _partials(self.path) for prediction in _read_partial(partial)]
+
+
+def count_answered(path: Path) -> int:
+    """Whole lines of a finished file, or of its partial files, which aren't read for what they hold."""
+    files = [path] if path.exists() else _partials(path)
+    return sum(_line_breaks(file) for file in files)
+
+
+def _line_breaks(path: Path) -> int:
+    with path.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(_BLOCK), b""))
+
+
+def _partials(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.partial-*"))
 
 
 def _read_partial(path: Path) -> list[Prediction]:

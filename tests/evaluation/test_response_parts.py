@@ -191,7 +191,9 @@ def test_the_command_generates_parts_and_joins_them(tmp_path: Path, model_folder
     data = write_data(tmp_path / "data.jsonl", 5)
     base = ["generate", model_folder(seed=1), str(data)]
     options = ["--max_new_tokens", "6", "--seed", "3"]
-    dskd_fork(*base, str(tmp_path / "whole.jsonl"), *options)
+    told = dskd_fork(*base, str(tmp_path / "whole.jsonl"), *options).stderr
+    assert "Responses to 5 prompts, 1 seed: 5 to generate; at most 30 tokens." in told
+    assert told.index("to generate") < told.index("5 of 5 prompts")
     for number in (1, 2):
         said = dskd_fork(*base, str(tmp_path / f"{number}.jsonl"), *options, "--part", f"{number}/2").stdout
         assert f"part {number} of 2: responses to {4 - number} prompts in" in said
