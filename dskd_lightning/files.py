@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], content: str | bytes | Iterable[str]) -> None:
     """Write ``content`` beside ``path``, flush it to the disk, then take its place.
+
+    Args:
+        path: the file.
+        content: all of it, or its pieces, of which one at a time is in memory.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; an existing file is unharmed.
     """
     path = Path(path)
-    data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
+    pieces = [content] if isinstance(content, (str, bytes)) else content
     try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece if isinstance(piece, bytes) else piece.encode("utf-8", errors="replace"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or choose another folder."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from dskd_lightning.callbacks.prompts import prompt_records
 from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
 from dskd_lightning.evaluation.predict import predict, told_by_seed
+from dskd_lightning.evaluation.rouge import RecentTexts
 from dskd_lightning.files import write_object
 from dskd_lightning.generation.generator import GenerationSettings, Generator
 from dskd_lightning.models.export import merged
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from dskd_lightning.module import DistillationModule
 
 __all__ = ["ResponseEvaluation"]
+
+_TOGETHER = 256
 
 
 class ResponseEvaluation(L.Callback):
@@ -182,28 +186,42 @@ def _shipped(student: Any, precision: str) -> Any:
     return own if dtype is None else own.to(dtype)
 
 
-def response_scores(predictions: Mapping[int | None, Sequence[Prediction]]) -> dict[str, float]:
+def response_scores(predictions: Mapping[int | None, Iterable[Prediction]]) -> dict[str, float]:
     """Means over seeds of every response metric; ROUGE-L and exact match in percent.
 
-    ``rougeL_std`` is the standard deviation over seeds, where there are several.
+    ``rougeL_std`` is the standard deviation over seeds, where there are several. Some predictions of every
+    seed are read at a time; of all of a seed, its distinct n-grams' hashes are kept.
     """
-    by_seed = [_scores(seed) for seed in predictions.values()]
+    tokens = RecentTexts()  # the seeds' references are the same
+    left = [(_SeedScores(tokens), iter(seed)) for seed in predictions.values()]
+    while sum(scores.update(list(itertools.islice(some, _TOGETHER))) for scores, some in left):
+        pass  # some of every seed in turn, so that references are still remembered
+    by_seed = [scores.compute() for scores, _ in left]
     means = {name: statistics.fmean(scores[name] for scores in by_seed) for name in by_seed[0]}
     if len(by_seed) > 1:
         means["rougeL_std"] = statistics.stdev(scores["rougeL"] for scores in by_seed)
     return means
 
 
-def _scores(predictions: Sequence[Prediction]) -> dict[str, float]:
-    texts = [p.response for p in predictions]
-    references = [p.references for p in predictions]
-    own: dict[str, Any] = {"sync_on_compute": False}  # every rank has read all predictions
-    rouge, exact = RougeL(**own), ExactMatch(**own)
-    distinct, length = DistinctN(2, **own), ResponseLength(**own)
-    rouge.update(texts, references)
-    exact.update(texts, references)
-    distinct.update(texts)
-    length.update([p.tokens for p in predictions], [p.finished for p in predictions])
-    values = {"rougeL": rouge, "exact_match": exact, "distinct_2": distinct}
-    scores = {name: float(metric.compute()) for name, metric in values.items()}
-    return scores | {name: float(value) for name, value in length.compute().items()}
+class _SeedScores:
+    """One seed's metrics as its predictions come in."""
+
+    def __init__(self, tokens: RecentTexts) -> None:
+        own: dict[str, Any] = {"sync_on_compute": False}  # every rank reads all predictions
+        self._judged = {"rougeL": RougeL(tokens, **own), "exact_match": ExactMatch(**own)}
+        self._distinct, self._length = DistinctN(2, **own), ResponseLength(**own)
+
+    def update(self, some: Sequence[Prediction]) -> bool:
+        """Add predictions; whether there were any."""
+        if some:
+            texts, references = [p.response for p in some], [p.references for p in some]
+            for metric in self._judged.values():
+                metric.update(texts, references)
+            self._distinct.update(texts)
+            self._length.update([p.tokens for p in some], [p.finished for p in some])
+        return bool(some)
+
+    def compute(self) -> dict[str, float]:
+        values = {**self._judged, "distinct_2": self._distinct}
+        scores = {name: float(metric.compute()) for name, metric in values.items()}
+        return scores | {name: float(value) for name, value in self._length.compute().items()}

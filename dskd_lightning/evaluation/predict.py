@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.announcement import announce
 from dskd_lightning.evaluation.writer import PredictionWriter
 from dskd_lightning.files import read_object, write_object
 from dskd_lightning.generation.generator import Generator
 from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.heartbeat import Progress
-from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
+from dskd_lightning.runs.predictions import Prediction, prediction_file
+from dskd_lightning.runs.stored_predictions import StoredPredictions
 
 __all__ = ["PAPER_SEEDS", "SETTINGS_FILE", "PromptRecord", "check_settings", "predict", "told_by_seed"]
 
@@ -29,7 +31,7 @@ PAPER_SEEDS = (10, 20, 30, 40, 50)
 @dataclass(frozen=True)
 class PromptRecord:
     """What is generated for: position in the dataset, prompt text, its token ids, references, and what
-    else its record says."""
+    else its record says. All prompts of a stage lie in memory, unlike their responses."""
 
     index: int
     prompt: str
@@ -46,10 +48,11 @@ def predict(
     model_id: str,
     seeds: Sequence[int | None] = PAPER_SEEDS,
     progress: Callable[[int | None, int, int], None] | None = None,
-) -> dict[int | None, list[Prediction]]:
+) -> dict[int | None, StoredPredictions]:
     """Generate what is not on disk yet, into ``FOLDER/seed_10.jsonl`` and so on.
 
-    Under `torch.distributed` every rank takes its share of the prompts and all return everything.
+    Under `torch.distributed` every rank takes its share of the prompts and all return everything. What is
+    returned reads the files: beside the prompts, one batch of responses is in memory.
 
     Args:
         generator: the model with its settings.
@@ -69,11 +72,13 @@ def predict(
     barrier()
     if rank == 0:
         write_object(settings_file, settings)
-    barrier()
+        announce([record.ids for record in records], Path(folder), seeds, generator.settings)
+    barrier()  # nobody writes while answers are counted
     indices = [record.index for record in records]
-    results: dict[int | None, list[Prediction]] = {}
+    results: dict[int | None, StoredPredictions] = {}
     for seed in seeds:
         path = Path(folder) / prediction_file(seed)
+        stored: StoredPredictions | None = None
         if not path.exists():
             with PredictionWriter(path, rank=rank) as writer:
                 barrier()
@@ -81,20 +86,24 @@ def predict(
                 _generate(generator, todo[rank::world], seed, writer, progress)
             barrier()
             if rank == 0:
-                writer.finish(indices)
+                stored = writer.finish(indices)
         barrier()
-        results[seed] = read_predictions(path, indices)
+        results[seed] = StoredPredictions(path, indices) if stored is None else stored
     return results
 
 
 def told_by_seed(progress: Progress) -> Callable[[int | None, int, int], None]:
-    """What `predict` calls, told as ``progress``, which begins anew with each seed."""
+    """What `predict` calls, told as ``progress``, which begins anew with each seed.
+
+    The first batch of a seed is told at once: its speed is the first estimate of the time left.
+    """
 
     def report(seed: int | None, done: int, total: int) -> None:
         if done == 0:
             progress.begin("Greedy responses" if seed is None else f"Responses of seed {seed}", total)
+        first = progress.done == 0 < done
         progress.done = done
-        if done == total > 0:
+        if first or done == total > 0:
             progress.say()
 
     return report
@@ -108,11 +117,10 @@ def check_settings(
     Raises:
         UserError: that was made with other settings.
     """
-    prompts = json.dumps([[r.index, list(r.ids), *r.references] for r in records]).encode()
     lengths = {
         key: value for key, value in asdict(generator.settings).items() if not key.startswith("batch_")
     }
-    settings = {"model": model_id, "prompts": hashlib.sha256(prompts).hexdigest(), **lengths}
+    settings = {"model": model_id, "prompts": _digest(records), **lengths}
     if path.exists():
         previous = read_object(path, f"delete the folder '{path.parent}' to generate its predictions again")
         changed = sorted(key for key in {*settings, *previous} if settings.get(key) != previous.get(key))
@@ -122,6 +130,16 @@ def check_settings(
                 "choose another folder, or delete this one to start over."
             )
     return settings
+
+
+def _digest(records: Iterable[PromptRecord]) -> str:
+    """Of the records as a JSON list of lists, without all of it in memory."""
+    digest, between = hashlib.sha256(b"["), b""
+    for record in records:
+        digest.update(between + json.dumps([record.index, list(record.ids), *record.references]).encode())
+        between = b", "
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _generate(

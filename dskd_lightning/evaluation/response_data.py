@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dskd_lightning.data.collate import token_batch
 from dskd_lightning.data.examples import Example, Message
 from dskd_lightning.data.prepared import conversation_row, rendered_example
 from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.candidates import ResponseTurns, Turn, candidates_by_prompt
 from dskd_lightning.evaluation.predict import PromptRecord, predict
 from dskd_lightning.evaluation.response_parts import adopt_parts
 from dskd_lightning.files import read_object, write_atomic, write_object
@@ -70,7 +72,7 @@ def write_response_data(
 
     What was generated lies in ``OUTPUT.samples`` until the file is complete, so that an interrupted call
     goes on where it stopped, or where `answer_part` has been. ``OUTPUT.meta.json`` says where the responses
-    come from.
+    come from. The prompts lie in memory, and of the responses those to one prompt.
 
     Args:
         generator: the model with its settings.
@@ -98,17 +100,20 @@ def write_response_data(
     identity = model_id or weights_fingerprint(generator.model)
     adopt_parts(generator, records, folder, places, model_id=identity, seeds=seeds)
     predictions = predict(generator, records, folder, model_id=identity, seeds=seeds, progress=progress)
-    found: list[Candidate] = []
-    for seed, answered in predictions.items():
-        scores: Sequence[float | None] = [None] * len(answered)
-        if keep.reads_likelihood:
-            scores = _scored(generator, renderer, prompts, answered, folder / f"likelihoods_{seed}.json")
-        found += [
-            Candidate(p.index, p.response, p.tokens, p.finished, score)
-            for p, score in zip(answered, scores, strict=True)
-        ]
-    found.sort(key=lambda candidate: candidate.prompt)  # stable: by prompt, then by seed
-    kept, dropped = keep(found)
+    scores = {
+        seed: _scored(generator, renderer, prompts, answered, folder / f"likelihoods_{seed}.json")
+        for seed, answered in (predictions if keep.reads_likelihood else {}).items()
+    }
+
+    def kept(dropped: Counter[str]) -> Iterator[Candidate]:  # read anew each time, rather than held
+        return keep.by_prompt(candidates_by_prompt(predictions, scores), dropped)
+
+    found, dropped = sum(map(len, predictions.values())), Counter[str]()
+    left, unfinished, answered_prompts = 0, 0, set[int]()
+    for candidate in kept(dropped):
+        left += 1
+        unfinished += not candidate.finished
+        answered_prompts.add(candidate.prompt)
     meta = {
         **provenance,
         "weights": identity,
@@ -116,20 +121,21 @@ def write_response_data(
         "seeds": list(seeds),
         "filter": asdict(keep),
         "prompts": len(examples),
-        "responses": len(found),
-        "kept": len(kept),
-        "prompts_without_response": len(examples) - len({candidate.prompt for candidate in kept}),
-        "unfinished": sum(not candidate.finished for candidate in kept),
-        "dropped": dropped,
+        "responses": found,
+        "kept": left,
+        "prompts_without_response": len(examples) - len(answered_prompts),
+        "unfinished": unfinished,
+        "dropped": dict(dropped),
     }
-    if not kept:
+    if not left:
         raise UserError(
-            f"{output}: none of {len(found)} responses is left ({_counted(dropped)}); ask for less, or for "
+            f"{output}: none of {found} responses is left ({_counted(dropped)}); ask for less, or for "
             "longer responses."
         )
+    barrier()  # the others have read what the first deletes
     if rank_and_world()[0] == 0:
-        lines = [_record(examples[candidate.prompt], candidate.text) for candidate in kept]
-        write_atomic(output, "\n".join(lines) + "\n")
+        lines = (_record(examples[candidate.prompt], candidate.text) + "\n" for candidate in kept(Counter()))
+        write_atomic(output, lines)
         write_atomic(output.with_suffix(".meta.json"), json.dumps(meta, indent=2) + "\n")
         shutil.rmtree(folder)
     barrier()
@@ -166,15 +172,8 @@ def _scored(
     """Likelihoods of the answers, kept in ``path``; every rank computes its share of them."""
     rank, world = rank_and_world()
     mine = path.with_suffix(f".{rank}-{world}.json")
-    todo = list(range(rank, len(answered), world))
     if not mine.is_file():
-        turns = [
-            (
-                prompts[answered[at].index],
-                renderer.response_turn(answered[at].response, ended=answered[at].finished),
-            )
-            for at in todo
-        ]
+        turns = ResponseTurns(renderer, prompts, answered, range(rank, len(answered), world))
         values = response_likelihoods(generator.model, generator.pad_id, turns)
         write_object(mine, {"nll": values}, indent=None)
     barrier()
@@ -195,26 +194,24 @@ def _is_score(value: object) -> bool:
 
 
 @torch.no_grad()
-def response_likelihoods(
-    model: Any, pad_id: int, turns: Sequence[tuple[Sequence[int], tuple[list[int], Any]]]
-) -> list[float | None]:
+def response_likelihoods(model: Any, pad_id: int, turns: Sequence[Turn]) -> list[float | None]:
     """Nats per token of each response by the model itself; None for one without tokens.
 
     Args:
         model: a causal language model.
         pad_id: its padding token.
-        turns: prompt ids, and what `ChatRenderer.response_turn` gave.
+        turns: prompt ids, and what `ChatRenderer.response_turn` gave; a few are held at a time.
     """
     device = model.get_input_embeddings().weight.device
-    order = sorted((at for at in range(len(turns)) if turns[at][1][0]), key=lambda at: -len(turns[at][0]))
+    lengths = {at: len(prompt) for at, (prompt, (ids, _)) in enumerate(turns) if ids}
+    order = sorted(lengths, key=lambda at: -lengths[at])
     found: list[float | None] = [None] * len(turns)
     for start in range(0, len(order), _TOGETHER):
         places = order[start : start + _TOGETHER]
+        together = [turns[at] for at in places]
         rendered = [
-            rendered_example(
-                conversation_row(RenderedConversation((RenderedTurn(list(turns[at][0]), *turns[at][1]),)))
-            )
-            for at in places
+            rendered_example(conversation_row(RenderedConversation((RenderedTurn(list(prompt), *turn),))))
+            for prompt, turn in together
         ]
         tokens = token_batch(rendered, pad_id, device)
         read = side(model, decoder_hidden(model, tokens), tokens)

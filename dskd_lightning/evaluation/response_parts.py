@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from dskd_lightning.generation.generator import Generator
 from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.lock import locked
 from dskd_lightning.runs.parts import Part, missing_parts
-from dskd_lightning.runs.predictions import Prediction, prediction_file, read_predictions
+from dskd_lightning.runs.predictions import prediction_file
+from dskd_lightning.runs.stored_predictions import StoredPredictions
 
 __all__ = ["adopt_parts", "answer_part"]
 
 _log = logging.getLogger(__name__)
+_TOGETHER = 64  # responses in memory, which reach the disk at once
 
 
 def answer_part(
@@ -97,17 +100,16 @@ def _adopt(
 ) -> None:
     if target.exists():
         return
-    answered: dict[int, Prediction] = {}
-    complete = []
+    answered: list[StoredPredictions] = []
+    complete: dict[Part, list[Path]] = {}
     for folder, part in found.items():
         path = folder / target.name
         if path.is_file():
             indices = [record.index for record in part.take(records)]
-            for prediction in read_predictions(path, indices):
-                answered.setdefault(prediction.index, prediction)
-            complete.append(part)
+            answered.append(StoredPredictions(path, indices))
+            complete.setdefault(part, []).append(folder.parent)
     with PredictionWriter(target) as writer:
-        known = answered.keys() | writer.done.keys()
+        known = {index for stored in answered for index in stored.indices.tolist()} | writer.done.keys()
         missing = sum(record.index not in known for record in records)
         if missing and required:
             which = missing_parts(complete) or f"{missing} of {len(records)} prompts"
@@ -116,10 +118,28 @@ def _adopt(
                 f"--join: {which} of the {told} in none of the folders: generate them with --part, or leave "
                 "--join out, which generates what is missing here."
             )
-        new = [prediction for index, prediction in answered.items() if index not in writer.done]
-        if new:
-            writer.append(new)
-            _log.info("%s: %d responses of %d parts", target, len(new), len(complete))
+        before = len(writer.done)
+        for stored in answered:
+            new = (prediction for prediction in stored if prediction.index not in writer.done)
+            while some := list(itertools.islice(new, _TOGETHER)):
+                writer.append(some)
+        if new_ones := len(writer.done) - before:
+            _log.info("%s: %d responses of %s%s.", target, new_ones, _parts_of(complete), _twice(complete))
+
+
+def _parts_of(complete: Mapping[Part, Sequence[Path]]) -> str:
+    return f"{len(complete)} {'part' if len(complete) == 1 else 'parts'}"
+
+
+def _twice(complete: Mapping[Part, Sequence[Path]]) -> str:
+    """Which parts lie in several folders, as the end of a sentence; empty where none does."""
+    quoted = {
+        part: [f"'{place}'" for place in places] for part, places in complete.items() if len(places) > 1
+    }
+    return "".join(
+        f"; {part} is in {' and '.join(places)}, of which the first is taken"
+        for part, places in quoted.items()
+    )
 
 
 def _parts(folder: Path) -> dict[Path, Part]:

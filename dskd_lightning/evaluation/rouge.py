@@ -11,7 +11,7 @@ from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["rouge_l"]
+__all__ = ["RecentTexts", "rouge_l"]
 
 
 class _RememberingStemmer:
@@ -24,6 +24,17 @@ class _RememberingStemmer:
 @lru_cache(maxsize=1)
 def _stemmer() -> _RememberingStemmer:
     return _RememberingStemmer()
+
+
+class RecentTexts(Tokenizer):
+    """The default tokens, remembered of the last ``most`` texts: for references that come again soon."""
+
+    def __init__(self, most: int = 2048) -> None:
+        self._tokens = lru_cache(maxsize=most)(lambda text: tokenize(text, _stemmer()))
+
+    def tokenize(self, text: str) -> list[str]:
+        """Tokens of a text."""
+        return self._tokens(text)
 
 
 @lru_cache(maxsize=1 << 17)

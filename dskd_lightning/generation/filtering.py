@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dskd_lightning.errors import UserError
@@ -81,6 +82,18 @@ class ResponseFilter:
             dropped["less likely than others"] = len(kept) - len(best)
             kept = best
         return kept, {reason: count for reason, count in dropped.items() if count}
+
+    def by_prompt(self, candidates: Iterable[Candidate], dropped: Counter[str]) -> Iterator[Candidate]:
+        """Those that are kept, as a call gives them, with one prompt's candidates in memory at a time.
+
+        Args:
+            candidates: one prompt's behind another's.
+            dropped: to which the number dropped by each reason is added.
+        """
+        for _, same in itertools.groupby(candidates, key=lambda candidate: candidate.prompt):
+            kept, reasons = self(same)
+            dropped.update(reasons)
+            yield from kept
 
     def _reason(self, candidate: Candidate) -> str | None:
         if not candidate.text.strip():

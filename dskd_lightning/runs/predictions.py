@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import sealed, unsealed
 
@@ -47,8 +50,13 @@ class Prediction:
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def from_json(cls, line: str, where: str) -> Prediction:
-        """Parse one line of a predictions file; ``where`` names it in errors.
+    def from_json(cls, line: str, where: str, *, share: bool = True) -> Prediction:
+        """Parse one line of a predictions file.
+
+        Args:
+            line: of the file.
+            where: names it in errors.
+            share: keep one copy of a prompt and of a reference, for predictions that stay in memory.
 
         Raises:
             UserError: the line is no JSON object, a field is missing, unknown or of a wrong type, or they
@@ -58,8 +66,10 @@ class Prediction:
             values: dict[str, Any] = unsealed(json.loads(line), where, _REMEDY)
             if not isinstance(values.get("references"), list):
                 raise TypeError("references must be a list of texts")
-            values["references"] = tuple(map(_shared, values["references"]))
-            values["prompt"] = _shared(values["prompt"])
+            values["references"] = tuple(values["references"])
+            if share:
+                values["references"] = tuple(map(_shared, values["references"]))
+                values["prompt"] = _shared(values["prompt"])
             prediction = cls(**values)
             texts = (prediction.prompt, prediction.response, *prediction.references)
             counts = (prediction.index, prediction.tokens, 0 if prediction.seed is None else prediction.seed)
@@ -120,34 +130,38 @@ def read_predictions(path: str | os.PathLike[str], expected: Iterable[int] | Non
     if not predictions:
         raise UserError(f"{path}: holds no predictions; generate them again with `dskd predict`.")
     predictions.sort(key=lambda prediction: prediction.index)
-    check_complete(predictions, expected, str(path))
+    check_complete([prediction.index for prediction in predictions], expected, str(path))
     return predictions
 
 
-def check_complete(predictions: Sequence[Prediction], expected: Iterable[int] | None, where: str) -> None:
+def check_complete(indices: Iterable[int], expected: Iterable[int] | None, where: str) -> None:
     """Every prompt answered exactly once.
+
+    Args:
+        indices: of the predictions.
+        expected: indices that must all be there; None checks for duplicates only.
+        where: names the predictions in errors.
 
     Raises:
         UserError: a prediction is duplicated, missing or not asked for.
     """
-    indices = [prediction.index for prediction in predictions]
-    seen: set[int] = set()
-    duplicates = sorted({index for index in indices if index in seen or seen.add(index)})  # type: ignore[func-returns-value]
-    if duplicates:
+    found = np.sort(np.fromiter(indices, np.int64))
+    duplicates = np.unique(found[1:][found[1:] == found[:-1]])
+    if len(duplicates):
         raise UserError(
             f"{where}: {len(duplicates)} prompts are answered more than once (index {_list(duplicates)}); "
             "delete the file and generate it again."
         )
     if expected is None:
         return
-    wanted = set(expected)
-    missing, unknown = sorted(wanted - seen), sorted(seen - wanted)
-    if missing:
+    wanted = np.unique(np.fromiter(expected, np.int64))
+    missing, unknown = np.setdiff1d(wanted, found), np.setdiff1d(found, wanted)
+    if len(missing):
         raise UserError(
             f"{where}: {len(missing)} of {len(wanted)} predictions are missing (index {_list(missing)}); "
             "run `dskd predict` again, which resumes where it stopped."
         )
-    if unknown:
+    if len(unknown):
         raise UserError(
             f"{where}: {len(unknown)} predictions belong to no prompt (index {_list(unknown)}); "
             "they come from another dataset: delete the file and generate it again."
@@ -177,6 +191,6 @@ def _shared(text: Any) -> Any:
     return sys.intern(text) if type(text) is str else text
 
 
-def _list(indices: Sequence[int], limit: int = 5) -> str:
+def _list(indices: npt.NDArray[np.int64], limit: int = 5) -> str:
     shown = ", ".join(str(index) for index in indices[:limit])
     return shown + (", ..." if len(indices) > limit else "")

@@ -19,6 +19,7 @@ RUNS = (
     ("preparation.py",),
     ("planning.py",),
     ("comparing.py",),
+    ("responses.py",),
     ("on_policy.py", "--rounds", "1"),
     ("scale.py",),
     ("scale_plans.py",),

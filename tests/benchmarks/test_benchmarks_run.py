@@ -25,6 +25,7 @@ import on_policy
 import planning
 import preparation
 import projected_teacher
+import responses
 import short_records
 import state_codecs
 import torch
@@ -161,6 +162,12 @@ def test_comparing_two_runs(capsys: pytest.CaptureFixture[str]) -> None:
     comparing.case(5)
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert line["size"] > 0
+
+
+def test_responses_to_many_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    responses.case(40)
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert 0 < line["predicted"] < line["seconds"][0]
 
 
 def test_stored_states_are_compared_with_exact_ones() -> None:

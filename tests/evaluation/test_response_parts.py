@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,24 @@ def test_parts_of_several_machines_are_put_together(tmp_path: Path, expected: st
     assert all(place.is_dir() for place in places)
 
 
+def test_a_part_in_two_folders_is_named_and_counted_once(
+    tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {}
+    for name, part in (("a", "1/3"), ("b", "2/3"), ("c", "2/3"), ("d", "3/3")):
+        (tmp_path / name).mkdir()
+        Job().part(part, tmp_path / name / "out.jsonl")
+        places[name] = samples_folder(tmp_path / name / "out.jsonl")
+    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
+    caplog.set_level(logging.INFO, "dskd_lightning")
+    assert Job().whole(tmp_path / "out.jsonl", [*places.values(), places["a"]]) == expected
+    told = [record.getMessage() for record in caplog.records if "responses of 3 parts" in record.getMessage()]
+    assert len(told) == len(SEEDS)
+    for line in told:
+        twice = f"; part 2 of 3 is in '{places['b']}' and '{places['c']}', of which the first is taken."
+        assert line.endswith(f": 7 responses of 3 parts{twice}")
+
+
 def test_without_join_the_rest_is_generated(tmp_path: Path, expected: str) -> None:
     output = tmp_path / "out.jsonl"
     Job().part("2/3", output)
@@ -172,7 +191,9 @@ def test_the_command_generates_parts_and_joins_them(tmp_path: Path, model_folder
     data = write_data(tmp_path / "data.jsonl", 5)
     base = ["generate", model_folder(seed=1), str(data)]
     options = ["--max_new_tokens", "6", "--seed", "3"]
-    dskd_fork(*base, str(tmp_path / "whole.jsonl"), *options)
+    told = dskd_fork(*base, str(tmp_path / "whole.jsonl"), *options).stderr
+    assert "Responses to 5 prompts, 1 seed: 5 to generate; at most 30 tokens." in told
+    assert told.index("to generate") < told.index("5 of 5 prompts")
     for number in (1, 2):
         said = dskd_fork(*base, str(tmp_path / f"{number}.jsonl"), *options, "--part", f"{number}/2").stdout
         assert f"part {number} of 2: responses to {4 - number} prompts in" in said
