@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ _log = logging.getLogger(__name__)
 _LENGTHS, _JOURNAL = "lengths.raw", "journal.json"
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 """The end of an Arrow stream."""
-_EVERY = 64
-"""Chunks between two entries in the journal; what came after the last one is done again."""
+_EVERY, _SECONDS = 64, 10.0
+"""Chunks, or time, between two entries in the journal; what came after the last one is done again."""
 
 
 class PartialDataset:
@@ -52,6 +53,7 @@ class PartialDataset:
         self._starts = {name: [0] for name in file_names(self.models)}
         self._crc32: dict[str, list[int]] = {name: [] for name in file_names(self.models)}
         self._rows: list[int] = []
+        self._noted = time.monotonic()
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ class PartialDataset:
         self.chunks += 1
         self.records += chunk.records
         self.counts.update(chunk.counts)
-        if self.chunks % _EVERY == 0:
+        if self.chunks % _EVERY == 0 or time.monotonic() - self._noted >= _SECONDS:
             self._note()
 
     @property
@@ -122,6 +124,7 @@ class PartialDataset:
         self._crc32[name].append(zlib.crc32(message))
 
     def _note(self) -> None:
+        self._noted = time.monotonic()
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -193,6 +194,21 @@ def test_a_killed_preparation_is_gone_on_with(
     assert len(appended) == 58 - kept
     assert (f"Going on with {3 * kept} records" in caplog.text) == bool(kept)
     assert [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_takes_long_is_noted_by_time(build, monkeypatch) -> None:
+    now, noted = [0.0], []
+    monkeypatch.setattr("dskd_lightning.data.partial.time", SimpleNamespace(monotonic=lambda: now[0]))
+    append, note = PartialDataset.append, PartialDataset._note
+
+    def slowly(made, chunk) -> None:
+        now[0] += 4.0
+        append(made, chunk)
+
+    monkeypatch.setattr(PartialDataset, "append", slowly)
+    monkeypatch.setattr(PartialDataset, "_note", lambda made: (noted.append(made.chunks), note(made)))
+    files(build("slow", num_proc=1))
+    assert noted[:3] == [3, 6, 9]  # 12 seconds each, long before 64 chunks
 
 
 @pytest.mark.parametrize("damage", ["journal.json", "lengths.raw", "a count"])
