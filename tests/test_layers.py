@@ -13,8 +13,8 @@ import dskd_lightning
 
 PACKAGE = Path(dskd_lightning.__file__).parent
 FLOORS: list[set[str]] = [
-    {"errors", "structures", "cache_dir", "memory", "modes", "ranks", "waiting"},
-    {"described"},
+    {"errors", "structures", "cache_dir", "cores", "memory", "modes", "ranks", "waiting"},
+    {"described", "processor"},
     {"files", "http_json", "tokenizers", "functional", "demo"},
     {"projection", "checkpoints"},
     {"alignment"},
