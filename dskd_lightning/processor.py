@@ -93,7 +93,7 @@ def in_a_computed_type(model: _Model, device: torch.device) -> _Model:
 def slowdown(dtype: torch.dtype = torch.bfloat16) -> float:
     """Seconds of a linear layer in ``dtype`` over those in float32 on the CPU, the best of five each.
 
-    Measured once a process, in a few milliseconds; of bfloat16 about 0.3 with AMX, 20 and more without
+    Measured once a process, in a fraction of a second; of bfloat16 about 0.3 with AMX, 20 and more without
     AVX-512.
     """
     return _seconds(dtype) / _seconds(torch.float32)

@@ -11,6 +11,7 @@ process, which on a free core are wall-clock seconds; on several threads and on 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -181,6 +182,41 @@ def rows_of(
         others = [f"failed: {found}", *[""] * (width - 2)] if isinstance(found, str) else cells(found)
         rows.append([labels[name], *others])
     return rows
+
+
+def growing(
+    script: str,
+    description: str | None,
+    sizes: tuple[str, Sequence[int]],
+    case: Callable[[int], None],
+    title: str,
+    columns: Sequence[str],
+    cells: Cells,
+) -> None:
+    """The command line of a script that measures one thing in ever larger sizes, a row of the table each.
+
+    Args:
+        script: the caller's file.
+        description: for ``--help``.
+        sizes: their option, such as ``--prompts``, and the usual ones.
+        case: measures one size in this process and calls `report`.
+        title: of the table.
+        columns: of the table.
+        cells: of a row but for the first, see `rows_of`.
+    """
+    option, usual = sizes
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(option, dest="sizes", type=int, nargs="+", default=usual)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.case:
+        case(a.case)
+        return
+    measured = interleave(script, {str(n): [] for n in a.sizes}, a.rounds)
+    rows = rows_of(measured, {str(n): f"{n:,}" for n in a.sizes}, len(columns), cells)
+    print(environment())
+    print_table(title, columns, rows)
 
 
 def available_mb() -> float:

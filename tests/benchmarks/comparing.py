@@ -6,7 +6,6 @@ words, drawn at random.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _measure import Measured, Memory, environment, interleave, print_table, report, rows_of  # noqa: E402
+from _measure import Measured, Memory, growing, report  # noqa: E402
 from conftest import CORPUS  # noqa: E402
 from rich.console import Console  # noqa: E402
 
@@ -58,18 +57,8 @@ def cells(m: Measured) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.case:
-        case(a.case)
-        return
-    measured = interleave(__file__, {str(n): [] for n in a.prompts}, a.rounds)
-    rows = rows_of(measured, {str(n): f"{n:,}" for n in a.prompts}, len(COLUMNS), cells)
-    print(environment())
-    print_table("Two runs, one response to each prompt", COLUMNS, rows)
+    sizes = ("--prompts", (10_000, 100_000))
+    growing(__file__, __doc__, sizes, case, "Two runs, one response to each prompt", COLUMNS, cells)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ holds afterwards that no file backs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -24,11 +23,8 @@ from _measure import (  # noqa: E402
     Measured,
     Memory,
     clock,
-    environment,
-    interleave,
-    print_table,
+    growing,
     report,
-    rows_of,
 )
 from _training import tiny_source  # noqa: E402
 from conftest import CORPUS  # noqa: E402
@@ -83,18 +79,16 @@ def cells(m: Measured) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.case:
-        case(a.case)
-        return
-    measured = interleave(__file__, {str(n): [] for n in a.examples}, a.rounds)
-    rows = rows_of(measured, {str(n): f"{n:,}" for n in a.examples}, len(COLUMNS), cells)
-    print(f"Datasets of growing size\n{environment()}")
-    print_table("Per token of the student; memory of the process", COLUMNS, rows)
+    sizes = ("--examples", (1_000, 10_000, 100_000))
+    growing(
+        __file__,
+        __doc__,
+        sizes,
+        case,
+        "Per token of the student; memory of the process",
+        COLUMNS,
+        cells,
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ draws 20 to 120 words at random: what is measured is what `predict` does around 
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _measure import Measured, Memory, environment, interleave, print_table, report, rows_of  # noqa: E402
+from _measure import Measured, Memory, growing, report  # noqa: E402
 from conftest import CORPUS  # noqa: E402
 
 from dskd_lightning.callbacks.responses import response_scores  # noqa: E402
@@ -67,18 +66,8 @@ def cells(m: Measured) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.case:
-        case(a.case)
-        return
-    measured = interleave(__file__, {str(n): [] for n in a.prompts}, a.rounds)
-    rows = rows_of(measured, {str(n): f"{n:,}" for n in a.prompts}, len(COLUMNS), cells)
-    print(environment())
-    print_table("Responses of two seeds", COLUMNS, rows)
+    sizes = ("--prompts", (1_000, 10_000, 100_000))
+    growing(__file__, __doc__, sizes, case, "Responses of two seeds", COLUMNS, cells)
 
 
 if __name__ == "__main__":
