@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from functools import cache
@@ -26,7 +27,8 @@ __all__ = [
 FLOAT32_CONFIG = "dskd:precision/float32"
 SLOW = 1.2
 """From how many times float32's seconds on, bfloat16 is to be left alone; what it saves is memory."""
-_TOKENS, _WIDTH, _REPEATS = 128, 512, 5
+_TOKENS, _WIDTH = 128, 512
+_LEAST, _MOST, _SECONDS = 5, 100, 0.5
 _SHORT = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger(__name__)
@@ -90,23 +92,26 @@ def in_a_computed_type(model: _Model, device: torch.device) -> _Model:
 
 
 @cache
-def slowdown(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Seconds of a linear layer in ``dtype`` over those in float32 on the CPU, the best of five each.
-
-    Measured once a process, in a fraction of a second; of bfloat16 about 0.3 with AMX, 20 and more without
-    AVX-512.
-    """
-    return _seconds(dtype) / _seconds(torch.float32)
-
-
 @torch.inference_mode()
-def _seconds(dtype: torch.dtype) -> float:
-    hidden = torch.ones(_TOKENS, _WIDTH, dtype=dtype)
-    weight = torch.ones(2 * _WIDTH, _WIDTH, dtype=dtype)
-    linear(hidden, weight)  # warm
-    times = []
-    for _ in range(_REPEATS):
-        begin = time.perf_counter()
-        linear(hidden, weight)
-        times.append(time.perf_counter() - begin)
-    return min(times)
+def slowdown(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Seconds of a linear layer in ``dtype`` over those in float32 on the CPU, the best of some turns each.
+
+    Measured once a process, in half a second at most where that is enough; of bfloat16 about 0.3 with AVX-512
+    or AMX, 20 and more without.
+    """
+    layers = {
+        kind: (torch.ones(_TOKENS, _WIDTH, dtype=kind), torch.ones(2 * _WIDTH, _WIDTH, dtype=kind))
+        for kind in (dtype, torch.float32)
+    }
+    for layer in layers.values():
+        linear(*layer)  # warm
+    best = dict.fromkeys(layers, math.inf)
+    turns, start = 0, time.perf_counter()
+    # In turns, and many: other work stops the threads for long enough to spoil a few of one type.
+    while turns < _LEAST or (turns < _MOST and time.perf_counter() - start < _SECONDS):
+        for kind, layer in layers.items():
+            begin = time.perf_counter()
+            linear(*layer)
+            best[kind] = min(best[kind], time.perf_counter() - begin)
+        turns += 1
+    return best[dtype] / best[torch.float32]

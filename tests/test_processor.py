@@ -28,6 +28,24 @@ def test_slowdown_is_the_ratio_of_the_times_and_measured_once(monkeypatch) -> No
         slowdown.cache_clear()
 
 
+def test_other_work_that_stops_some_turns_decides_nothing(monkeypatch) -> None:
+    clock, calls = [0.0], []
+
+    def pretended(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(hidden.dtype)
+        slow = hidden.dtype == torch.bfloat16 and len(calls) < 20
+        clock[0] += 0.012 if slow else 0.0003 if hidden.dtype == torch.bfloat16 else 0.001
+        return hidden
+
+    monkeypatch.setattr(processor, "linear", pretended)
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: clock[0])
+    slowdown.cache_clear()
+    try:
+        assert slowdown() == pytest.approx(0.3)
+    finally:
+        slowdown.cache_clear()
+
+
 @pytest.fixture
 def threads(monkeypatch) -> list[int]:
     """What PyTorch was told; it starts with 8, on 8 cores with the time of 4."""
