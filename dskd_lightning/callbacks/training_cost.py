@@ -18,8 +18,8 @@ __all__ = ["TrainingCost"]
 class TrainingCost(L.Callback):
     """Writes ``OUTPUT/training.json``: seconds, steps, devices and peak memory of a fit.
 
-    Seconds are wall-clock, from the building of the models to the end of the fit, validation included;
-    preparing the data and a teacher cache is not. A resumed run counts on from its checkpoint.
+    Seconds are wall-clock, from the built models to the end of the fit, validation included; preparing the
+    data, a teacher cache, and what pruning measures are not. A resumed run counts on from its checkpoint.
     Memory is that of the first process.
 
     Args:
@@ -31,9 +31,9 @@ class TrainingCost(L.Callback):
         self._earlier = 0.0
         self._since: float | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._since = time.perf_counter()
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not in setup: `configure_model`, which computes the teacher cache, comes after it.
+        self._since = time.perf_counter()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         cost = {

@@ -12,8 +12,10 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from dskd_lightning.callbacks import ResumableCSVLogger, TrainingCost, TrainingMonitor, csv_logger
@@ -273,20 +275,41 @@ def test_training_cost_counts_on_where_a_run_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr("dskd_lightning.callbacks.training_cost.time.perf_counter", lambda: next(now))
     trainer = SimpleNamespace(global_step=4, world_size=1, is_global_zero=True)
     first = TrainingCost(tmp_path)
-    first.setup(trainer, None, "fit")
+    first.on_fit_start(trainer, None)
     state = first.state_dict()
     assert state == {"seconds": 7.0}
     resumed = TrainingCost(tmp_path)
-    resumed.setup(trainer, None, "fit")
+    resumed.on_fit_start(trainer, None)
     resumed.load_state_dict(state)
     resumed.on_fit_end(trainer, None)
     cost = json.loads((tmp_path / "training.json").read_text())
     assert cost["seconds"] == 10.0
     assert (cost["steps"], cost["devices"]) == (4, 1)
     assert cost["peak_bytes"] > 2**20
-    other = TrainingCost(tmp_path)
-    other.setup(trainer, None, "test")
-    assert other.state_dict() == {"seconds": 0.0}
+    assert TrainingCost(tmp_path).state_dict() == {"seconds": 0.0}
+
+
+def test_training_cost_is_without_what_building_the_models_takes(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("dskd_lightning.callbacks.training_cost.time.perf_counter", lambda: clock[0])
+
+    class Module(BoringModel):
+        def setup(self, stage):
+            clock[0] += 1000  # preparation
+
+        def configure_model(self):
+            clock[0] += 100  # a teacher cache is computed here
+
+        def training_step(self, *given):
+            clock[0] += 1
+            return super().training_step(*given)
+
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=3, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[TrainingCost(tmp_path)],
+    )  # fmt: skip
+    trainer.fit(Module())
+    assert json.loads((tmp_path / "training.json").read_text())["seconds"] == 3.0
 
 
 def test_completions_go_where_a_logger_shows_text():
