@@ -129,7 +129,8 @@ def _whole(path: Path) -> dict[str, Any] | None:
     """What a file holds, None where there is none, or no longer: who begins anew takes them away."""
     try:
         return read_object(path, _REMEDY)
-    except UserError:
-        if path.exists():
-            raise
-        return None
+    except UserError as error:
+        # Not whether it exists now: another process may have written it since.
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise

@@ -263,11 +263,11 @@ def remove_abandoned(cache_dir: Path, prefix: str, but: Path) -> None:
 
 
 def _is_there(folder: Path) -> bool:
-    if (folder / "report.json").is_file():
-        return True
-    if folder.exists():  # it is moved there whole
+    if not folder.exists():
+        return False
+    if not (folder / "report.json").is_file():  # what is there was moved there whole
         raise damaged(folder / "report.json", "it is missing")
-    return False
+    return True
 
 
 def _write(

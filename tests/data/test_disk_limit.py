@@ -339,6 +339,21 @@ def test_what_goes_while_it_is_looked_up_was_never_there(monkeypatch, tmp_path) 
     assert shelf.failure() is None
 
 
+def test_what_comes_while_it_is_looked_up_is_there_at_the_next_look(monkeypatch, tmp_path) -> None:
+    shelf, portion = Shelf(tmp_path), Portion(0, 0, 1, 1, ("a",))
+    shelf.clear()
+
+    def too_early(path: Path, remedy: str) -> dict[str, Any]:
+        try:
+            return read_object(path, remedy)
+        finally:
+            shelf.publish(portion)
+
+    monkeypatch.setattr("dskd_lightning.data.portions.read_object", too_early)
+    assert shelf.portion((0, 0)) is None
+    assert shelf.portion((0, 0)) == portion
+
+
 def test_iterating_again_goes_on(threads, make) -> None:
     data = make()
     expected = read(data)
