@@ -13,7 +13,10 @@ from typing import Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["read_object", "replacing", "sealed", "unsealed", "write_atomic", "write_object"]
+__all__ = [
+    "look_anew", "put_in_place", "read_if_there", "read_object", "replacing", "sealed", "unsealed",
+    "write_atomic", "write_object",
+]  # fmt: skip
 
 _SEAL = "crc32"
 
@@ -38,6 +41,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(made: Path, folder: Path) -> bool:
+    """Move the folder ``made`` to its place; False where another process was first, whose stays.
+
+    Raises:
+        OSError: it can't be moved, and nobody was first.
+    """
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def look_anew(folder: Path) -> None:
+    """NFS remembers for half a minute what wasn't in a folder when it was looked for, unless it is opened."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(folder, os.O_RDONLY))
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes | Iterable[str]) -> None:
@@ -123,3 +147,18 @@ def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}; {remedy}.")
     return unsealed(value, str(path), remedy)
+
+
+def read_if_there(path: Path, remedy: str) -> dict[str, Any] | None:
+    """As `read_object`, None where there is no file, or no longer: other processes write and delete it.
+
+    Raises:
+        UserError: there is one, and it can't be read or isn't as it was written.
+    """
+    try:
+        return read_object(path, remedy)
+    except UserError as error:
+        # Not whether it exists now: another process may have written it since.
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise

@@ -42,9 +42,8 @@ class ResumableCSVLogger(CSVLogger):
     def __init__(
         self, folder: str | Path, resume: bool = False, retrain: bool = False, flush_every: int = 10
     ) -> None:
-        path = Path(folder) / "metrics.csv"
-        self._earlier = read_rows(path) if resume and path.is_file() else []
-        self._retrain = retrain
+        self._path, self._resume, self._retrain = Path(folder) / "metrics.csv", resume, retrain
+        self._earlier = self._read()  # now, so that a damaged file is told before anything else is done
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=flush_every)
 
     @property
@@ -53,15 +52,20 @@ class ResumableCSVLogger(CSVLogger):
         """Where Lightning puts rows."""
         if self._experiment is None:
             os.makedirs(self.root_dir, exist_ok=True)
+            self._earlier = self._read()  # the run before may have ended meanwhile
             self._experiment = _Rows(self.log_dir, self._earlier)
         return cast("_Rows", self._experiment)
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        _ = self.experiment
         if self._retrain and step is not None:
             self._earlier[:] = [row for row in self._earlier if float(row.get("step", 0)) < step]
             self._retrain = False
         super().log_metrics(metrics, step)
+
+    def _read(self) -> list[dict[str, str]]:
+        return read_rows(self._path) if self._resume and self._path.is_file() else []
 
 
 class _Rows(ExperimentWriter):

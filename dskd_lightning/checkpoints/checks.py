@@ -9,6 +9,7 @@ from typing import Any
 from dskd_lightning.checkpoints.files import DamagedError, check_file, file_digest, load_file
 from dskd_lightning.checkpoints.folders import check_folder, folder_digest, load_folder, restored
 from dskd_lightning.errors import UserError
+from dskd_lightning.ranks import gathered
 
 __all__ = ["check_checkpoint", "digest_of", "read_checkpoint"]
 
@@ -38,8 +39,10 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> dict[st
     """
     path = Path(path)
     try:
-        _check(path)
-        return load_folder(path) if path.is_dir() else load_file(path, mmap)
+        if restored(path).is_dir():
+            return _read_folder(path)
+        check_file(path)
+        return load_file(path, mmap)
     except DamagedError as error:
         raise _unusable(path, error) from error
 
@@ -48,6 +51,30 @@ def digest_of(path: str | os.PathLike[str]) -> str:
     """What a checkpoint's content is called by: 16 hexadecimal digits."""
     path = restored(Path(path))
     return (folder_digest(path) if path.is_dir() else file_digest(path))[:16]
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    """All of it from one save, though a training may replace the folder between two of its files."""
+    while True:
+        before, error = _listed(path), None
+        content: dict[str, Any] = {}
+        try:
+            check_folder(path)
+            content = load_folder(path)
+        except Exception as found:
+            error = found
+        if any(gathered(_listed(path) != before)):
+            continue
+        if error is not None:
+            raise error
+        return content
+
+
+def _listed(path: Path) -> str | None:
+    try:
+        return folder_digest(restored(path))
+    except OSError:
+        return None
 
 
 def _check(path: Path) -> None:

@@ -73,13 +73,24 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         sync_folder(part)
-        _remove(old)
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
+        _put_in_place(part, path)
         sync_folder(path.parent)
         _remove(old)
     barrier()
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    old = _old(path)
+    while True:
+        _remove(old)
+        if path.exists():
+            path.rename(old)
+        try:
+            part.rename(path)
+            return
+        except OSError:
+            if not path.exists():  # else a reader has `restored` the old one meanwhile
+                raise
 
 
 def restored(path: Path) -> Path:

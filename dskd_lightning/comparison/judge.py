@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from typing import Literal
 from dskd_lightning.comparison.endpoint import ChatEndpoint, EndpointError
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import sealed, unsealed
+from dskd_lightning.runs.lock import only_one
 from dskd_lightning.runs.predictions import Prediction
 
 __all__ = ["CostLimit", "JudgeSummary", "Judgement", "judge_pairs", "judgement_counts"]
@@ -91,16 +92,30 @@ def judge_pairs(
     ``stopped`` says why. Run again to continue.
 
     Raises:
-        UserError: the predictions do not answer the same prompts, or ``path`` is malformed.
+        UserError: the predictions do not answer the same prompts, ``path`` is malformed, or another process
+            writes it.
     """
     limit = limit or CostLimit()
     pairs = _pair(baseline, candidate)
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(path.with_name(f".{path.name}.lock"), "judges the same runs", wait=False) as alone:
+        if alone is None:
+            raise UserError(f"{path}: another process judges the same runs: wait until it has ended.")
+        return _judge_pairs(endpoint, pairs, path, limit, progress)
+
+
+def _judge_pairs(
+    endpoint: ChatEndpoint,
+    pairs: Mapping[int, tuple[Prediction, Prediction]],
+    path: Path,
+    limit: CostLimit,
+    progress: Callable[[int, int], None] | None,
+) -> JudgeSummary:
     done = _read(path)
     judgements = [done[index] for index in pairs if index in done]
     requests = tokens = 0
     stopped = None
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         for index in [index for index in pairs if index not in done]:
             if limit.requests is not None and requests + 2 > limit.requests:

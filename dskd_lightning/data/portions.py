@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_object
+from dskd_lightning.files import read_if_there, write_object
 
 __all__ = ["Place", "Portion", "Shelf", "order_of_files"]
 
@@ -72,8 +70,9 @@ class Shelf:
     def clear(self) -> None:
         """Forget portions, readers and failures of an earlier run, not what it has prepared."""
         for folder in (self._portions, self._readers):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():  # the folder stays: other machines begin at the same time
+                path.unlink(missing_ok=True)
         self._failure.unlink(missing_ok=True)
 
     def publish(self, portion: Portion) -> None:
@@ -100,7 +99,7 @@ class Shelf:
     def slowest(self) -> Place | None:
         """Where the last of the readers is; None before all have begun."""
         paths = sorted(self._readers.glob("*.json"))
-        places = [(_whole(path) or {"place": None})["place"] for path in paths]
+        places = [(read_if_there(path, _REMEDY) or {"place": None})["place"] for path in paths]
         return min((epoch, start) for epoch, start in places) if places and all(places) else None
 
     def fail(self, message: str) -> None:
@@ -109,7 +108,7 @@ class Shelf:
 
     def failure(self) -> str | None:
         """Why no more portions will come; None while all is well."""
-        failure = _whole(self._failure)
+        failure = read_if_there(self._failure, _REMEDY)
         return None if failure is None else str(failure["message"])
 
     def prepared(self) -> list[Path]:
@@ -121,16 +120,5 @@ class Shelf:
         return self._portions / f"{place[0]}-{place[1]}.json"
 
     def _read(self, path: Path) -> Portion | None:
-        values = _whole(path)
+        values = read_if_there(path, _REMEDY)
         return None if values is None else Portion(**{**values, "folders": tuple(values["folders"])})
-
-
-def _whole(path: Path) -> dict[str, Any] | None:
-    """What a file holds, None where there is none, or no longer: who begins anew takes them away."""
-    try:
-        return read_object(path, _REMEDY)
-    except UserError as error:
-        # Not whether it exists now: another process may have written it since.
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise

@@ -33,6 +33,7 @@ from dskd_lightning.data.rendering import PreparationSettings
 from dskd_lightning.data.sources import Source
 from dskd_lightning.data.workers import WorkerEnded, worked_in_order
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import put_in_place
 from dskd_lightning.runs.heartbeat import Progress
 from dskd_lightning.runs.lock import only_one
 
@@ -215,11 +216,7 @@ def _prepared_folder(
                 if not isinstance(error, WorkerEnded | SourceUnavailable):  # going on would raise it again
                     shutil.rmtree(making, ignore_errors=True)
                 raise
-            try:
-                making.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first
-                    raise
+            if not put_in_place(making, folder):
                 shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
         raise unwritable(cache_dir, error) from error

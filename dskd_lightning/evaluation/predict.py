@@ -13,7 +13,7 @@ from typing import Any
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.announcement import announce
 from dskd_lightning.evaluation.writer import PredictionWriter
-from dskd_lightning.files import read_object, write_object
+from dskd_lightning.files import look_anew, read_object, write_object
 from dskd_lightning.generation.generator import Generator
 from dskd_lightning.ranks import barrier, rank_and_world
 from dskd_lightning.runs.heartbeat import Progress
@@ -88,6 +88,7 @@ def predict(
             if rank == 0:
                 stored = writer.finish(indices)
         barrier()
+        look_anew(path.parent)
         results[seed] = StoredPredictions(path, indices) if stored is None else stored
     return results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -27,7 +28,8 @@ from dskd_lightning.generation.filtering import Candidate, ResponseFilter
 from dskd_lightning.generation.generator import Generator
 from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.output import decoder_hidden, side
-from dskd_lightning.ranks import barrier, rank_and_world
+from dskd_lightning.ranks import barrier, gathered, rank_and_world
+from dskd_lightning.runs.lock import only_one
 from dskd_lightning.runs.predictions import Prediction
 
 __all__ = ["prompt_records", "response_likelihoods", "samples_folder", "write_response_data"]
@@ -91,9 +93,43 @@ def write_response_data(
         The content of ``OUTPUT.meta.json``.
 
     Raises:
-        UserError: nothing is left, what lies in ``OUTPUT.samples`` was made with other settings, or a part
-            is missing.
+        UserError: nothing is left, what lies in ``OUTPUT.samples`` was made with other settings, a part
+            is missing, or another process writes the file.
     """
+    with _held(output):
+        return _write(
+            generator, renderer, examples, output, seeds, keep, provenance, progress, places, model_id
+        )
+
+
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Keep other runs, not other ranks, from the file and its folder of samples."""
+    with contextlib.ExitStack() as held:
+        alone: bool | None = True
+        if rank_and_world()[0] == 0:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            path = output.with_name(f".{output.name}.lock")
+            alone = held.enter_context(only_one(path, f"writes {output}", wait=False))
+        if gathered(alone)[0] is None:
+            raise UserError(
+                f"{output}: another process writes it: wait until it has ended, or name another file."
+            )
+        yield
+
+
+def _write(
+    generator: Generator,
+    renderer: ChatRenderer,
+    examples: Sequence[Example],
+    output: Path,
+    seeds: Sequence[int | None],
+    keep: ResponseFilter,
+    provenance: dict[str, Any],
+    progress: Callable[[int | None, int, int], None] | None,
+    places: Sequence[Path] | None,
+    model_id: str | None,
+) -> dict[str, Any]:
     records = prompt_records(renderer, examples)
     prompts = [record.ids for record in records]
     folder = samples_folder(output)

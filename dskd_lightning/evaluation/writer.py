@@ -15,6 +15,7 @@ import numpy as np
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
+from dskd_lightning.runs.lock import take_file
 from dskd_lightning.runs.predictions import Prediction, check_complete
 from dskd_lightning.runs.stored_predictions import StoredPredictions
 
@@ -30,7 +31,8 @@ class PredictionWriter:
 
     Every append reaches the disk before it returns. Partial files of all ranks are read at the
     start, so that a run may be continued with another number of processes; put a barrier between
-    constructing the writers and the first append. The keys of ``done`` are the indices written so far;
+    constructing the writers and the first append. A partial file is held while it is written, since a
+    process of a run that was killed may go on after it. The keys of ``done`` are the indices written so far;
     what was written lies on the disk alone.
 
     Args:
@@ -38,16 +40,18 @@ class PredictionWriter:
         rank: this process among those that write to the same file.
 
     Raises:
-        UserError: a partial file is damaged in the middle.
+        UserError: a partial file is damaged in the middle, or another process still writes it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, rank: int = 0) -> None:
         self.path = Path(path)
         self._partial = self.path.with_name(f"{self.path.name}.partial-{rank}")
         self._stream: BinaryIO | None = None
-        self.done = dict.fromkeys(
-            prediction.index for partial in _partials(self.path) for _, prediction in _read_partial(partial)
-        )
+        self.done: dict[int, None] = {}
+        for partial in _partials(self.path):
+            with partial.open("rb") as looked_at:
+                _hold(looked_at, partial, shared=True)
+            self.done |= dict.fromkeys(prediction.index for _, prediction in _read_partial(partial))
         if self.done:
             logger.info("%s: continuing after %d predictions", self.path, len(self.done))
 
@@ -114,6 +118,7 @@ class PredictionWriter:
         if self._stream is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stream = self._partial.open("a+b")
+            _hold(stream, self._partial)
             stream.truncate(_whole(stream))
             self._stream = stream
         return self._stream
@@ -123,6 +128,14 @@ def count_answered(path: Path) -> int:
     """Whole lines of a finished file, or of its partial files, which aren't read for what they hold."""
     files = [path] if path.exists() else _partials(path)
     return sum(_line_breaks(file) for file in files)
+
+
+def _hold(stream: BinaryIO, path: Path, shared: bool = False) -> None:
+    if not take_file(stream, shared):
+        stream.close()
+        raise UserError(
+            f"{path}: another process still writes it: wait until it has ended, or end it, and run again."
+        )
 
 
 def _line_breaks(path: Path) -> int:

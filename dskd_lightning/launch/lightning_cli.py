@@ -212,13 +212,7 @@ class DistillationCLI(LightningCLI):
         strategy = config.trainer.strategy
         check_strategy_name(strategy if isinstance(strategy, str) else strategy.get("class_path", ""))
         if self.subcommand == "fit":
-            resuming = config.get("ckpt_path") is not None
-            used = any(checkpoints.glob("*.ckpt")) or any(checkpoints.glob(".*.ckpt.old"))
-            if used and not (resuming or config.overwrite):
-                raise UserError(
-                    f"--output: {output} already holds a run; resume it with `--ckpt_path last`, "
-                    "start over with `--overwrite true`, or name another folder."
-                )
+            self._check_unused(config)
             start = config.model.get("weights_from")
             if start and config.overwrite and Path(start).resolve().is_relative_to(output.resolve()):
                 raise UserError(
@@ -226,6 +220,15 @@ class DistillationCLI(LightningCLI):
                     "name another --output."
                 )
         config.trainer.default_root_dir = str(output)  # for what is written without a logger, too
+
+    def _check_unused(self, config: Any) -> None:
+        checkpoints = Path(config.output) / "checkpoints"
+        used = any(checkpoints.glob("*.ckpt")) or any(checkpoints.glob(".*.ckpt.old"))
+        if used and config.get("ckpt_path") is None and not config.overwrite:
+            raise UserError(
+                f"--output: {config.output} already holds a run; resume it with `--ckpt_path last`, "
+                "start over with `--overwrite true`, or name another folder."
+            )
 
     def _choose_teacher(self, config: Any) -> None:
         if self.subcommand == "fit":
@@ -247,6 +250,8 @@ class DistillationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._lock()
+        if self.trainer.is_global_zero:
+            self._check_unused(self.config[self.subcommand])  # another run may have come and gone meanwhile
         if self.config[self.subcommand].get("ckpt_path") is not None:
             self.model.weights_from = None  # the checkpoint holds what came of them
         elif self.config[self.subcommand].overwrite and self.trainer.is_global_zero:
@@ -343,4 +348,4 @@ class DistillationCLI(LightningCLI):
 
 def _is_requeued(checkpoints: Path) -> bool:
     """Whether SLURM has started this job again, and it had come far enough to resume."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and (checkpoints / "last.ckpt").exists()
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and restored(checkpoints / "last.ckpt").exists()

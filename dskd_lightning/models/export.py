@@ -69,6 +69,7 @@ def export_student(
                 (merged(model) if isinstance(model, PeftModel) else model).save_pretrained(staging)
         _write_end_tokens(model, tokenizer, staging)
         tokenizer.save_pretrained(staging)
+        check_export(target, overwrite)  # it took a while, and somebody may have been faster
         _publish(staging, target)
     except (OSError, SafetensorError) as error:
         if not _is_storage_failure(error):

@@ -13,6 +13,7 @@ import torch
 
 from dskd_lightning.cache_dir import cache_dir
 from dskd_lightning.errors import UserError
+from dskd_lightning.files import put_in_place
 from dskd_lightning.models.progress import no_progress_bars
 
 __all__ = ["converted_gguf"]
@@ -49,8 +50,7 @@ def converted_gguf(path: Path) -> Path:
             target.mkdir()
             for entry in [entry for entry in Path(new).iterdir() if entry != target]:
                 os.replace(entry, target / entry.name)
-            if not folder.is_dir():  # another process may have been first
-                os.replace(target, folder)
+            put_in_place(target, folder)
     except OSError as error:
         raise UserError(
             f"Cannot keep the converted '{path.name}' in '{folder.parent}' ({error.strerror}): free space "

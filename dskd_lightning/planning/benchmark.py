@@ -16,6 +16,7 @@ from dskd_lightning.files import read_object, write_atomic, write_object
 from dskd_lightning.launch.arguments import read_yaml
 from dskd_lightning.planning.first_config import plan
 from dskd_lightning.runs.heartbeat import duration
+from dskd_lightning.runs.lock import locked
 from dskd_lightning.runs.run_folder import TEACHER
 from dskd_lightning.study.process import run_process
 from dskd_lightning.study.study import Study
@@ -89,8 +90,17 @@ class Benchmark:
         """Plan, measure a step, train, test and compare; what is finished already is kept.
 
         Raises:
-            UserError: the folder holds another benchmark, models or data can't be read, or a run failed.
+            UserError: the folder holds another benchmark, another process works in it, models or data
+                can't be read, or a run failed.
         """
+        held = (
+            f"--output: another benchmark works in {self.output}: wait until it has ended, or name another "
+            "folder."
+        )
+        with locked(self.output / ".locks" / ".benchmark", held):
+            return self._run(overwrite)
+
+    def _run(self, overwrite: bool) -> Verdict:
         self._claim(overwrite)
         if overwrite or not self.file.is_file():
             self._plan()

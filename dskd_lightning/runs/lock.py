@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterator
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dskd_lightning.errors import UserError
 
-__all__ = ["HeldLocks", "lock_run", "locked", "only_one"]
+__all__ = ["HeldLocks", "lock_run", "locked", "only_one", "take_file"]
 
 logger = logging.getLogger(__name__)
 _held: dict[Path, int] = {}
@@ -85,6 +85,26 @@ def _take(path: Path, folder: str | os.PathLike[str]) -> bool:
     return True
 
 
+def take_file(file: IO[Any], shared: bool = False) -> bool:
+    """Hold an open file until it is closed, however; False where another process holds it.
+
+    Args:
+        file: what is written or, where it is ``shared``, looked at by others too.
+        shared: keep out those alone that hold it without.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def only_one(path: Path, what: str, wait: bool = True) -> Iterator[bool | None]:
     """Let one process at a time in, the others when it has ended, however it does.
@@ -127,5 +147,5 @@ def only_one(path: Path, what: str, wait: bool = True) -> Iterator[bool | None]:
 def _is(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
+    except OSError:  # over NFS the handle is stale, too
         return False

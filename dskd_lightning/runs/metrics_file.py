@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import zlib
@@ -36,9 +37,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         UserError: the file is not what a CSV logger writes, or not as it was written.
     """
     try:
-        content = path.read_bytes()
-        _check(path, content)
-        text = content.decode("utf-8")
+        text = _content(path).decode("utf-8")
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole, newline=""), strict=True)
         rows = []
@@ -59,14 +58,29 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _check(path: Path, content: bytes) -> None:
-    note = checksum_file(path)
-    if not note.is_file():
+def _content(path: Path) -> bytes:
+    """All of the file, which a run may be writing: as its note was before and after it was read."""
+    while True:
+        note, content = _note(path), path.read_bytes()
+        if _note(path) == note:
+            _check(path, content, note)
+            return content
+
+
+def _note(path: Path) -> bytes | None:
+    with contextlib.suppress(FileNotFoundError):
+        return checksum_file(path).read_bytes()
+    return None
+
+
+def _check(path: Path, content: bytes, note: bytes | None) -> None:
+    if note is None:
         return
-    size, _, crc32 = note.read_bytes().decode("ascii", errors="replace").strip().partition(" ")
+    size, _, crc32 = note.decode("ascii", errors="replace").strip().partition(" ")
     known = size.isdecimal() and int(size) <= len(content) and str(zlib.crc32(content[: int(size)])) == crc32
     if not known:
         raise UserError(
-            f"{path}: isn't as it was written (its checksum in {note.name} differs); if you have changed it "
-            "on purpose delete that file, otherwise move both away to go on without its curves."
+            f"{path}: isn't as it was written (its checksum in {checksum_file(path).name} differs); if you "
+            "have changed it on purpose delete that file, otherwise move both away to go on without its "
+            "curves."
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from dskd_lightning.demo import DATASET
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import put_in_place, write_atomic
 from dskd_lightning.processor import FLOAT32_CONFIG, SLOW, slowdown
 from dskd_lightning.study.study import Study
 
@@ -60,8 +60,7 @@ def _own_tokenizer(output: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as new:
             tokenizer.save_pretrained(Path(new, "whole"))
-            if not folder.is_dir():  # another process may have been first
-                Path(new, "whole").rename(folder)
+            put_in_place(Path(new, "whole"), folder)
     return folder
 
 

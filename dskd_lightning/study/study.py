@@ -20,6 +20,7 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import option, read_yaml
 from dskd_lightning.launch.configs import config_path
+from dskd_lightning.runs.lock import only_one
 from dskd_lightning.runs.run_folder import TEACHER
 from dskd_lightning.runs.validation_metrics import KNOWN
 from dskd_lightning.study.names import check_name
@@ -134,11 +135,14 @@ class Study:
             for number, variant in enumerate(chosen, 1):
                 logger.info("--- variant %d of %d: %s", number, len(chosen), variant.name)
                 self._run_variant(variant, overwrite)
-        finished = {
-            v.name: self.output / v.name for v in self.variants if self._is_finished(v, self.output / v.name)
-        }
-        baseline = next((v.name for v in self.variants if v.train and v.name in finished), None)
-        summarise(self.output, finished, report=self.report, baseline=baseline)
+        with only_one(self.output / ".locks" / ".summary", "summarises the study"):
+            finished = {  # looked at in here: whoever comes last tells of all
+                v.name: self.output / v.name
+                for v in self.variants
+                if self._is_finished(v, self.output / v.name)
+            }
+            baseline = next((v.name for v in self.variants if v.train and v.name in finished), None)
+            summarise(self.output, finished, report=self.report, baseline=baseline)
 
     def _is_finished(self, variant: Variant, folder: Path) -> bool:
         """Whether the folder holds a tested run with settings that the study still gives the variant."""

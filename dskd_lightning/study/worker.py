@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_object
 from dskd_lightning.runs.identity import MODEL_KEY
+from dskd_lightning.runs.lock import lock_run
 from dskd_lightning.runs.parent import end_with_parent
 from dskd_lightning.runs.text import visible
 
@@ -93,6 +94,7 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
     from dskd_lightning.launch.lightning_cli import DistillationCLI
     from dskd_lightning.launch.run_files import trained_checkpoint
 
+    lock_run(folder)
     result = read_result(folder) or {}
     # A new student ends what the folder held, unless it was trained here.
     cli = DistillationCLI(args=[*arguments, f"--overwrite={str(not result).lower()}"], run=False)

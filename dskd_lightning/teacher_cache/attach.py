@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dskd_lightning.data.prepared import PreparedDataset
 from dskd_lightning.errors import UserError
-from dskd_lightning.files import write_atomic
+from dskd_lightning.files import look_anew, write_atomic
 from dskd_lightning.models.fingerprint import weights_fingerprint
 from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.output import input_embeddings, language_head
@@ -122,7 +122,9 @@ def build_part(
                 _check_manifest(cache, spec)
                 told = f"--part: another job computes {part} in '{cache.folder}': let it, or end it first."
                 held.enter_context(locked(cache.folder / f".{part.name}.lock", told))
-            absent = [cache for cache in caches if not is_complete(cache.folder)]
+            # As the first rank sees it: another job may complete one between the ranks' looks.
+            names = gathered([cache.folder.name for cache in caches if not is_complete(cache.folder)])[0]
+            absent = [cache for cache in caches if cache.folder.name in names]
             if absent:
                 _build(datamodule, spec, absent, settings, part)
             for cache in caches if rank_and_world()[0] == 0 else ():
@@ -181,8 +183,7 @@ def _ensure(
     everything = [cache for caches in wanted for cache in caches.values()]
     for cache in everything:
         _check_manifest(cache, specs[cache.teacher])
-    missing = [cache for cache in everything if not is_complete(cache.folder)]
-    _check_agreement([cache.folder.name for cache in missing], root)
+    missing = _missing(everything, root)
     if missing and not required:
         return None
     if missing and not settings.build:
@@ -203,6 +204,8 @@ def _ensure(
             head = _build(datamodule, spec, absent, settings)
         else:
             head = load_teacher_head(spec)
+        for cache in absent:
+            look_anew(cache.folder)
         stores = {cache.folder: TeacherStates(cache.folder) for cache in caches}
         heads.append(_checked(head, spec, list(stores.values())))
         rank, ranks = rank_and_world()
@@ -214,14 +217,20 @@ def _ensure(
     return heads
 
 
-def _check_agreement(missing: list[str], root: Path) -> None:
-    """All ranks must see the same caches, or some would wait for others for ever.
+def _missing(caches: Sequence[_Wanted], root: Path) -> list[_Wanted]:
+    """Those that aren't complete. All ranks must see the same, or some would wait for others for ever.
 
     Raises:
-        UserError: on every rank.
+        UserError: on every rank, where they don't.
     """
-    if any(other != missing for other in gathered(missing)):
-        raise UserError(_own_disks(root))
+    for _ in range(2):  # another job may complete one between the ranks' looks
+        missing = [cache for cache in caches if not is_complete(cache.folder)]
+        names = [cache.folder.name for cache in missing]
+        if all(other == names for other in gathered(names)):
+            return missing
+        for cache in missing:
+            look_anew(cache.folder)
+    raise UserError(_own_disks(root))
 
 
 def _own_disks(root: Path) -> str:
@@ -362,6 +371,8 @@ def begin_cache(folder: Path, manifest: Manifest, tokens: np.ndarray) -> Manifes
     if rank_and_world()[0] == 0:
         _write_manifest(folder, manifest, tokens)
     barrier()
+    look_anew(folder.parent)
+    look_anew(folder)
     found = Manifest.read(folder)
     if not all(gathered(found is not None)) or found is None:
         raise UserError(_own_disks(folder.parent))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -168,5 +169,6 @@ class StateBuilder:
     def _remove_leftovers(self) -> None:
         """Unfinished files of a killed build; young ones may be another process's at work."""
         for path in self.folder.glob(".shard-*"):
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process has finished it, or was faster
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()

@@ -22,6 +22,7 @@ from dskd_lightning.models.spec import TeacherSpec
 from dskd_lightning.models.teacher_cache_settings import TeacherCacheSettings
 from dskd_lightning.ranks import gathered, rank_and_world
 from dskd_lightning.runs.heartbeat import Progress
+from dskd_lightning.runs.lock import only_one
 from dskd_lightning.structures import IGNORE_INDEX, LogProbabilities
 from dskd_lightning.teacher_cache.attach import begin_cache, cache_root
 from dskd_lightning.teacher_cache.endpoint import CompletionsEndpoint
@@ -135,8 +136,9 @@ def _ensure(
         failure: str | None = None
         if missing and rank_and_world()[0] == 0:
             try:
-                ask, parallel = _source(datamodule, spec, index + 1, dataset, wanted, layout)
-                _collect(folder, layout, key, missing, ask, parallel)
+                with only_one(folder / ".collecting.lock", "asks for the same log-probabilities"):
+                    ask, parallel = _source(datamodule, spec, index + 1, dataset, wanted, layout)
+                    _collect(folder, layout, key, layout.missing(folder), ask, parallel)
             except UserError as error:
                 failure = str(error)
         if (failure := gathered(failure)[0]) is not None:  # the others would wait for ever

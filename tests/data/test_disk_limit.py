@@ -329,7 +329,7 @@ def test_what_goes_while_it_is_looked_up_was_never_there(monkeypatch, tmp_path) 
         path.unlink()
         return read_object(path, remedy)
 
-    monkeypatch.setattr("dskd_lightning.data.portions.read_object", too_late)
+    monkeypatch.setattr("dskd_lightning.files.read_object", too_late)
     looks = [lambda: shelf.slowest(), lambda: shelf.portion((0, 0)), lambda: shelf.portions()]
     for look, nothing in zip(looks, (None, None, []), strict=True):
         shelf.say_reading(0, (0, 0))
@@ -349,7 +349,7 @@ def test_what_comes_while_it_is_looked_up_is_there_at_the_next_look(monkeypatch,
         finally:
             shelf.publish(portion)
 
-    monkeypatch.setattr("dskd_lightning.data.portions.read_object", too_early)
+    monkeypatch.setattr("dskd_lightning.files.read_object", too_early)
     assert shelf.portion((0, 0)) is None
     assert shelf.portion((0, 0)) == portion
 
