@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +28,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+# The same examples every time, whatever else the machine does; `--hypothesis-profile search` tries new ones.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
+settings.load_profile("tests")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REFERENCE_DIR = Path(os.environ.get("DSKD_REFERENCE_DIR", SHARED / "reference"))

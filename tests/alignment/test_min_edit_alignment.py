@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 from hypothesis import given, settings
@@ -67,6 +67,6 @@ def test_is_fast():
     """Two sequences of 512 in well under what a Python loop over their table would take."""
     rng = np.random.default_rng(0)
     sides = [["".join(rng.choice(list("abcdef"), 4)) for _ in range(512)] for _ in range(2)]
-    start = perf_counter()
+    start = process_time()
     align_tokens(*sides)
-    assert perf_counter() - start < 2.0
+    assert process_time() - start < 2.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from forks import become
+from ports import free_port
 
 from dskd_lightning.cli.main import main
 
@@ -74,9 +74,7 @@ def in_ranks(
         timeout: seconds until all are killed and the test fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     logs = [folder / f"rank {rank}.log" for rank in range(ranks)]
     for log in logs:
         log.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import lightning as L
 from forks import become
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from ports import free_port
 
 from dskd_lightning.callbacks import LastCheckpoint
 from dskd_lightning.cli.main import main
@@ -117,11 +117,11 @@ def count_calls(point: str, path: Path) -> None:
 
 
 def as_two_ranks() -> None:
-    """Go on as two processes of one run, as a launcher outside of Lightning starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0")
+    """Go on as two processes of one run, as a launcher outside of Lightning starts them.
+
+    The port is that of `dskd_forked`.
+    """
+    os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", NODE_RANK="0")
     os.environ["LOCAL_RANK"] = "0" if os.fork() else "1"
 
 
@@ -144,10 +144,12 @@ def dskd_forked(
     Returns:
         The exit status, negative for a signal.
     """
+    port = free_port()  # here, so that two forks get two
     process = os.fork()
     if not process:
 
         def run() -> int:
+            os.environ["MASTER_PORT"] = str(port)
             prepare()
             return main(arguments)
 

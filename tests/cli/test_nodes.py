@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from forked_ranks import dskd_ranks
 from forked_runs import dskd_forked
+from ports import free_port
 from tiny_runs import environment, write_config
 
 NODES = ("--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp")
@@ -58,9 +58,7 @@ def test_two_rendezvous_agents_train_as_one_process(tmp_path: Path, model_folder
     """`torchrun --nnodes 2` on the loopback: data are prepared and the cache is built by both at once."""
     config = write_config(tmp_path, model_folder(seed=1), model_folder(hidden=24, seed=2), **CACHED)
     shipped = Path(__file__).resolve().parents[2] / "configs" / "strategy" / "fsdp2.yaml"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     agent = (
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test",

@@ -129,6 +129,7 @@ def test_a_second_process_in_a_run_folder_is_refused_until_the_first_is_dead(tmp
         lock_run(runs.run)
         os.write(writer, b"x")
         signal.pause()
+    os.close(writer)  # so that reading ends, should the other do
     os.read(reader, 1)
     try:
         assert "another process works in" in runs("fit", expected=2)

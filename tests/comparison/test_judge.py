@@ -187,7 +187,7 @@ def test_a_reply_that_never_ends_is_given_up(raw_server, part) -> None:
 
     def drip(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"HTTP/1.1 " + status + b" OK\r\n" + (b"X: " if part == "headers" else b"\r\n"))
-        for _ in range(100):
+        for _ in range(400):
             handler.wfile.write(b" ")
             time.sleep(0.05)
 
@@ -195,7 +195,7 @@ def test_a_reply_that_never_ends_is_given_up(raw_server, part) -> None:
     begin, before = time.monotonic(), set(threading.enumerate())
     with pytest.raises(EndpointError, match="TimeoutError"):
         chat.complete("", "")
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     threads = {thread for thread in threading.enumerate() if thread.name.endswith("(read)")} - before
     for thread in threads if part == "body" else ():
         thread.join(2)

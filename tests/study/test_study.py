@@ -260,6 +260,7 @@ def test_a_variant_runs_in_one_study_at_a_time(tmp_path, recorder) -> None:
         Study._process = wait  # type: ignore[method-assign]
         read(tmp_path, variants=variants).run(only=["b"])
         os._exit(0)
+    os.close(writer)  # so that reading ends, should the other do
     os.read(reader, 1)
     try:
         for options in ({}, {"overwrite": True}, {"only": ["b"]}):
@@ -282,7 +283,8 @@ def test_a_killed_study_ends_its_worker_which_keeps_others_out_until_then(tmp_pa
         "from pathlib import Path\n"
         "from dskd_lightning.study import process, worker\n"
         "def end(*_):\n"
-        "    time.sleep(2)\n"
+        "    while not Path(sys.argv[1], 'go').exists():\n"
+        "        time.sleep(0.01)\n"
         "    os._exit(143)\n"
         "def run(*_):\n"
         "    signal.signal(signal.SIGTERM, end)\n"
@@ -306,6 +308,7 @@ def test_a_killed_study_ends_its_worker_which_keeps_others_out_until_then(tmp_pa
         with pytest.raises(UserError, match="another process runs"), variant_lock(tmp_path, "a"):
             pass
         os.kill(child, 0)  # it was there
+        (tmp_path / "go").touch()
         assert study.stdout.read() == ""  # until its end, which closes the pipe
         assert time.monotonic() < killed + 20
     with variant_lock(tmp_path, "a"):
