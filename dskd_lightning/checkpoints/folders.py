@@ -73,13 +73,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         sync_folder(part)
-        _put_in_place(part, path)
+        _replace(part, path)
         sync_folder(path.parent)
         _remove(old)
     barrier()
 
 
-def _put_in_place(part: Path, path: Path) -> None:
+def _replace(part: Path, path: Path) -> None:
     old = _old(path)
     while True:
         _remove(old)

@@ -97,9 +97,54 @@ def write_response_data(
             is missing, or another process writes the file.
     """
     with _held(output):
-        return _write(
-            generator, renderer, examples, output, seeds, keep, provenance, progress, places, model_id
-        )
+        records = prompt_records(renderer, examples)
+        prompts = [record.ids for record in records]
+        folder = samples_folder(output)
+        identity = model_id or weights_fingerprint(generator.model)
+        adopt_parts(generator, records, folder, places, model_id=identity, seeds=seeds)
+        predictions = predict(generator, records, folder, model_id=identity, seeds=seeds, progress=progress)
+        scores = {
+            seed: _scored(generator, renderer, prompts, answered, folder / f"likelihoods_{seed}.json")
+            for seed, answered in (predictions if keep.reads_likelihood else {}).items()
+        }
+
+        def kept(dropped: Counter[str]) -> Iterator[Candidate]:  # read anew each time, rather than held
+            return keep.by_prompt(candidates_by_prompt(predictions, scores), dropped)
+
+        found, dropped = sum(map(len, predictions.values())), Counter[str]()
+        left, unfinished, answered_prompts = 0, 0, set[int]()
+        for candidate in kept(dropped):
+            left += 1
+            unfinished += not candidate.finished
+            answered_prompts.add(candidate.prompt)
+        meta = {
+            **provenance,
+            "weights": identity,
+            "generation": asdict(generator.settings),
+            "seeds": list(seeds),
+            "filter": asdict(keep),
+            "prompts": len(examples),
+            "responses": found,
+            "kept": left,
+            "prompts_without_response": len(examples) - len(answered_prompts),
+            "unfinished": unfinished,
+            "dropped": dict(dropped),
+        }
+        if not left:
+            raise UserError(
+                f"{output}: none of {found} responses is left ({_counted(dropped)}); ask for less, or for "
+                "longer responses."
+            )
+        barrier()  # the others have read what the first deletes
+        if rank_and_world()[0] == 0:
+            lines = (
+                _record(examples[candidate.prompt], candidate.text) + "\n" for candidate in kept(Counter())
+            )
+            write_atomic(output, lines)
+            write_atomic(output.with_suffix(".meta.json"), json.dumps(meta, indent=2) + "\n")
+            shutil.rmtree(folder)
+        barrier()
+        return meta
 
 
 @contextlib.contextmanager
@@ -116,66 +161,6 @@ def _held(output: Path) -> Iterator[None]:
                 f"{output}: another process writes it: wait until it has ended, or name another file."
             )
         yield
-
-
-def _write(
-    generator: Generator,
-    renderer: ChatRenderer,
-    examples: Sequence[Example],
-    output: Path,
-    seeds: Sequence[int | None],
-    keep: ResponseFilter,
-    provenance: dict[str, Any],
-    progress: Callable[[int | None, int, int], None] | None,
-    places: Sequence[Path] | None,
-    model_id: str | None,
-) -> dict[str, Any]:
-    records = prompt_records(renderer, examples)
-    prompts = [record.ids for record in records]
-    folder = samples_folder(output)
-    identity = model_id or weights_fingerprint(generator.model)
-    adopt_parts(generator, records, folder, places, model_id=identity, seeds=seeds)
-    predictions = predict(generator, records, folder, model_id=identity, seeds=seeds, progress=progress)
-    scores = {
-        seed: _scored(generator, renderer, prompts, answered, folder / f"likelihoods_{seed}.json")
-        for seed, answered in (predictions if keep.reads_likelihood else {}).items()
-    }
-
-    def kept(dropped: Counter[str]) -> Iterator[Candidate]:  # read anew each time, rather than held
-        return keep.by_prompt(candidates_by_prompt(predictions, scores), dropped)
-
-    found, dropped = sum(map(len, predictions.values())), Counter[str]()
-    left, unfinished, answered_prompts = 0, 0, set[int]()
-    for candidate in kept(dropped):
-        left += 1
-        unfinished += not candidate.finished
-        answered_prompts.add(candidate.prompt)
-    meta = {
-        **provenance,
-        "weights": identity,
-        "generation": asdict(generator.settings),
-        "seeds": list(seeds),
-        "filter": asdict(keep),
-        "prompts": len(examples),
-        "responses": found,
-        "kept": left,
-        "prompts_without_response": len(examples) - len(answered_prompts),
-        "unfinished": unfinished,
-        "dropped": dict(dropped),
-    }
-    if not left:
-        raise UserError(
-            f"{output}: none of {found} responses is left ({_counted(dropped)}); ask for less, or for "
-            "longer responses."
-        )
-    barrier()  # the others have read what the first deletes
-    if rank_and_world()[0] == 0:
-        lines = (_record(examples[candidate.prompt], candidate.text) + "\n" for candidate in kept(Counter()))
-        write_atomic(output, lines)
-        write_atomic(output.with_suffix(".meta.json"), json.dumps(meta, indent=2) + "\n")
-        shutil.rmtree(folder)
-    barrier()
-    return meta
 
 
 def _counted(counts: Any) -> str:
