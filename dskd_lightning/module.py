@@ -36,7 +36,7 @@ from dskd_lightning.assembly.trained_state import (
     miss_trained_alone,
     trained_names,
 )
-from dskd_lightning.checkpoints.checks import read_checkpoint
+from dskd_lightning.checkpoints.checks import READ_DIGEST_KEY, read_checkpoint
 from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.samples import BatchOfSamples, prompts_of
@@ -173,6 +173,8 @@ class DistillationModule(L.LightningModule):
         self.generation_seed: int | None = None
         self.trained_steps = 0
         """Optimiser steps of the checkpoint that was read last."""
+        self.read_digest: str | None = None
+        """What its content is called by (`digest_of`); None where another program's strategy read it."""
         self.student: Any = None
         self.teachers = nn.ModuleList()
         self.checkpoint_names: frozenset[str] = frozenset()
@@ -783,6 +785,7 @@ class DistillationModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_steps = int(checkpoint.get("global_step", 0))
+        self.read_digest = checkpoint.get(READ_DIGEST_KEY)
         path = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path or "the checkpoint"
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             trained = sorted(name for name, p in self.named_parameters() if p.requires_grad)

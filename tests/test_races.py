@@ -20,7 +20,15 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from dskd_lightning import UserError
 from dskd_lightning.callbacks.csv_logger import ResumableCSVLogger
-from dskd_lightning.checkpoints import checks, folders, read_checkpoint
+from dskd_lightning.checkpoints import (
+    check_checkpoint,
+    checks,
+    digest_of,
+    folders,
+    read_checkpoint,
+    read_identified,
+    write_file,
+)
 from dskd_lightning.checkpoints.folders import restored, write_folder
 from dskd_lightning.comparison.judge import judge_pairs
 from dskd_lightning.data import preparation
@@ -28,7 +36,7 @@ from dskd_lightning.data.portions import Portion, Shelf
 from dskd_lightning.evaluation import response_data
 from dskd_lightning.evaluation.writer import PredictionWriter
 from dskd_lightning.files import put_in_place, write_object
-from dskd_lightning.launch import lightning_cli, trained
+from dskd_lightning.launch import lightning_cli
 from dskd_lightning.models import export
 from dskd_lightning.planning.benchmark import Benchmark
 from dskd_lightning.runs import lock, metrics_file
@@ -133,23 +141,42 @@ def test_a_reader_that_puts_the_old_folder_back_does_not_end_the_training(tmp_pa
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_an_export_names_the_checkpoint_that_was_read(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_checkpoint_is_named_by_the_content_that_was_read(tmp_path, monkeypatch, kind: str) -> None:
     path = tmp_path / "last.ckpt"
-    contents = {"of": "first"}
 
-    def read(_: Path) -> dict[str, Any]:
-        content = {"student_spec": {}, "state_dict": {}, "global_step": contents["of"]}
+    def write(value: int) -> None:
+        if kind == "folder":
+            save(path, value)
+        else:
+            write_file({"state_dict": {"w": torch.full((10,), value)}, "global_step": value}, path)
+
+    write(100)
+    name, replaced = f"load_{kind}", once(lambda: write(200))
+    load = getattr(checks, name)
+
+    def loaded(*arguments: Any) -> dict[str, Any]:
+        content: dict[str, Any] = load(*arguments)
         replaced()
         return content
 
-    replaced = once(lambda: contents.update(of="second"))
-    monkeypatch.setattr(trained, "find_checkpoint", lambda *_: path)
-    monkeypatch.setattr(trained, "digest_of", lambda _: contents["of"])
-    monkeypatch.setattr(trained, "read_checkpoint", read)
-    monkeypatch.setattr(trained, "student_spec_from_dict", lambda _: None)
-    monkeypatch.setattr(trained, "build_student", lambda _: (torch.nn.Linear(1, 1), None))
-    _, _, identity = trained.load_identified(tmp_path, "last")
-    assert (identity["digest"], identity["step"]) == ("second", "second")
+    monkeypatch.setattr(checks, name, loaded)
+    content, digest = read_identified(path)
+    assert (content["global_step"], digest) == (200, digest_of(path))
+
+
+def test_a_folder_that_is_replaced_during_a_check_alone_is_not_called_damaged(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path, 100)
+    sha256, replaced = folders._sha256, once(lambda: save(path, 200))
+
+    def hashed(file: Path) -> str:
+        if file.suffix == ".distcp":
+            replaced()
+        return sha256(file)
+
+    monkeypatch.setattr(folders, "_sha256", hashed)
+    assert check_checkpoint(path) == digest_of(path)
 
 
 def rows(folder: Path, values: dict[int, float], resume: bool = False) -> ResumableCSVLogger:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 
 from dskd_lightning.alignment.exact import group_overlap
+from dskd_lightning.callbacks.tested_model import tested_model
 from dskd_lightning.data.loader import DistillationLoader
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.analysis import projector_spectra, representation_distances, token_maps
 from dskd_lightning.files import write_object
 from dskd_lightning.models.absent import AbsentTeacher
 from dskd_lightning.models.spec import StudentSpec
-from dskd_lightning.runs.identity import MODEL_KEY, model_identity
+from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.structures import DistillationBatch
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class RepresentationAnalysis(L.Callback):
         values, maps = module.as_step(lambda: self._measure(trainer, module))
         for name, value in values["after"].items():
             pl_module.log(f"test/{name}", value, batch_size=1)
-        step = module.trained_steps if trainer.ckpt_path else trainer.global_step
-        model = model_identity(self.output, trainer.ckpt_path, step)
+        model = tested_model(self.output, trainer, module)
         result = {**values, "projectors": projector_spectra(module), MODEL_KEY: model}
         if trainer.is_global_zero:
             self._write(result, maps)

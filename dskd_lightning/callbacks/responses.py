@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from peft import PeftModel
 
 from dskd_lightning.callbacks.prompts import prompt_records
+from dskd_lightning.callbacks.tested_model import tested_model
 from dskd_lightning.evaluation.efficiency import measure_efficiency
 from dskd_lightning.evaluation.metrics import DistinctN, ExactMatch, ResponseLength, RougeL
 from dskd_lightning.evaluation.predict import predict, told_by_seed
@@ -29,7 +30,7 @@ from dskd_lightning.models.loading import load_teacher
 from dskd_lightning.models.sources import resolve_source
 from dskd_lightning.runs.environment import collect_environment
 from dskd_lightning.runs.heartbeat import Progress
-from dskd_lightning.runs.identity import MODEL_KEY, model_identity
+from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ class ResponseEvaluation(L.Callback):
             self._measure(teacher, "teacher_efficiency", files)
 
     def _identity(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        step = cast("DistillationModule", module).trained_steps if trainer.ckpt_path else trainer.global_step
-        return {**model_identity(self.output, trainer.ckpt_path, step), "weights": self._weights}
+        return {**tested_model(self.output, trainer, module), "weights": self._weights}
 
     def _measure(
         self, network: Any, name: str, files: str | Path | None = None, model: dict[str, Any] | None = None

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dskd_lightning.callbacks.tested_model import tested_model
 from dskd_lightning.errors import UserError
 from dskd_lightning.evaluation.on_samples import sample_responses, sampled_batches, sampled_fidelity
 from dskd_lightning.generation.samples import GeneratorSampler
 from dskd_lightning.ranks import gathered
-from dskd_lightning.runs.identity import model_identity
 from dskd_lightning.runs.samples import SampledResponse, write_samples
 from dskd_lightning.runs.text import visible
 from dskd_lightning.structures import DistillationBatch
@@ -125,9 +125,7 @@ class SampleFidelity(L.Callback):
         values = {f"{stage}/samples_{name}": ratio.value.float() for name, ratio in ratios.items()}
         module.log_dict(values, batch_size=1)
         if trainer.is_global_zero and shown:
-            read = None if trainer.state.fn == "fit" else trainer.ckpt_path
-            step = trainer.global_step if read is None else module.trained_steps
-            write_samples(self.output / "samples.json", shown, model_identity(self.output, read, step))
+            write_samples(self.output / "samples.json", shown, tested_model(self.output, trainer, module))
             Console().print(_table(shown, f"samples at step {trainer.global_step}"))
 
 

@@ -41,7 +41,7 @@ class TrainingCost(L.Callback):
             "steps": trainer.global_step,
             "devices": trainer.world_size,
             "peak_bytes": peak_memory_bytes(),
-            MODEL_KEY: model_identity(self.output, None, trainer.global_step),
+            MODEL_KEY: model_identity(self.output, trainer.global_step),
         }
         if trainer.is_global_zero:
             write_object(self.output / "training.json", cost)

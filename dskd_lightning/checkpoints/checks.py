@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from dskd_lightning.checkpoints.files import DamagedError, check_file, file_digest, load_file
 from dskd_lightning.checkpoints.folders import check_folder, folder_digest, load_folder, restored
 from dskd_lightning.errors import UserError
 from dskd_lightning.ranks import gathered
 
-__all__ = ["check_checkpoint", "digest_of", "read_checkpoint"]
+__all__ = ["READ_DIGEST_KEY", "check_checkpoint", "digest_of", "read_checkpoint", "read_identified"]
+
+READ_DIGEST_KEY = "read_digest"
+"""Under which a Trainer's strategy hands on what `digest_of` said of the checkpoint that it read."""
+
+_T = TypeVar("_T")
 
 
-def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Compare a checkpoint with its digest.
+def check_checkpoint(path: str | os.PathLike[str]) -> str:
+    """Compare a checkpoint with its digest, which is returned (`digest_of`).
 
     Raises:
         UserError: it is damaged, with the one beside it that can be used.
     """
-    path = Path(path)
-    try:
-        _check(path)
-    except DamagedError as error:
-        raise _unusable(path, error) from error
+    return _of_one_save(Path(path), _check)[1]
 
 
 def read_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
@@ -37,14 +39,17 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> dict[st
     Raises:
         UserError: it is damaged, with the one beside it that can be used.
     """
-    path = Path(path)
-    try:
-        if restored(path).is_dir():
-            return _read_folder(path)
-        check_file(path)
-        return load_file(path, mmap)
-    except DamagedError as error:
-        raise _unusable(path, error) from error
+    return read_identified(path, mmap)[0]
+
+
+def read_identified(path: str | os.PathLike[str], mmap: bool = False) -> tuple[dict[str, Any], str]:
+    """What `read_checkpoint` gives, and `digest_of` just that."""
+
+    def read(path: Path) -> dict[str, Any]:
+        _check(path)
+        return load_folder(path) if path.is_dir() else load_file(path, mmap)
+
+    return _of_one_save(Path(path), read)
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:
@@ -53,26 +58,28 @@ def digest_of(path: str | os.PathLike[str]) -> str:
     return (folder_digest(path) if path.is_dir() else file_digest(path))[:16]
 
 
-def _read_folder(path: Path) -> dict[str, Any]:
-    """All of it from one save, though a training may replace the folder between two of its files."""
+def _of_one_save(path: Path, read: Callable[[Path], _T]) -> tuple[_T, str]:
+    """What ``read`` makes of a checkpoint and its digest, though a training may replace it meanwhile."""
     while True:
-        before, error = _listed(path), None
-        content: dict[str, Any] = {}
+        before, content, error = _digest(path), None, None
+        sharded = restored(path).is_dir()
         try:
-            check_folder(path)
-            content = load_folder(path)
+            content = read(path)
         except Exception as found:
             error = found
-        if any(gathered(_listed(path) != before)):
+        replaced = _digest(path) != before
+        if any(gathered(replaced)) if sharded else replaced:  # ranks read folders together, files alone
             continue
+        if isinstance(error, DamagedError):
+            raise _unusable(path, error) from error
         if error is not None:
             raise error
-        return content
+        return cast("_T", content), cast("str", before)
 
 
-def _listed(path: Path) -> str | None:
+def _digest(path: Path) -> str | None:
     try:
-        return folder_digest(restored(path))
+        return digest_of(path)
     except OSError:
         return None
 

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from dskd_lightning.checkpoints.checks import read_checkpoint
+from dskd_lightning.checkpoints.checks import READ_DIGEST_KEY, read_identified
 from dskd_lightning.checkpoints.files import write_file
 
 __all__ = ["WholeCheckpointIO", "use_whole_checkpoints"]
@@ -39,7 +39,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, "cpu", True if handed_over else weights_only)  # type: ignore[arg-type]
         if not Path(path).exists():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
-        return read_checkpoint(path)
+        checkpoint, digest = read_identified(path)
+        return {**checkpoint, READ_DIGEST_KEY: digest}
 
 
 def use_whole_checkpoints(trainer: L.Trainer) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from dskd_lightning.checkpoints import digest_of, read_checkpoint, restored
+from dskd_lightning.checkpoints import read_checkpoint, read_identified, restored
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import option, read_yaml, settings_of
 from dskd_lightning.models.spec import LoraSpec, ModelSpec, PruneSpec, StudentSpec, TeacherSpec
@@ -130,10 +130,7 @@ def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
 def load_identified(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any, dict[str, Any]]:
     """What `load_trained` gives, and which model that is (`model_identity`)."""
     path = find_checkpoint(run, ckpt_path)
-    while True:
-        digest, checkpoint = digest_of(path), read_checkpoint(path)
-        if digest_of(path) == digest:  # a training that saves meanwhile hasn't replaced it
-            break
+    checkpoint, digest = read_identified(path)
     if "student_spec" not in checkpoint:
         raise UserError(
             f"{path} names no student: it isn't DistillationModule's, or the student was in memory "
@@ -146,4 +143,4 @@ def load_identified(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any,
         if key.startswith("student.")
     }
     model.load_state_dict(weights, strict=False)
-    return model.eval(), tokenizer, model_identity(run, path, checkpoint["global_step"], digest)
+    return model.eval(), tokenizer, model_identity(run, checkpoint["global_step"], path, digest)

@@ -15,22 +15,19 @@ MODEL_KEY = "model"
 
 def model_identity(
     output: str | os.PathLike[str],
-    checkpoint: str | os.PathLike[str] | None,
     step: int,
+    checkpoint: str | os.PathLike[str] | None = None,
     digest: str | None = None,
 ) -> dict[str, Any]:
     """Digests in 16 hexadecimal digits, None for what there isn't.
 
     Args:
         output: the run folder.
-        checkpoint: what was read; None for a model that was just trained, or never.
         step: the optimiser steps it was trained.
-        digest: of the checkpoint when it was read; None for the one that it has now.
+        checkpoint: what was read; None for a model that was just trained, or never.
+        digest: of the checkpoint when it was read.
     """
-    from dskd_lightning.checkpoints import digest_of  # with torch, which lists and help do without
-
     config = Path(output) / "config.yaml"
     settings = hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.is_file() else None
     name = None if checkpoint is None else Path(checkpoint).name
-    content = digest or (None if checkpoint is None else digest_of(checkpoint))
-    return {"checkpoint": name, "digest": content, "step": step, "config": settings}
+    return {"checkpoint": name, "digest": digest, "step": step, "config": settings}

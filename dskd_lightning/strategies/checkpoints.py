@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dskd_lightning.checkpoints import check_checkpoint, write_folder
+from dskd_lightning.checkpoints import READ_DIGEST_KEY, check_checkpoint, write_folder
 from dskd_lightning.checkpoints.folders import tensor_names
 
 __all__ = ["WholeCheckpoints"]
@@ -31,10 +31,11 @@ class WholeCheckpoints:
             save(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        check_checkpoint(checkpoint_path)
+        digest = check_checkpoint(checkpoint_path)
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)  # type: ignore[misc]
         if "state_dict" not in checkpoint:
             checkpoint["state_dict"] = dict.fromkeys(_names(Path(checkpoint_path)))
+        checkpoint[READ_DIGEST_KEY] = digest
         return checkpoint
 
 

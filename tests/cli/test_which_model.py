@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from forked_runs import Kill, arm, dskd_forked
 from tiny_runs import write_config
 
 from dskd_lightning.callbacks import BestCheckpoint
-from dskd_lightning.checkpoints import digest_of
+from dskd_lightning.checkpoints import digest_of, write_file
+from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.lock import lock_run
 from dskd_lightning.runs.run_folder import RunFolder
 
@@ -32,10 +34,17 @@ class Runs:
         self.config, self.run, self.log = folder / "config.yaml", folder / "run", folder / "log"
         write_config(folder, model_folder(seed=1), None, **changes)
 
-    def __call__(self, command: str, *arguments: str, expected: int = 0, config: Path | None = None) -> str:
+    def __call__(
+        self,
+        command: str,
+        *arguments: str,
+        expected: int = 0,
+        config: Path | None = None,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> str:
         self.log.unlink(missing_ok=True)
         line = (command, "--config", str(config or self.config), "--output", str(self.run), *arguments)
-        status = dskd_forked(*line, log=self.log)
+        status = dskd_forked(*line, log=self.log, prepare=prepare)
         text = self.log.read_text(errors="replace")
         assert status == expected, (status, text[-3000:])
         return " ".join(text.split())
@@ -79,6 +88,25 @@ def test_a_run_without_validation_is_tested_at_its_last_checkpoint(tmp_path, mod
     assert model["step"] == torch.load(last, weights_only=True)["global_step"] > 0
     assert runs.result()["nll_per_token"] != untrained["nll_per_token"]
     assert "give one of them" in runs("test", "--untrained", "true", "--ckpt_path", "last", expected=2)
+
+
+def test_results_name_the_checkpoint_that_was_read_if_it_is_replaced(tmp_path, model_folder) -> None:
+    runs = Runs(tmp_path, model_folder, **{"data.val_split": 0})
+    runs("fit")
+    last = runs.run / "checkpoints" / "last.ckpt"
+    read = digest_of(last)
+
+    def replace(*_: Any) -> None:
+        content = torch.load(last, weights_only=True)
+        write_file({**content, "global_step": 1000}, last)
+
+    def replace_at_the_end() -> None:
+        DistillationModule.on_test_epoch_end = replace  # type: ignore[method-assign]
+
+    runs("test", prepare=replace_at_the_end)
+    assert digest_of(last) != read
+    assert runs.result()["model"]["digest"] == read
+    assert runs.result()["model"]["step"] != 1000
 
 
 def test_a_resumed_run_is_tested_at_its_best_and_prediction_keeps_that(tmp_path, model_folder) -> None:
