@@ -97,10 +97,14 @@ class CrossModelAttention(Described, nn.Module):
         byte_prior: strength ``s`` of the term ``s * log(overlap + 0.001)`` added to the scores, ``overlap``
             being the share of the student token's bytes that the teacher token covers: attention
             starts at the byte-exact alignment and learns to leave it. 0 as published.
-        byte_prior_batches: training batches over which the strength falls to 0; None keeps it.
+        byte_prior_steps: optimiser steps over which the strength falls to 0, those of projector warm-up among
+            them; None keeps it. Training batches where nothing calls `settle`.
+
+    Raises:
+        UserError: one of them is impossible, or would do nothing.
     """
 
-    prior_batches: Tensor
+    prior_steps: Tensor
 
     def __init__(
         self,
@@ -108,15 +112,20 @@ class CrossModelAttention(Described, nn.Module):
         statistics: Literal["response", "padded"] = "response",
         scale_inputs: bool = True,
         byte_prior: float = 0.0,
-        byte_prior_batches: int | None = None,
+        byte_prior_steps: int | None = None,
     ) -> None:
         super().__init__()
         if byte_prior < 0:
             raise UserError(f"byte_prior of CrossModelAttention must not be negative, but is {byte_prior}.")
-        if byte_prior_batches is not None and byte_prior_batches < 1:
+        if byte_prior_steps is not None and byte_prior_steps < 1:
             raise UserError(
-                f"byte_prior_batches of CrossModelAttention must be at least 1, not {byte_prior_batches}; "
+                f"byte_prior_steps of CrossModelAttention must be at least 1, not {byte_prior_steps}; "
                 "leave it out for a prior that stays."
+            )
+        if byte_prior_steps is not None and not byte_prior:
+            raise UserError(
+                "byte_prior_steps of CrossModelAttention does nothing without a prior: set byte_prior, or "
+                "leave it out."
             )
         if statistics not in ("response", "padded"):
             raise UserError(
@@ -126,8 +135,10 @@ class CrossModelAttention(Described, nn.Module):
         self.statistics = statistics
         self.scale_inputs = scale_inputs
         self.byte_prior = byte_prior
-        self.byte_prior_batches = byte_prior_batches
-        self.register_buffer("prior_batches", torch.zeros(()))  # how many the decay has seen
+        self.byte_prior_steps = byte_prior_steps
+        # How many the decay has seen; an integer, since a module in 16 bits couldn't count far.
+        self.register_buffer("prior_steps", torch.zeros((), dtype=torch.int64))
+        self._whole_step = self._read = False
         self.query: LinearProjector
 
     @property
@@ -172,13 +183,24 @@ class CrossModelAttention(Described, nn.Module):
         s2t = _masked_softmax(scores.transpose(1, 2), after.transpose(1, 2))
         return AttentionMap(t2s, s2t, queries, keys, rows_s, rows_t)
 
+    def measure_whole_step(self) -> None:
+        """Let the prior decay once `settle` is called, the same for any number of micro-batches."""
+        self._whole_step = True
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Count a step that was read, for the prior's decay."""
+        self.prior_steps += self._read
+        self._read = False
+
     @torch.no_grad()
     def _strength(self) -> float | Tensor:
-        if self.byte_prior_batches is None:
+        if self.byte_prior_steps is None:
             return self.byte_prior
-        strength = self.byte_prior * (1 - self.prior_batches / self.byte_prior_batches).clamp(min=0)
-        if self.training:
-            self.prior_batches += 1
+        strength = self.byte_prior * (1 - self.prior_steps / self.byte_prior_steps).clamp(min=0)
+        self._read |= self.training
+        if not self._whole_step:
+            self.settle()
         return strength
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.projection import LinearProjector
+from dskd_lightning.projection.settling import Settling
 from dskd_lightning.ranks import sum_over_ranks
 from dskd_lightning.structures import DistillationBatch
 from dskd_lightning.training.windows import look_ahead
@@ -57,17 +58,19 @@ def mean_over_step(
 
 
 def measure_whole_steps(part: nn.Module) -> None:
-    """Let projectors measure their input until `settle`, whatever number of batches and ranks that takes."""
-    for projector in part.modules():
-        if isinstance(projector, LinearProjector):
-            projector.measure_whole_step()
+    """Let projectors and a decaying prior wait for `settle`, however many batches and ranks it takes."""
+    for settling in _settling(part):
+        settling.measure_whole_step()
 
 
 def settle(part: nn.Module) -> None:
-    """Let projectors take what they measured, between a step's last backward and the optimiser's step."""
-    for projector in part.modules():
-        if isinstance(projector, LinearProjector):
-            projector.settle()
+    """Let them take in what they had, between a step's last backward and the optimiser's step."""
+    for settling in _settling(part):
+        settling.settle()
+
+
+def _settling(part: nn.Module) -> Iterator[Settling]:
+    return (module for module in part.modules() if isinstance(module, Settling))
 
 
 def settle_before_steps(optimizer: Optimizer, part: nn.Module) -> None:

@@ -24,6 +24,7 @@ from dskd_lightning.functional import (
 )
 from dskd_lightning.objectives.dskd_cma import DSKDCrossAttentionObjective
 from dskd_lightning.structures import Head, ModelSpace, PaddedStatistics, Side
+from dskd_lightning.training.whole_steps import measure_whole_steps, settle
 
 DIVERGENCES = {
     "forward_kl": ForwardKL(),
@@ -269,7 +270,7 @@ def overlaps(case: Case, b: int) -> torch.Tensor:
 
 def test_byte_prior_adds_the_overlap_and_decays() -> None:
     case = make_case()
-    attention = CrossModelAttention(byte_prior=2.0, byte_prior_batches=4)
+    attention = CrossModelAttention(byte_prior=2.0, byte_prior_steps=4)
     attention.configure(case.student_space, case.teacher_space)
     attention.double()
     plain = CrossModelAttention()
@@ -284,9 +285,28 @@ def test_byte_prior_adds_the_overlap_and_decays() -> None:
             torch.testing.assert_close(found.t2s[b, :n, :m], scores.softmax(-1))
             scores = without.s2t[b, :m, :n].log() + prior.T
             torch.testing.assert_close(found.s2t[b, :m, :n], scores.softmax(-1))
-    attention.byte_prior_batches = None
+    attention.byte_prior_steps = None
     mass = attention(case.student, case.teacher, case.alignment).pair_mass(case.alignment.pairs)
     assert mass.mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_byte_prior_decays_by_whole_steps_to_its_end_in_any_dtype(dtype) -> None:
+    case = make_case()
+    attention = CrossModelAttention(byte_prior=2.0, byte_prior_steps=1000)
+    attention.configure(case.student_space, case.teacher_space)
+    attention.to(dtype)
+    measure_whole_steps(attention)
+    strengths = []
+    for _ in range(3):  # micro-batches
+        strengths.append(float(attention._strength()))
+    settle(attention)
+    settle(attention)  # a step that read nothing
+    assert [*strengths, float(attention._strength())] == pytest.approx([2.0, 2.0, 2.0, 2.0 * 0.999])
+    for _ in range(1000):
+        attention._strength()
+        settle(attention)
+    assert float(attention._strength()) == 0
 
 
 def test_heads_initialisation_keeps_the_teachers_scale_and_labels_can_stay_out() -> None:
@@ -307,7 +327,11 @@ def test_heads_initialisation_keeps_the_teachers_scale_and_labels_can_stay_out()
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"byte_prior": -1.0}, "byte_prior"), ({"byte_prior_batches": 0}, "byte_prior_batches")],
+    [
+        ({"byte_prior": -1.0}, "byte_prior"),
+        ({"byte_prior": 1.0, "byte_prior_steps": 0}, "byte_prior_steps"),
+        ({"byte_prior_steps": 10}, "does nothing without a prior"),
+    ],
 )
 def test_impossible_priors_are_refused(options, message) -> None:
     with pytest.raises(UserError, match=message):
