@@ -71,6 +71,7 @@ from dskd_lightning.training.length import follow_accumulation, total_steps
 from dskd_lightning.training.monitor import TrainingMonitor
 from dskd_lightning.training.on_policy import OnPolicySettings, SampleBuffer, on_samples, sample_metrics
 from dskd_lightning.training.on_processor import suit_processor
+from dskd_lightning.training.optimization import check_clipping, check_rates, made_optimizer
 from dskd_lightning.training.origin import (
     StartingWeights,
     check_origin,
@@ -156,6 +157,7 @@ class DistillationModule(L.LightningModule):
         self.warmup_ratio = warmup_ratio
         self.min_lr_ratio = min_lr_ratio
         self.joint_clipping = joint_clipping
+        check_rates(projector_lr, warmup_ratio, min_lr_ratio)
         if projector_warmup_steps < 0:
             raise UserError(f"model.projector_warmup_steps: {projector_warmup_steps} must be at least 0.")
         self.projector_warmup_steps = projector_warmup_steps
@@ -668,7 +670,8 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.student, self.objectives, self.projector_lr, self.lr)
-        optimizer = self._optimizer(cast("Any", groups))
+        check_clipping(self._trainer)
+        optimizer = made_optimizer(self._optimizer, groups)
         check_warmup(self.projector_warmup_steps, self._trainer, optimizer)
         if self._lr_scheduler is not None:
             scheduler: Any = self._lr_scheduler(optimizer)

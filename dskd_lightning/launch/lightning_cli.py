@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import yaml
@@ -50,6 +50,8 @@ from dskd_lightning.runs.validation_metrics import Mode
 from dskd_lightning.strategies import check_strategy, check_strategy_name
 
 __all__ = ["DistillationCLI"]
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,7 @@ class DistillationCLI(LightningCLI):
         self._called = given[0] if isinstance(given, list) and given else None
         given, self._of_teacher = without_model_choice(given) if isinstance(given, list) else (given, False)
         self.own_classes = OwnClasses(given)
+        self._mistake: UserError | None = None
         super().__init__(
             self.own_classes.chosen["model"],
             self.own_classes.chosen["data"],
@@ -242,8 +245,25 @@ class DistillationCLI(LightningCLI):
                 config[part].output = config.output
         logger.info("evaluating the teacher; results go to %s", config.output)
 
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.add_instantiator(self._make, object)
+
+    def _make(self, class_type: type[_T], *args: Any, **options: Any) -> _T:
+        """An object of a config; what its class says of the user's mistake is kept."""
+        try:
+            return class_type(*args, **options)
+        except UserError as error:
+            self._mistake = error
+            raise
+
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error, UserError) or self._mistake is None:
+                raise
+            raise self._mistake from None  # the parser's words are of all types that an argument might have
         if self._of_teacher:
             evaluate_teacher(self.model, self.datamodule)
         self.model._log_hyperparams = False  # loggers get the whole config, see _SaveConfig

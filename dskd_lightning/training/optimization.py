@@ -3,15 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import lightning as L
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["cosine_with_warmup", "follow_schedule", "parameter_groups"]
+from dskd_lightning.errors import UserError
+
+__all__ = [
+    "check_clipping",
+    "check_rates",
+    "cosine_with_warmup",
+    "follow_schedule",
+    "made_optimizer",
+    "parameter_groups",
+]
+
+
+def check_rates(projector_lr: float | None, warmup_ratio: float, min_lr_ratio: float) -> None:
+    """Refuse rates with which training would climb, or never begin.
+
+    Raises:
+        UserError: a rate is negative, or a share isn't between 0 and 1.
+    """
+    if projector_lr is not None and not 0 <= projector_lr < math.inf:
+        raise UserError(
+            f"model.projector_lr: {projector_lr} must be a number of at least 0; null takes the student's."
+        )
+    for name, share in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_lr_ratio)):
+        if not 0 <= share <= 1:
+            raise UserError(f"model.{name}: {share} must lie between 0 and 1.")
+
+
+def check_clipping(trainer: L.Trainer | None) -> None:
+    """Refuse a bound of gradients below zero, which would turn them round.
+
+    Raises:
+        UserError: it is negative.
+    """
+    bound = None if trainer is None else trainer.gradient_clip_val
+    if bound is not None and not bound >= 0:
+        raise UserError(
+            f"trainer.gradient_clip_val: {bound} must be at least 0; null or 0 leaves gradients as they are."
+        )
+
+
+def made_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimiser of these groups.
+
+    Raises:
+        UserError: it refuses its settings.
+    """
+    try:
+        return make(groups)
+    except ValueError as error:
+        raise UserError(f"model.optimizer: {str(error).rstrip('.')}.") from error
 
 
 def parameter_groups(

@@ -24,6 +24,8 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object
 from dskd_lightning.launch.trained import open_run
 
+CMA = "dskd_lightning.objectives.DSKDCrossAttentionObjective"
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, model_folder):
@@ -101,6 +103,15 @@ def test_a_second_run_needs_another_folder(trained):
         ({"model.student.lora": {"targets": ["nothing_like_this"]}}, "nothing_like_this"),
         ({"model.student.source": "no/such/folder/at/all"}, "no/such/folder/at/all"),
         ({"model.teacher": None}, "learns from a teacher"),
+        ({"model.projector_lr": -1.0}, "model.projector_lr: -1.0 must be a number of at least 0"),
+        (
+            {"model.objective": {"class_path": CMA, "init_args": {"attention": {"byte_prior": -1.0}}}},
+            "error: byte_prior of CrossModelAttention must not be negative, but is -1.0.\n",
+        ),
+        (
+            {"model.objective": [{"class_path": CMA, "init_args": {"kq_ratio": -1.0}}]},
+            "error: kq_ratio",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, model_folder, capsys, changes, sentence):

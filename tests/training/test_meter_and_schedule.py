@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 
+from dskd_lightning import DistillationModule, SFTObjective, StudentSpec, UserError
 from dskd_lightning.structures import Ratio
 from dskd_lightning.training import RatioMeter, cosine_with_warmup, parameter_groups
 from dskd_lightning.training import meter as meter_file
@@ -56,6 +58,38 @@ def test_groups_split_rates_and_decay():
     assert "lr" not in groups["student_no_decay"]
     assert groups["projector"]["lr"] == 0.5
     assert groups["projector"]["params"] == [objectives.weight]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projector_lr": -1.0}, r"model.projector_lr: -1.0 must be a number of at least 0"),
+        ({"projector_lr": float("nan")}, r"model.projector_lr: nan"),
+        ({"warmup_ratio": -0.1}, r"model.warmup_ratio: -0.1 must lie between 0 and 1"),
+        ({"min_lr_ratio": 2.0}, r"model.min_lr_ratio: 2.0"),
+    ],
+)
+def test_rates_that_climb_are_refused(options, message) -> None:
+    student = StudentSpec(source="demo")
+    with pytest.raises(UserError, match=message):
+        DistillationModule(student, SFTObjective(), **options)
+
+
+@pytest.mark.parametrize(
+    ("lr", "bound", "message"),
+    [
+        (-1.0, None, r"^model.optimizer: Invalid learning rate: -1.0.$"),
+        (1.0, -1.0, r"trainer.gradient_clip_val: -1.0 must be at least 0"),
+    ],
+)
+def test_an_optimiser_that_climbs_is_refused(lr: float, bound: float | None, message: str) -> None:
+    module = DistillationModule(
+        StudentSpec(source="demo"), SFTObjective(), optimizer=lambda p: torch.optim.AdamW(p, lr=lr)
+    )
+    module.student = torch.nn.Linear(2, 2)
+    module.trainer = L.Trainer(gradient_clip_val=bound, accelerator="cpu", logger=False, max_steps=1)
+    with pytest.raises(UserError, match=message):
+        module.configure_optimizers()
 
 
 def test_schedule_warms_up_and_ends_at_its_floor():
