@@ -13,6 +13,8 @@ from dskd_lightning.functional.spectrum import effective_rank
 from dskd_lightning.memory import peak_memory_bytes
 from dskd_lightning.ranks import whole
 from dskd_lightning.structures import DistillationBatch
+from dskd_lightning.training.length import total_steps
+from dskd_lightning.training.projected_trend import ProjectedTrend
 
 __all__ = ["TrainingMonitor"]
 
@@ -38,7 +40,8 @@ class TrainingMonitor(L.Callback):
         max_projector_rise: share by which the projected teacher's cross-entropy may rise above its first.
         min_partner_attention: share of the attention between tokenisations that the byte-exact partner must
             have once projectors have had time to learn.
-        patience: optimiser steps that they have, for this and to predict half of the teacher's choices.
+        patience: optimiser steps that they have, for this and to predict half of the teacher's choices; a
+            third of the training where that is shorter.
         max_data_wait: share of its time that training may wait for batches, once it has lost a minute.
     """
 
@@ -55,10 +58,9 @@ class TrainingMonitor(L.Callback):
         self.min_student_entropy = min_student_entropy
         self.min_projector_rank = min_projector_rank
         self.check_every = check_every
-        self.max_projector_rise, self.min_partner_attention = max_projector_rise, min_partner_attention
         self.patience, self.max_data_wait = patience, max_data_wait
-        self._began: dict[str, float] = {}
-        self._looks: dict[str, list[float]] = {}
+        self._patience = float(patience)
+        self._trend = ProjectedTrend(max_projector_rise, min_partner_attention)
         self._tokens = 0
         self._since = self._waited = 0.0
         self._waits: list[float] = []
@@ -66,13 +68,15 @@ class TrainingMonitor(L.Callback):
         self._warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"began": self._began, "looks": self._looks}
+        return {"projected": self._trend.state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._began, self._looks = state_dict["began"], state_dict["looks"]
+        self._trend.state = state_dict["projected"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tokens, self._since, self._waited = 0, time.perf_counter(), _waited(trainer)
+        steps = total_steps(trainer)
+        self._patience = min(self.patience, steps / 3) if steps >= 0 else self.patience
 
     def on_train_batch_end(
         self,
@@ -88,7 +92,11 @@ class TrainingMonitor(L.Callback):
         self._last_step = trainer.global_step
         if trainer.global_step % self.check_every == 0:
             self._check_projectors(pl_module)
-        if trainer.global_step % max(trainer.log_every_n_steps, 1):  # type: ignore[attr-defined]
+        logged = trainer.global_step % max(trainer.log_every_n_steps, 1) == 0  # type: ignore[attr-defined]
+        if logged or all(value.device.type == "cpu" for value in trainer.callback_metrics.values()):
+            self._check_entropy(trainer)
+            self._check_projected(trainer, pl_module)
+        if not logged:
             return  # figures that nobody logs would make the host wait for its GPU
         now = time.perf_counter()
         seconds, waited = max(now - self._since, 1e-9), _waited(trainer)
@@ -101,8 +109,6 @@ class TrainingMonitor(L.Callback):
         pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, batch_size=1)
         self._tokens, self._since, self._waited = 0, now, waited
         self._check_waiting(values["monitor/data_wait"], waited)
-        self._check_entropy(trainer)
-        self._check_projected(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since, self._waited = time.perf_counter(), _waited(trainer)  # validation is not training time
@@ -126,40 +132,15 @@ class TrainingMonitor(L.Callback):
                 "Lower the learning rate or take forward_kl.",
             )
 
-    def _check_projected(self, trainer: L.Trainer) -> None:
-        """What the objectives log of the projected teacher, a mean over the last five to ten looks."""
-        for name, value in trainer.callback_metrics.items():
-            kind = name.removeprefix("train/").rstrip("_0123456789")
-            if not name.startswith("train/") or kind not in ("t2s_ce", "t2s_agreement", "partner_attention"):
-                continue
-            began = self._began.setdefault(name, float(value))
-            looks = self._looks[name] = [*self._looks.get(name, []), float(value)][-10:]
-            if len(looks) < 5:  # one batch is no trend
-                continue
-            lately = sum(looks) / len(looks)
-            if kind == "t2s_ce" and lately > began * (1 + self.max_projector_rise):
-                self._warn(
-                    name,
-                    f"The projected teacher's cross-entropy ({name}) has risen from {began:.2f} to "
-                    f"{lately:.2f} nats: its projector diverges; lower model.projector_lr, or let it read "
-                    "scaled inputs (scale_inputs: true of the objective).",
-                )
-            if trainer.global_step < self.patience:
-                continue
-            if kind == "t2s_agreement" and lately < min(0.5, began + 0.02):
-                self._warn(
-                    name,
-                    f"The projected teacher chooses as the teacher does at {lately:.0%} of the positions "
-                    f"after {trainer.global_step} steps, {began:.0%} at first: its projector doesn't learn; "
-                    "take initialization: heads where the objective has it, or another model.projector_lr.",
-                )
-            if kind == "partner_attention" and lately < self.min_partner_attention:
-                self._warn(
-                    name,
-                    f"The attention gives the byte-exact partner {lately:.1%} of its weight after "
-                    f"{trainer.global_step} steps: the teacher's states come from elsewhere; set "
-                    "`attention: {byte_prior: 1.0}` of the objective.",
-                )
+    def _check_projected(self, trainer: L.Trainer, module: Any) -> None:
+        found = self._trend.look(
+            trainer.callback_metrics,
+            trainer.global_step,
+            self._patience,
+            list(getattr(module, "objectives", ())),
+        )
+        for name, message in found.items():
+            self._warn(name, message)
 
     def _check_projectors(self, module: L.LightningModule) -> None:
         for name, parameter in module.named_parameters():

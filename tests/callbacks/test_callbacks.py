@@ -7,7 +7,6 @@ import errno
 import io
 import json
 import os
-import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,39 +202,6 @@ def test_vanished_entropy_warns():
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "step", "sentence"),
-    [
-        ("t2s_ce", [3.4, 5.0, 8.7, 8.7, 8.7], 75, r"\(train/t2s_ce\) has risen from 3.40 to 6.90 nats"),
-        ("t2s_ce_1", [3.4] + [9.0] * 9, 75, "train/t2s_ce_1"),
-        ("t2s_ce", [3.4, 9.0, 3.2, 2.5, 2.0], 75, None),
-        ("t2s_agreement", [0.33] * 5, 200, "at 33% of the positions after 200 steps, 33% at first"),
-        ("t2s_agreement", [0.33] * 5, 199, None),
-        ("t2s_agreement", [0.3] + [0.6] * 20, 200, None),
-        ("t2s_agreement", [0.9] + [0.8] * 5, 200, None),
-        ("partner_attention", [0.012] * 12, 200, r"byte-exact partner 1.2% of its weight after 200 steps"),
-        ("partner_attention", [0.012] * 12, 100, None),
-        ("partner_attention", [0.012] + [0.9] * 12, 300, None),
-        ("partner_attention", [0.012] * 4, 300, None),
-    ],
-)
-def test_projectors_that_go_wrong_are_named_once(name, values, step, sentence) -> None:
-    monitor = TrainingMonitor()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for index, value in enumerate(values):
-            if index == 2:  # a resumed run remembers where it began
-                state, warned = monitor.state_dict(), monitor._warned
-                monitor = TrainingMonitor()
-                monitor.load_state_dict(state)
-                monitor._warned = warned
-            metrics = {f"train/{name}": torch.tensor(value), "train/loss": torch.tensor(99.0)}
-            monitor._check_projected(SimpleNamespace(callback_metrics=metrics, global_step=step))
-    found = [str(warning.message) for warning in caught]
-    assert len(found) == (sentence is not None)
-    assert sentence is None or re.search(sentence, found[0])
-
-
-@pytest.mark.parametrize(
     ("wait", "steps", "warns"), [(3.0, 30, True), (3.0, 15, False), (0.5, 300, False), (None, 300, False)]
 )
 def test_waiting_for_batches_is_measured_and_named(wait, steps, warns, monkeypatch) -> None:
@@ -244,7 +210,12 @@ def test_waiting_for_batches_is_measured_and_named(wait, steps, warns, monkeypat
     monkeypatch.setattr("dskd_lightning.training.monitor.time.perf_counter", lambda: now[0])
     loader = SimpleNamespace() if wait is None else SimpleNamespace(waited=5.0)
     trainer = SimpleNamespace(
-        train_dataloader=loader, global_step=0, log_every_n_steps=2, callback_metrics={}
+        train_dataloader=loader,
+        global_step=0,
+        log_every_n_steps=2,
+        callback_metrics={},
+        callbacks=[],
+        estimated_stepping_batches=steps,
     )
     module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values), named_parameters=list)
     batch = SimpleNamespace(student=SimpleNamespace(input_ids=torch.zeros(2, 35)))
