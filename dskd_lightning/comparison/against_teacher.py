@@ -10,12 +10,21 @@ from pathlib import Path
 from dskd_lightning.comparison.columns import known_columns
 from dskd_lightning.comparison.trainings import named_folders
 from dskd_lightning.errors import UserError
+from dskd_lightning.evaluation.choices import choices_of, chosen
 from dskd_lightning.evaluation.metrics import exact_match
 from dskd_lightning.evaluation.rouge import rouge_l
 from dskd_lightning.evaluation.scores import prompt_metric, score_run
+from dskd_lightning.runs.predictions import Prediction
 from dskd_lightning.runs.run_folder import TEACHER, RunFolder
 
-__all__ = ["CLOSE", "AgainstTeacher", "against_teacher", "resolve_teacher", "teacher_columns"]
+__all__ = [
+    "CLOSE",
+    "AgainstTeacher",
+    "Divergence",
+    "against_teacher",
+    "resolve_teacher",
+    "teacher_columns",
+]
 
 CLOSE = 50.0
 """ROUGE-L in percent from which two responses count as the same answer."""
@@ -35,7 +44,21 @@ _COLUMNS = (
     ("ROUGE-L between responses", 1, "consistency"),
     (f"above {CLOSE:.0f}, %", 1, "close"),
     ("same words, %", 1, "exact"),
+    ("same choice, %", 1, "same_choice"),
+    ("choices of the teacher's", 1, "choices"),
 )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A prompt, the answers of a run and of its teacher under the first seed of both, and the mean ROUGE-L
+    between answers over all seeds, in percent."""
+
+    index: int
+    prompt: str
+    response: str
+    teachers: str
+    consistency: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,10 @@ class AgainstTeacher:
         exact: percent of responses that are the teacher's, word for word.
         consistency: mean ROUGE-L, in percent, of the run's responses against the teacher's.
         close: percent of responses whose ROUGE-L against the teacher's is at least `CLOSE`.
-        furthest: indices of the prompts with the least consistent responses, worst first.
+        choices: responses of the teacher's that name one of the choices which their record holds; None
+            where no record does.
+        same_choice: percent of these to which the run's response names the same choice.
+        furthest: the prompts with the least consistent responses, worst first.
     """
 
     run: str
@@ -64,7 +90,9 @@ class AgainstTeacher:
     exact: float
     consistency: float
     close: float
-    furthest: tuple[int, ...]
+    choices: int | None
+    same_choice: float | None
+    furthest: tuple[Divergence, ...]
 
 
 def against_teacher(runs: Sequence[RunFolder], examples: int = 20) -> list[AgainstTeacher]:
@@ -92,32 +120,54 @@ def teacher_columns(items: Sequence[AgainstTeacher]) -> tuple[list[str], list[li
 
 
 def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher:
-    same: list[float] = []
-    by_prompt: dict[int, list[float]] = {}
     answers = {seed: {p.index: p.response for p in found} for seed, found in teacher.trainings()[0].items()}
-    shared = [(answers.get(seed, {}), p) for own in run.trainings() for seed in own for p in own[seed]]
-    for theirs, p in shared:
-        if p.index in theirs:
-            same.append(exact_match(p.response, [theirs[p.index]]))
-            by_prompt.setdefault(p.index, []).append(100 * rouge_l(p.response, [theirs[p.index]]))
-    if not same:
+    pairs = [
+        (p, answers[seed][p.index])
+        for own in run.trainings()
+        for seed in own
+        for p in own[seed]
+        if p.index in answers.get(seed, {})
+    ]
+    if not pairs:
         raise UserError(
             f"{run.path} and {teacher.path} have no prompt and seed in common: test both with the same "
             "config (`dskd test --config CONFIG --model teacher`)."
         )
+    by_prompt: dict[int, list[float]] = {}
+    first: dict[int, tuple[Prediction, str]] = {}
+    for p, theirs in pairs:
+        by_prompt.setdefault(p.index, []).append(100 * rouge_l(p.response, [theirs]))
+        first.setdefault(p.index, (p, theirs))
     scores = [score for found in by_prompt.values() for score in found]
     means = {index: statistics.fmean(found) for index, found in by_prompt.items()}
     metric = prompt_metric("rougeL")
     own, whole = (score_run(folder, metric).mean for folder in (run, teacher))
+    choices, same_choice = _same_choice(pairs)
     return AgainstTeacher(
         run=run.name,
         quality=own / whole if whole else None,
         **{name: _share(run, teacher, key) for name, key in _COSTS.items()},
-        exact=100 * statistics.fmean(same),
+        exact=100 * statistics.fmean(exact_match(p.response, [theirs]) for p, theirs in pairs),
         consistency=statistics.fmean(scores),
         close=100 * statistics.fmean(score >= CLOSE for score in scores),
-        furthest=tuple(sorted(means, key=lambda index: (means[index], index))[:examples]),
+        choices=choices,
+        same_choice=same_choice,
+        furthest=tuple(
+            Divergence(index, first[index][0].prompt, first[index][0].response, first[index][1], means[index])
+            for index in sorted(means, key=lambda index: (means[index], index))[:examples]
+        ),
     )
+
+
+def _same_choice(pairs: Sequence[tuple[Prediction, str]]) -> tuple[int | None, float | None]:
+    """How many of the teacher's responses choose, and the percent to which the run's choose the same."""
+    asked = [(choices, p.response, theirs) for p, theirs in pairs if (choices := choices_of(p.fields))]
+    if not asked:
+        return None, None
+    named = [
+        (wanted, chosen(own, c)) for c, own, theirs in asked if (wanted := chosen(theirs, c)) is not None
+    ]
+    return len(named), 100 * statistics.fmean(a == b for a, b in named) if named else None
 
 
 def _share(run: RunFolder, teacher: RunFolder, key: str) -> float | None:
@@ -131,7 +181,7 @@ def resolve_teacher(runs: Sequence[str]) -> list[str]:
     Raises:
         UserError: the teacher wasn't tested.
     """
-    if TEACHER not in runs or Path(TEACHER).is_dir():
+    if TEACHER not in runs or (Path(TEACHER) / "predictions").is_dir():
         return list(runs)
     others = [folder for run in runs if run != TEACHER for folder in named_folders(run)[1]]
     found = next((folder for run in others if (folder := Path(run) / TEACHER).is_dir()), None)

@@ -37,7 +37,8 @@ _CONTENT_KEYS = ("content", "value")
 _PROVENANCE = (
     "finished",
     "same_as",
-)  # of generated responses; of prompts that ask the same: not to be learnt
+    "choices",
+)  # of generated responses; of prompts that ask the same, or leave some answers: not to be learnt
 
 
 class RecordReader:

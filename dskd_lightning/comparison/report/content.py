@@ -131,10 +131,15 @@ def teacher_tables(beside: Sequence[AgainstTeacher]) -> list[Table]:
         return []
     labels, values = teacher_columns(beside)
     rows = tuple((item.run, *row) for item, row in zip(beside, values, strict=True))
-    furthest = tuple((item.run, ", ".join(map(str, item.furthest))) for item in beside)
+    furthest = tuple(
+        (item.run, f"{far.index}", far.consistency, *map(_shown, (far.prompt, far.response, far.teachers)))
+        for item in beside
+        for far in item.furthest
+    )
+    columns = ("run", "number", "ROUGE-L", "prompt", "response", "teacher's response")
     return [
         Table("Beside the teacher", ("run", *labels), rows),
-        Table("Furthest from the teacher's responses", ("run", "prompts, worst first"), furthest),
+        Table("Furthest from the teacher's responses", columns, furthest),
     ]
 
 
