@@ -29,13 +29,15 @@ __all__ = ["chat", "open_speakers", "typed"]
 _HELP = "/reset starts anew, /quit (or the end of input) ends."
 
 
-def open_speakers(models: Sequence[str], settings: GenerationSettings, ckpt_path: str) -> list[Speaker]:
+def open_speakers(
+    models: Sequence[str], settings: GenerationSettings, ckpt_path: str | None = None
+) -> list[Speaker]:
     """The models, each with the system message that it was trained with.
 
     Args:
         models: run folders, models as `ModelSpec.source` takes them, ``teacher`` for that of the first run.
         settings: how they answer.
-        ckpt_path: ``best`` or ``last`` of runs.
+        ckpt_path: ``best`` or ``last`` of runs; see `find_checkpoint`.
 
     Raises:
         UserError: a model can't be found, or there is no run whose teacher could be meant.

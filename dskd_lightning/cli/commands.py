@@ -60,7 +60,7 @@ def chat(
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    ckpt_path: Literal["best", "last"] = "best",
+    ckpt_path: Literal["best", "last"] | None = None,
 ) -> None:
     """Talk to one or several models side by side, as they write.
 
@@ -75,7 +75,7 @@ def chat(
         max_new_tokens: most tokens of an answer.
         temperature: divides the logits when sampling.
         top_p: probability that the sampled tokens must hold.
-        ckpt_path: which checkpoint of runs.
+        ckpt_path: which checkpoint of runs; the best, or the last where no validation chose one.
     """
     from rich.console import Console
 
@@ -202,7 +202,7 @@ def doctor(
 def export(
     run: str,
     target: str,
-    ckpt_path: str = "best",
+    ckpt_path: str | None = None,
     merge: bool = True,
     overwrite: bool = False,
     comparison: str | None = None,
@@ -218,7 +218,7 @@ def export(
     Args:
         run: the run folder.
         target: folder to write.
-        ckpt_path: best, last, or a checkpoint's path.
+        ckpt_path: best, last, or a checkpoint's path; the best, or the last where no validation chose one.
         merge: add the adapter to the weights; false writes a peft adapter instead.
         overwrite: replace a folder that is not empty.
         comparison: folder of a ``dskd compare`` with the run, whose paired tests the card then has.

@@ -24,6 +24,10 @@ from dskd_lightning.models.spec import ModelSpec
 from dskd_lightning.models.tokenizer import load_tokenizer
 
 SETTINGS = GenerationSettings(max_new_tokens=6)
+SHORT = {
+    "model.objective": {"class_path": "dskd_lightning.objectives.SFTObjective"},
+    "trainer.max_steps": 2, "trainer.max_epochs": -1, "data.val_split": 0,
+}  # fmt: skip
 
 
 def speaker(folder: str, name: str = "tiny", settings: GenerationSettings = SETTINGS, **options) -> Speaker:
@@ -98,7 +102,7 @@ def test_a_terminal_shows_all_side_by_side_and_commands_work(model_folder) -> No
 
 
 def test_a_run_speaks_as_it_was_trained_and_so_does_its_teacher(run, model_folder, capsys) -> None:
-    speakers = chat_command.open_speakers([str(run), "teacher", model_folder(seed=3)], SETTINGS, "best")
+    speakers = chat_command.open_speakers([str(run), "teacher", model_folder(seed=3)], SETTINGS)
     assert [one.system for one in speakers] == ["Be brief.", "Be brief.", None]
     student, _ = load_trained(run)
     ours = dict(speakers[0].generator.model.state_dict())
@@ -109,6 +113,26 @@ def test_a_run_speaks_as_it_was_trained_and_so_does_its_teacher(run, model_folde
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith(f"{run}: ")
     assert lines[-1].startswith("teacher: ")
+
+
+def test_a_run_without_a_best_checkpoint_speaks_with_its_last(tmp_path, model_folder, capsys) -> None:
+    config = write_config(tmp_path, model_folder(seed=1), None, **SHORT)
+    assert main(["fit", "--config", str(config)]) == 0
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert main(["chat", str(run), "--prompt", "hello", "--max_new_tokens", "3"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{run}: ")
+    assert "last.ckpt, since no validation has chosen a best one" in " ".join(said.err.split())
+    assert main(["export", str(run), str(tmp_path / "student")]) == 0
+    assert json.loads((tmp_path / "student/distillation.json").read_text())["checkpoint"] == "last.ckpt"
+    capsys.readouterr()
+    assert main(["chat", str(run), "--prompt", "hello", "--ckpt_path", "best"]) == 2
+    assert "best.ckpt does not exist; `--ckpt_path last` is there." in capsys.readouterr().err
+    (run / "checkpoints/last.ckpt").unlink()
+    assert main(["export", str(run), str(tmp_path / "other")]) == 2
+    assert "neither best.ckpt nor last.ckpt" in capsys.readouterr().err
 
 
 def test_a_pipe_asks_line_by_line(model_folder) -> None:
@@ -128,4 +152,4 @@ def test_mistakes_are_one_sentence(run, model_folder, capsys, tmp_path) -> None:
     config["model"]["teacher"]["log_probabilities"] = "scores"
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     with pytest.raises(UserError, match="only log-probabilities are known"):
-        chat_command.open_speakers(["teacher", str(tmp_path)], SETTINGS, "best")
+        chat_command.open_speakers(["teacher", str(tmp_path)], SETTINGS)
