@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from json import dumps
 from pathlib import Path
 from typing import Literal
@@ -61,11 +62,12 @@ def chat(
     temperature: float = 1.0,
     top_p: float = 1.0,
     ckpt_path: Literal["best", "last"] | None = None,
-) -> None:
+) -> int:
     """Talk to one or several models side by side, as they write.
 
     Each keeps its own conversation, with the template and system message that it was trained with. ``/reset``
-    starts anew, ``/quit`` ends; from a pipe, each line is a question.
+    starts anew, ``/quit`` ends; from a pipe, each line is a question. A question that one of them has no room
+    for is asked of none; without a keyboard the exit status is then 2.
 
     Args:
         models: run folders, models (a folder, a GGUF file, a Hub id or demo), or teacher for that of the
@@ -89,7 +91,8 @@ def chat(
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     speakers = chat_command.open_speakers(models, settings, ckpt_path)
     console = Console()
-    chat_command.chat(speakers, prompt or chat_command.typed(console), seed, console)
+    refused = chat_command.chat(speakers, prompt or chat_command.typed(console), seed, console)
+    return 2 if refused and (prompt or not sys.stdin.isatty()) else 0
 
 
 def compare(
