@@ -173,8 +173,19 @@ def _only(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
             del layers[index].__dict__["forward"]
 
 
+_RETURNED: dict[type[nn.Module], int] = {}
+"""How many values layers of a class return, 0 for a tensor alone; known once one of them ran."""
+
+
 def _hand_on(layer: nn.Module) -> Callable[..., Any]:
+    kind, own = type(layer), layer.forward
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if kind not in _RETURNED:
+            output = own(*args, **kwargs)
+            _RETURNED[kind] = len(output) if isinstance(output, tuple) else 0
+        values = _RETURNED[kind]
+        return (hidden, *[None] * (values - 1)) if values else hidden
 
     return forward

@@ -151,8 +151,9 @@ def _activity(model: PreTrainedModel, width: int, batches: Sequence[TokenBatch])
     real: Tensor | None = None
 
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        values = args[0] if real is None else args[0][real]
-        squares = values.float().flatten(0, -2).square().sum(0)
+        values = args[0].flatten(0, -2)  # some have put rows and positions together already
+        values = values if real is None else values[real.flatten()]
+        squares = values.float().square().sum(0)
         sums[module] = sums[module] + squares if module in sums else squares
 
     outward = [part for layer in decoder_layers(model) for part in _feed_forward(layer, width)[1][:1]]
@@ -176,7 +177,10 @@ def _feed_forward(layer: nn.Module, width: int) -> tuple[Sequence[nn.Module], Se
             child for child in parent.children() if isinstance(child, nn.Linear | Conv1D)
         ]
         inward = [child for child in linear if _outputs(child) in (width, 2 * width)]
-        outward = [child for child in linear if child not in inward and _weight(child).shape[1] == width]
+        reading = [child for child in linear if _weight(child).shape[1] == width]
+        outward = [child for child in reading if child not in inward] or reading[-1:]
+        # Where both sizes are alike, the last of them leads out; `_check` sees it where that is wrong.
+        inward = [child for child in inward if child not in outward]
         if inward and outward:
             return inward, outward
     return [], []
