@@ -440,13 +440,15 @@ def prune(
 
     Args:
         source: a Hub id, a local folder, a GGUF file, or demo.
-        data: of what the student will be trained for: files, a Hub dataset, or demo.
+        data: of what the student will be trained for, as --data too: files, a Hub dataset, or demo.
         output: folder to write; without one the table is all.
-        layers: how many decoder layers what is written there keeps.
+        layers: how many decoder layers what is written there keeps; without a folder or sizes, the table is
+            of this number and of all.
         sizes: numbers of layers in the table; six from all to a third without.
         by: keep those of largest influence, those without which perplexity would suffer most (slower), or
             evenly spaced ones.
-        intermediate_size: also narrow the feed-forward layers to so many units.
+        intermediate_size: also narrow the feed-forward layers to so many units; the table's first row is the
+            whole model.
         examples: of the data, to choose and to measure.
         max_length: most tokens of an example.
         dtype: type of the weights.

@@ -106,7 +106,7 @@ def test_layers_that_do_nothing_go_first(model, by: str) -> None:
             }
             greedy.remove(min(losses, key=losses.__getitem__))
         assert kept == greedy
-        assert [score < float("inf") for score in scores] == [i in left for i in range(6)]
+        assert [score is not None for score in scores] == [i in left for i in range(6)]
     assert response_loss(model, [batch()]) == response_loss(model, [batch()])  # and all layers run again
 
 
@@ -156,6 +156,18 @@ def test_the_choice_is_written_into_the_spec_and_logged(model_folder, caplog) ->
         decide_layers(StudentSpec(folder, prune=PruneSpec(layers=3), random_init=True), calibration)
     student, _ = build_student(spec, calibration)
     assert len(decoder_layers(student)) == 3
+
+
+def test_a_width_and_a_number_of_examples_are_checked_before_anything_is_measured(model_folder) -> None:
+    spec = StudentSpec(model_folder(layers=4), prune=PruneSpec(layers=3, intermediate_size=33))
+    asked = []
+    with pytest.raises(UserError, match="between 1 and the model's 32"):
+        decide_layers(spec, lambda *_: asked.append(1))
+    assert not asked
+    for count in (0, -3):
+        with pytest.raises(UserError, match=f"prune.calibration: {count}` must be at least 1"):
+            PruneSpec(layers=3, calibration=count)
+    assert PruneSpec(layers=3, by="even", calibration=0)
 
 
 def test_units_are_kept_by_what_they_add(model) -> None:
