@@ -145,6 +145,25 @@ def test_positional_lists_follow_the_other_arguments() -> None:
     )
 
 
+def test_what_has_a_place_may_be_given_by_name() -> None:
+    def command(action: str, count: int, *names: str) -> tuple[object, ...]:
+        """Do."""
+        return action, count, names
+
+    for words in (
+        ["show", "3", "a", "b"],
+        ["--action", "show", "3", "a", "b"],
+        ["--count=3", "--action", "show", "a", "b"],
+    ):
+        assert run_function(command, words, "dskd") == ("show", 3, ("a", "b"))
+
+    def lists(config: list[str], records: int = 3) -> tuple[list[str], int]:
+        """Do."""
+        return config, records
+
+    assert run_function(lists, ["--config", "a", "b", "--records", "2"], "dskd") == (["a", "b"], 2)
+
+
 def test_booleans_need_no_value() -> None:
     def command(name: str, yes: bool = False, merge: bool = True) -> tuple[str, bool, bool]:
         """Do."""

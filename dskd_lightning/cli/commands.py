@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from json import dumps
 from pathlib import Path
 from typing import Literal
@@ -60,12 +61,13 @@ def chat(
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    ckpt_path: Literal["best", "last"] = "best",
-) -> None:
+    ckpt_path: Literal["best", "last"] | None = None,
+) -> int:
     """Talk to one or several models side by side, as they write.
 
     Each keeps its own conversation, with the template and system message that it was trained with. ``/reset``
-    starts anew, ``/quit`` ends; from a pipe, each line is a question.
+    starts anew, ``/quit`` ends; from a pipe, each line is a question. A question that one of them has no room
+    for is asked of none; without a keyboard the exit status is then 2.
 
     Args:
         models: run folders, models (a folder, a GGUF file, a Hub id or demo), or teacher for that of the
@@ -75,7 +77,7 @@ def chat(
         max_new_tokens: most tokens of an answer.
         temperature: divides the logits when sampling.
         top_p: probability that the sampled tokens must hold.
-        ckpt_path: which checkpoint of runs.
+        ckpt_path: which checkpoint of runs; the best, or the last where no validation chose one.
     """
     from rich.console import Console
 
@@ -89,7 +91,8 @@ def chat(
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     speakers = chat_command.open_speakers(models, settings, ckpt_path)
     console = Console()
-    chat_command.chat(speakers, prompt or chat_command.typed(console), seed, console)
+    refused = chat_command.chat(speakers, prompt or chat_command.typed(console), seed, console)
+    return 2 if refused and (prompt or not sys.stdin.isatty()) else 0
 
 
 def compare(
@@ -202,7 +205,7 @@ def doctor(
 def export(
     run: str,
     target: str,
-    ckpt_path: str = "best",
+    ckpt_path: str | None = None,
     merge: bool = True,
     overwrite: bool = False,
     comparison: str | None = None,
@@ -218,7 +221,7 @@ def export(
     Args:
         run: the run folder.
         target: folder to write.
-        ckpt_path: best, last, or a checkpoint's path.
+        ckpt_path: best, last, or a checkpoint's path; the best, or the last where no validation chose one.
         merge: add the adapter to the weights; false writes a peft adapter instead.
         overwrite: replace a folder that is not empty.
         comparison: folder of a ``dskd compare`` with the run, whose paired tests the card then has.
@@ -437,13 +440,15 @@ def prune(
 
     Args:
         source: a Hub id, a local folder, a GGUF file, or demo.
-        data: of what the student will be trained for: files, a Hub dataset, or demo.
+        data: of what the student will be trained for, as --data too: files, a Hub dataset, or demo.
         output: folder to write; without one the table is all.
-        layers: how many decoder layers what is written there keeps.
+        layers: how many decoder layers what is written there keeps; without a folder or sizes, the table is
+            of this number and of all.
         sizes: numbers of layers in the table; six from all to a third without.
         by: keep those of largest influence, those without which perplexity would suffer most (slower), or
             evenly spaced ones.
-        intermediate_size: also narrow the feed-forward layers to so many units.
+        intermediate_size: also narrow the feed-forward layers to so many units; the table's first row is the
+            whole model.
         examples: of the data, to choose and to measure.
         max_length: most tokens of an example.
         dtype: type of the weights.

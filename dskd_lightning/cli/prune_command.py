@@ -24,18 +24,16 @@ def run_prune(
     """Measure the sizes, print the table, and write the one with ``layers`` to ``output``.
 
     Raises:
-        UserError: one of ``output`` and ``layers`` is given without the other, or the folder is in use.
+        UserError: ``output`` is given without ``layers``, or the folder is in use.
     """
-    if (output is None) != (layers is None):
-        raise UserError(
-            "dskd prune: --output and --layers go together: where a student is written, and how large."
-        )
+    if output is not None and layers is None:
+        raise UserError(f"dskd prune: --output {output}: say with --layers how many are written there.")
     if output is not None:
         check_export(output, overwrite)
-    counts = sorted(
-        {study.total, *(sizes or study.usual_sizes()), *([] if layers is None else [layers])}, reverse=True
-    )
-    found: list[PrunedSize] = []
+    if sizes is None:
+        sizes = study.usual_sizes() if layers is None or output is not None else []
+    counts = sorted({study.total, *sizes, *([] if layers is None else [layers])}, reverse=True)
+    found = [] if study.intermediate_size is None else [study.whole()]
     written = None
     for size, model in study.sizes(counts):
         found.append(size)
@@ -43,16 +41,16 @@ def run_prune(
         if output is not None and len(size.layers) == layers:
             model.to(study.stored_dtype)  # type: ignore[arg-type]
             written = export_student(model, study.tokenizer, output, overwrite=overwrite)
+            chosen = size
     _show(found)
     if written is None:
-        print("write one of them with --output FOLDER --layers N")
+        print(f"write one of them with --output FOLDER --layers {'N' if layers is None else layers}")
         return
-    chosen = next(size for size in found if len(size.layers) == layers)
     record = {
         "source": study.source,
         "data": study.data,
         "by": study.by,
-        "scores": None if not study.scores else study.scores,
+        "scores": study.scores or None,
         "layers": chosen.layers,
         "intermediate_size": study.intermediate_size,
         "sizes": [asdict(size) for size in found],
@@ -63,10 +61,12 @@ def run_prune(
 
 
 def _show(sizes: Sequence[PrunedSize]) -> None:
+    narrowed = any(size.intermediate_size is not None for size in sizes)
     slowest = sizes[0].tokens_per_second
     rows = [
         (
             str(len(size.layers)),
+            *(["all" if size.intermediate_size is None else f"{size.intermediate_size:,}"] * narrowed),
             f"{size.parameters / 1e6:,.1f}",
             f"{size.bytes / 2**20:,.0f}",
             f"{size.tokens_per_second:,.0f}",
@@ -75,7 +75,10 @@ def _show(sizes: Sequence[PrunedSize]) -> None:
         )
         for size in sizes
     ]
-    headings = ("layers", "million parameters", "MiB", "tokens/s", "speed", "perplexity before training")
+    units = ["feed-forward units"] * narrowed
+    headings = (
+        "layers", *units, "million parameters", "MiB", "tokens/s", "speed", "perplexity before training"
+    )  # fmt: skip
     console = Console()
     for table in number_tables(headings, rows, console.width):
         console.print(table)

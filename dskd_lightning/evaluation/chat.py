@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from dskd_lightning.data.examples import Message
 from dskd_lightning.errors import UserError
 from dskd_lightning.generation.generator import Generator
 
-__all__ = ["Speaker"]
+__all__ = ["Speaker", "together"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,22 @@ class Speaker:
         """Start anew."""
         self.messages.clear()
 
+    def room(self) -> int | None:
+        """Most tokens of what it reads before it answers; None where the model has no limit.
+
+        Raises:
+            UserError: answers of ``max_new_tokens`` leave none.
+        """
+        config: Any = self.generator.model.config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        answer = self.generator.settings.max_new_tokens
+        if most is not None and most <= answer:
+            raise UserError(
+                f"{self.name} reads {most} tokens in all, and answers of {answer} leave no room for a "
+                "question: lower --max_new_tokens."
+            )
+        return None if most is None else most - answer
+
     def answer(self, question: str, told: Callable[[str], None], seed: int | None = None) -> str:
         """The model's next turn, after all that was said so far; what has no room is forgotten first.
 
@@ -62,7 +79,7 @@ class Speaker:
         return text
 
     def _prompt(self) -> Sequence[int]:
-        room = self._room()
+        room = self.room()
         while True:
             asked = self.messages
             if self.system and asked[0].role != "system":
@@ -71,11 +88,22 @@ class Speaker:
             if room is None or len(ids) <= room:
                 return ids
             if len(self.messages) == 1:
-                raise UserError(f"{self.name} has room for {room} tokens, and the question has {len(ids)}.")
+                raise UserError(
+                    f"{self.name} has room for {room} tokens beside an answer of "
+                    f"{self.generator.settings.max_new_tokens}, and the question has {len(ids)}: ask a "
+                    "shorter one or lower --max_new_tokens."
+                )
             del self.messages[:2]
             logger.warning("%s forgets the oldest turns, for which it has no room.", self.name)
 
-    def _room(self) -> int | None:
-        config: Any = self.generator.model.config
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return None if most is None else max(1, most - self.generator.settings.max_new_tokens)
+
+@contextlib.contextmanager
+def together(speakers: Sequence[Speaker]) -> Iterator[None]:
+    """A turn that all take part in or, where one of them is interrupted or refuses, none remembers."""
+    before = [list(speaker.messages) for speaker in speakers]
+    try:
+        yield
+    except BaseException:
+        for speaker, messages in zip(speakers, before, strict=True):
+            speaker.messages[:] = messages
+        raise

@@ -67,25 +67,41 @@ def check_configs(arguments: Sequence[str]) -> None:
 def run_function(function: Callable[..., object], arguments: Sequence[str], prog: str) -> object:
     """Call ``function`` with options parsed from ``arguments``.
 
-    Parameters without a default are positional; lists of strings take any number of words, and a
-    positional one follows the others, as do ``*words``.
+    Parameters without a default are positional, and may be given by their names instead; lists of strings
+    take any number of words, and a positional one follows the others, as do ``*words``.
     ``--fail-if`` and ``--fail_if`` are the same option, and so are ``--yes`` and ``--yes true``.
     """
     summary = (inspect.getdoc(function) or "").split("\n\n")[0]
     parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False)
+    arguments = _with_flags(function, [_underscored(argument) for argument in arguments])
+    options = {argument.partition("=")[0] for argument in arguments}
     lists = _list_parameters(function)
-    parser.add_function_arguments(function, as_positional=True, skip=set(lists))
+    named = {name: kind for name, kind in _positional(function).items() if f"--{name}" in options}
+    parser.add_function_arguments(function, as_positional=True, skip={*lists, *named})
+    for name, kind in named.items():
+        parser.add_argument(f"--{name}", type=kind, required=True)
     for name, required in lists.items():
-        parser.add_argument(
-            name if required else f"--{name}", nargs="+", type=str, help=f"One or more {name}."
-        )
+        option = f"--{name}" if not required or f"--{name}" in options else name
+        parser.add_argument(option, nargs="+", type=str, help=f"One or more {name}.")
     words = _words_parameter(function)
     if words is not None:
         parser.add_argument(words, nargs="*", type=str, help=f"Any number of {words}.")
-    config = parser.parse_args(_with_flags(function, [_underscored(argument) for argument in arguments]))
+    config = parser.parse_args(arguments)
     values = parser.instantiate(config).as_dict()
     rest = [] if words is None else values.pop(words)
-    return function(*values.values(), *rest) if rest else function(**values)
+    if not rest:
+        return function(**values)
+    return function(
+        *(values[name] for name in inspect.signature(function).parameters if name in values), *rest
+    )
+
+
+def _positional(function: Callable[..., object]) -> dict[str, Any]:
+    """The types of the parameters that must be given, but for lists of strings."""
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    required = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    return {name: hints[name] for name in required if hints[name] != list[str]}
 
 
 def _words_parameter(function: Callable[..., object]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ import yaml
 from dskd_lightning.checkpoints import read_checkpoint, read_identified, restored
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import option, read_yaml, settings_of
+from dskd_lightning.launch.run_files import trained_checkpoint
 from dskd_lightning.models.spec import LoraSpec, ModelSpec, PruneSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
 from dskd_lightning.runs.identity import model_identity
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _S = TypeVar("_S", bound=ModelSpec)
+logger = logging.getLogger(__name__)
 
 
 def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
@@ -42,27 +45,38 @@ def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
     )
 
 
-def find_checkpoint(run: str | Path, ckpt_path: str) -> Path:
-    """The checkpoint file ``best`` or ``last`` of a run folder, or the given path.
+def find_checkpoint(run: str | Path, ckpt_path: str | None = None) -> Path:
+    """The checkpoint of a run folder that is asked for.
+
+    Args:
+        run: the run folder.
+        ckpt_path: ``best``, ``last`` or a file; None takes the best, or the last one where no validation
+            chose a best.
 
     Raises:
         UserError: it is not there.
     """
-    if ckpt_path not in ("best", "last"):
-        path = Path(ckpt_path)
-    else:
-        path = Path(run) / "checkpoints" / f"{ckpt_path}.ckpt"
+    folder = Path(run) / "checkpoints"
+    found = trained_checkpoint(folder)
+    if ckpt_path is None:
+        if found is None:
+            raise UserError(f"There is neither best.ckpt nor last.ckpt in {folder}: train first.")
+        if found.stem != "best":
+            logger.info("%s, since no validation has chosen a best one", found)
+        return found
+    path = folder / f"{ckpt_path}.ckpt" if ckpt_path in ("best", "last") else Path(ckpt_path)
     if not restored(path).exists():
-        raise UserError(f"No checkpoint at {path}: give the run folder, or --ckpt_path FILE.")
+        there = "train first" if found is None else f"`--ckpt_path {found.stem}` is there"
+        raise UserError(f"--ckpt_path {ckpt_path}: {path} does not exist; {there}.")
     return path
 
 
-def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> DistillationCLI:
+def open_run(run: str | Path, ckpt_path: str | None = None, **options: Any) -> DistillationCLI:
     """Module and datamodule of a run folder as its config says, with the trained weights.
 
     Args:
         run: the run folder.
-        ckpt_path: ``best``, ``last`` or a file.
+        ckpt_path: see `find_checkpoint`.
         options: dotted keys over the config's, underscored twice for the dot: ``data__test=FILE``.
 
     Raises:
@@ -88,12 +102,12 @@ def open_run(run: str | Path, ckpt_path: str = "best", **options: Any) -> Distil
     return cli
 
 
-def load_student(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
+def load_student(run: str | Path, ckpt_path: str | None = None) -> tuple[Any, Any]:
     """The trained student of a run folder, a model of transformers or peft in eval mode, and its tokenizer.
 
     Args:
         run: the run folder.
-        ckpt_path: ``best``, ``last`` or a file.
+        ckpt_path: see `find_checkpoint`.
 
     Raises:
         UserError: there is no such checkpoint or it was not written by `DistillationModule`.
@@ -114,12 +128,12 @@ def _spec(kind: type[_S], values: dict[str, Any]) -> _S:
     return kind(**{key: value for key, value in values.items() if key in known and value is not None})
 
 
-def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
+def load_trained(run: str | Path, ckpt_path: str | None = None) -> tuple[Any, Any]:
     """Student and tokenizer with the trained weights of a checkpoint.
 
     Args:
         run: the run folder.
-        ckpt_path: ``best``, ``last`` or a file.
+        ckpt_path: see `find_checkpoint`.
 
     Raises:
         UserError: there is no such checkpoint or it was not written by `DistillationModule`.
@@ -127,7 +141,7 @@ def load_trained(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any]:
     return load_identified(run, ckpt_path)[:2]
 
 
-def load_identified(run: str | Path, ckpt_path: str = "best") -> tuple[Any, Any, dict[str, Any]]:
+def load_identified(run: str | Path, ckpt_path: str | None = None) -> tuple[Any, Any, dict[str, Any]]:
     """What `load_trained` gives, and which model that is (`model_identity`)."""
     path = find_checkpoint(run, ckpt_path)
     checkpoint, digest = read_identified(path)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.feed_forward import check_narrowing
 from dskd_lightning.models.layer_measurements import LayerMeasurements, LayerRanking, measured_once
 from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_hidden, decoder_layers, language_head
@@ -101,14 +102,15 @@ def rank_layers(
     if by == "influence":
         scores = block_influence(model, batches)
         return LayerRanking(tuple(sorted(range(total), key=lambda i: (scores[i], -i))), tuple(scores))
-    kept, dropped, losses = list(range(total)), [], [float("inf")] * total
+    kept, dropped = list(range(total)), []
+    losses: list[float | None] = [None] * total
     while len(kept) > smallest:
         trials = {}
         for index in kept:
             with _only(model, [i for i in kept if i != index]):
                 trials[index] = response_loss(model, batches)
         worst = min(kept, key=lambda i: (trials[i], i))
-        losses[worst] = trials[worst]
+        losses[worst] = trials[worst] if math.isfinite(trials[worst]) else None
         kept.remove(worst)
         dropped.append(worst)
         _log.info("Without layer %d: %.3f nats per token, %d layers left.", worst, trials[worst], len(kept))
@@ -136,14 +138,16 @@ def decide_layers(spec: StudentSpec, calibration: Calibration | None) -> Student
         )
     device = working_device()
     model = load_model(spec).to(device).eval()  # type: ignore[arg-type]
+    if prune.intermediate_size is not None:
+        check_narrowing(model, prune.intermediate_size)
     batches = [batch.to(device) for batch in calibration(spec, prune.calibration)]
     found = measured_once(model, prune, batches, partial(_measure, model, prune.by, batches, prune.layers))
-    kept, scores = found.kept(prune.layers), found.scores
+    kept, scores = found.kept(prune.layers), ["kept" if s is None else f"{s:.3f}" for s in found.scores]
     _log.info(
         "Keeps %d of %d layers by %s: %s; perplexity of %d calibration responses %.2f before, %.2f after. "
         "Scores by layer: %s.",
         len(kept), len(scores), prune.by, kept, prune.calibration,
-        math.exp(found.before), math.exp(found.after), ", ".join(f"{s:.3f}" for s in scores),
+        math.exp(found.before), math.exp(found.after), ", ".join(scores),
     )  # fmt: skip
     return replace(spec, prune=replace(prune, layers=kept))
 
@@ -173,8 +177,19 @@ def _only(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
             del layers[index].__dict__["forward"]
 
 
+_RETURNED: dict[type[nn.Module], int] = {}
+"""How many values layers of a class return, 0 for a tensor alone; known once one of them ran."""
+
+
 def _hand_on(layer: nn.Module) -> Callable[..., Any]:
+    kind, own = type(layer), layer.forward
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if kind not in _RETURNED:
+            output = own(*args, **kwargs)
+            _RETURNED[kind] = len(output) if isinstance(output, tuple) else 0
+        values = _RETURNED[kind]
+        return (hidden, *[None] * (values - 1)) if values else hidden
 
     return forward

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerMeasurements", "LayerRanking", "measured_once"]
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T", int, float)
-_VERSION = 1
+_VERSION = 2
 """Of how layers are measured."""
 
 
@@ -40,11 +39,11 @@ class LayerRanking:
     Args:
         dropped: indices, the first to go first; those that were never dropped are missing.
         scores: of each layer: its influence, or the loss (nats per token) that dropping it led to,
-            infinite for those that were kept.
+            None for those that were kept.
     """
 
     dropped: tuple[int, ...]
-    scores: tuple[float, ...]
+    scores: tuple[float | None, ...]
 
     def kept(self, count: int) -> list[int]:
         """Ascending indices of the ``count`` layers that stay.
@@ -124,7 +123,7 @@ def _read(path: Path, layers: int) -> LayerMeasurements | None:
         return None
     remedy = "the layers are measured anew"
     values = read_object(path, remedy)
-    dropped, scores = _all(values.get("dropped"), int), _all(values.get("scores"), float)
+    dropped, scores = _all(values.get("dropped"), int), _all(values.get("scores"), float, type(None))
     losses = _all([values.get(name) for name in ("before", "after")], float)
     if not (
         len(scores) == layers
@@ -137,8 +136,7 @@ def _read(path: Path, layers: int) -> LayerMeasurements | None:
     return LayerMeasurements(tuple(dropped), tuple(scores), losses[0], losses[1])
 
 
-def _all(values: object, kind: type[T]) -> list[T]:
+def _all(values: object, *kinds: type) -> list[Any]:
     """The values of a list that holds nothing else; else none."""
     found = values if isinstance(values, list) else []
-    chosen = [value for value in found if type(value) is kind]
-    return chosen if len(chosen) == len(found) else []
+    return found if all(type(value) in kinds for value in found) else []

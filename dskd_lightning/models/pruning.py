@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.feed_forward import (
+    check_narrowing,
+    feed_forward,
+    outputs_of,
+    select_inputs,
+    select_outputs,
+    weight_of,
+)
 from dskd_lightning.models.output import decoder_hidden, decoder_layers
 from dskd_lightning.structures import TokenBatch
 
@@ -22,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["evenly_spaced", "prune", "prune_feed_forward", "prune_layers"]
 
 _log = logging.getLogger(__name__)
-
-_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 
 def prune(model: PreTrainedModel, spec: PruneSpec, batches: Sequence[TokenBatch] = ()) -> PreTrainedModel:
@@ -113,33 +118,22 @@ def prune_feed_forward(
     Raises:
         UserError: ``width`` isn't below the present one, or the layers aren't of a known kind.
     """
-    config = model.config.get_text_config()
-    key = next((key for key in _WIDTH_KEYS if hasattr(config, key)), None)
-    old = (getattr(config, key) or 4 * config.hidden_size) if key else None
-    if not isinstance(old, int):
-        raise UserError(f"`prune.intermediate_size`: {type(model).__name__} has no one feed-forward width.")
-    if not 1 <= width <= old:
-        raise UserError(f"`prune.intermediate_size: {width}` must lie between 1 and the model's {old}.")
+    key, old = check_narrowing(model, width)
     model = copy.deepcopy(model)
     activity = _activity(model, old, batches) if batches else {}
     for layer in decoder_layers(model):
-        inward, outward = _feed_forward(layer, old)
-        if not inward or len(outward) != 1:
-            raise UserError(
-                f"`prune.intermediate_size`: no plain feed-forward layer of width {old} found in "
-                f"{type(layer).__name__} (mixtures of experts aren't supported)."
-            )
-        matrices = [part for linear in inward for part in _weight(linear).split(old)]
-        read = _weight(outward[0]).T.float().square().sum(1)
+        inward, outward = feed_forward(layer, old)
+        matrices = [part for linear in inward for part in weight_of(linear).split(old)]
+        read = weight_of(outward[0]).T.float().square().sum(1)
         if outward[0] in activity:
             scores = activity[outward[0]] * read
         else:
             scores = torch.stack([*(part.float().square().sum(1) for part in matrices), read]).sum(0)
         units = scores.topk(width).indices.sort().values
         for linear in inward:
-            _select_outputs(linear, torch.cat([units + old * i for i in range(_outputs(linear) // old)]))
-        _select_inputs(outward[0], units)
-    setattr(model.config.get_text_config(), str(key), width)
+            select_outputs(linear, torch.cat([units + old * i for i in range(outputs_of(linear) // old)]))
+        select_inputs(outward[0], units)
+    setattr(model.config.get_text_config(), key, width)
     _check(model)
     _log.info("Kept %d of %d feed-forward units per layer.", width, old)
     return model
@@ -151,11 +145,12 @@ def _activity(model: PreTrainedModel, width: int, batches: Sequence[TokenBatch])
     real: Tensor | None = None
 
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        values = args[0] if real is None else args[0][real]
-        squares = values.float().flatten(0, -2).square().sum(0)
+        values = args[0].flatten(0, -2)  # some have put rows and positions together already
+        values = values if real is None else values[real.flatten()]
+        squares = values.float().square().sum(0)
         sums[module] = sums[module] + squares if module in sums else squares
 
-    outward = [part for layer in decoder_layers(model) for part in _feed_forward(layer, width)[1][:1]]
+    outward = [part for layer in decoder_layers(model) for part in feed_forward(layer, width)[1][:1]]
     hooks = [module.register_forward_pre_hook(add) for module in outward]
     try:
         for batch in batches:
@@ -165,50 +160,6 @@ def _activity(model: PreTrainedModel, width: int, batches: Sequence[TokenBatch])
         for handle in hooks:
             handle.remove()
     return sums
-
-
-def _feed_forward(layer: nn.Module, width: int) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-    """Linear layers into (gate and up, fused or not) and out of the ``width`` units of a layer."""
-    for name, parent in layer.named_modules():
-        if "attn" in name or "attention" in name:
-            continue
-        linear: list[nn.Module] = [
-            child for child in parent.children() if isinstance(child, nn.Linear | Conv1D)
-        ]
-        inward = [child for child in linear if _outputs(child) in (width, 2 * width)]
-        outward = [child for child in linear if child not in inward and _weight(child).shape[1] == width]
-        if inward and outward:
-            return inward, outward
-    return [], []
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    """``[out, in]``; GPT-2's Conv1D stores the transpose."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    return weight.T if isinstance(linear, Conv1D) else weight
-
-
-def _outputs(linear: nn.Module) -> int:
-    return _weight(linear).shape[0]
-
-
-def _select_outputs(linear: nn.Module, units: Tensor) -> None:
-    _replace(linear, _weight(linear)[units])
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[units])  # type: ignore[index]
-
-
-def _select_inputs(linear: nn.Module, units: Tensor) -> None:
-    _replace(linear, _weight(linear)[:, units])
-
-
-def _replace(linear: nn.Module, weight: Tensor) -> None:
-    if isinstance(linear, Conv1D):
-        linear.weight = nn.Parameter(weight.T.contiguous())
-        linear.nx, linear.nf = linear.weight.shape
-    else:
-        linear.weight = nn.Parameter(weight.contiguous())
-        linear.out_features, linear.in_features = weight.shape  # type: ignore[assignment]
 
 
 def _check(model: PreTrainedModel) -> None:

@@ -205,6 +205,13 @@ class PruneSpec:
     calibration: int = 32
     intermediate_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.calibration < 1 and self.by != "even":
+            raise UserError(
+                f"`prune.calibration: {self.calibration}` must be at least 1: layers are chosen on training "
+                "examples, unless `prune.by` is even."
+            )
+
 
 @dataclass
 class StudentSpec(ModelSpec):

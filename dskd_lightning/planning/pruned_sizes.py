@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dskd_lightning.data import InstructionDataModule
 from dskd_lightning.errors import UserError
+from dskd_lightning.models.feed_forward import check_narrowing
 from dskd_lightning.models.layer_choice import rank_layers, response_loss
 from dskd_lightning.models.loading import load_model
 from dskd_lightning.models.output import decoder_layers
@@ -37,6 +38,7 @@ class PrunedSize:
         bytes: of the weights as stored.
         tokens_per_second: prompt and response tokens read in a forward pass, the fastest of three.
         perplexity: of the held-out responses.
+        intermediate_size: units of its feed-forward layers; None where they are the model's own.
     """
 
     layers: tuple[int, ...]
@@ -44,6 +46,7 @@ class PrunedSize:
     bytes: int
     tokens_per_second: float
     perplexity: float
+    intermediate_size: int | None = None
 
 
 @dataclass
@@ -61,6 +64,9 @@ class PruningStudy:
         examples: for both purposes together.
         max_length: most tokens of an example.
         dtype: of the weights.
+
+    Raises:
+        UserError: there are too few examples, or the feed-forward layers can't be cut like this.
     """
 
     source: str
@@ -73,7 +79,7 @@ class PruningStudy:
     model: PreTrainedModel = field(init=False, repr=False)
     tokenizer: PreTrainedTokenizerFast = field(init=False, repr=False)
     stored_dtype: torch.dtype = field(init=False)
-    scores: tuple[float, ...] = field(init=False, default=())
+    scores: tuple[float | None, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         spec = StudentSpec(source=self.source, dtype=self.dtype)
@@ -81,11 +87,11 @@ class PruningStudy:
             self.data, student=spec, limit=_READ, max_length=self.max_length,
             max_prompt_length=self.max_length // 2,
         )  # fmt: skip
-        batches = data.calibration(spec, self.examples)
+        batches = data.calibration(spec, self.examples) if self.examples > 0 else []
         if len(batches) < 2:
             raise UserError(
-                f"{self.data}: of {self.examples} examples at most none is left to measure on: some choose "
-                "the layers, others measure, in batches of eight; give more data or a larger --examples."
+                f"{self.data}: of --examples {self.examples} none is left to measure on: some choose the "
+                "layers, others measure, in batches of eight; give more data or a larger --examples."
             )
         self.tokenizer = data.student_tokenizer
         model: Any = load_model(spec)
@@ -93,6 +99,8 @@ class PruningStudy:
         device = working_device()
         # Exactly, and back where it is written.
         self.model = in_a_computed_type(model, device).to(device).eval()
+        if self.intermediate_size is not None:
+            check_narrowing(self.model, self.intermediate_size)
         self._choosing = [batch.to(device) for batch in batches[::2]]
         self._measuring = [batch.to(device) for batch in batches[1::2]]
 
@@ -106,6 +114,11 @@ class PruningStudy:
         least = max(1, self.total // 3)
         steps = {round(self.total - i * (self.total - least) / (_ROWS - 1)) for i in range(_ROWS)}
         return sorted(steps, reverse=True)
+
+    def whole(self) -> PrunedSize:
+        """What was measured of the model as it is, all layers and units."""
+        response_loss(self.model, self._measuring[:1])  # warm
+        return self._measured(self.model, range(self.total))
 
     def sizes(self, counts: Sequence[int]) -> Iterator[tuple[PrunedSize, PreTrainedModel]]:
         """Each number of layers with what was measured of it, and the model itself.
@@ -124,7 +137,7 @@ class PruningStudy:
             kept = evenly_spaced(count, self.total) if ranking is None else ranking.kept(count)
             spec = PruneSpec(layers=kept, intermediate_size=self.intermediate_size)
             model = prune(self.model, spec, self._choosing if self.by != "even" else ())
-            yield self._measured(model, kept), model
+            yield replace(self._measured(model, kept), intermediate_size=self.intermediate_size), model
 
     def _measured(self, model: PreTrainedModel, kept: Sequence[int]) -> PrunedSize:
         loss = response_loss(model, self._measuring)

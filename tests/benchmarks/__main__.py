@@ -14,6 +14,7 @@ RUNS = (
     ("gold.py", "--rounds", "1"),
     ("teacher_cache.py",),
     ("state_codecs.py",),
+    ("pruned_parts.py",),
     ("alignment_speed.py",),
     ("dataset_size.py",),
     ("preparation.py",),

@@ -6,6 +6,7 @@ Cases run in this process instead of one each: starting Python is most of the ti
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "objectives"))
+sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "models"))
 
 import comparing
 import dataset_size
@@ -25,6 +27,7 @@ import on_policy
 import planning
 import preparation
 import projected_teacher
+import pruned_parts
 import responses
 import short_records
 import state_codecs
@@ -33,10 +36,13 @@ import training_step
 from _measure import Measured
 from _training import tiny_source
 from cross_tokenizer_cases import make_case
+from model_families import separate_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dskd_lightning import DSKDObjective, OnPolicySettings, TeacherSpec
 from dskd_lightning.models.loading import load_tokenizer
 from dskd_lightning.models.tokenizer_swap import train_bpe
+from dskd_lightning.planning.pruned_sizes import PruningStudy
 from dskd_lightning.structures import Head
 
 
@@ -217,3 +223,54 @@ def test_the_projected_teacher_is_measured_against_formulas() -> None:
     assert float(rows["human token, 0.05", "20"][0]) < float(untrained[0])
     learnt = rows["teacher's distribution, 0.05", "20"]
     assert float(learnt[4]) < min(float(untrained[4]), float(trained[4]))
+
+
+@pytest.mark.parametrize("part", ["groups", "dimensions"])
+@torch.no_grad()
+def test_zeroed_parts_are_as_if_they_were_gone(part: str) -> None:
+    """Against a smaller model, built of the weights that are left."""
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=4, tie_word_embeddings=True, rms_norm_eps=1e-9,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    whole, batch = copy.deepcopy(model), separate_rows(60)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.load_state_dict(whole.state_dict())
+    if part == "groups":
+        saved = pruned_parts.without_groups(model, 1, [batch])
+        config.num_attention_heads, config.num_key_value_heads = 4, 2
+    else:
+        saved = pruned_parts.without_dimensions(model, 4, [batch])
+        config.hidden_size = 20
+        kept = model.get_input_embeddings().weight.abs().sum(0).nonzero()[:, 0]
+    smaller = LlamaForCausalLM(config).eval()
+    assert saved == whole.num_parameters() - smaller.num_parameters()
+    for name, target in smaller.named_parameters():
+        weight = whole.get_parameter(name)
+        if part == "dimensions":
+            outward = name.endswith(("o_proj.weight", "down_proj.weight")) or weight.dim() == 1
+            weight = weight.index_select(0 if outward else 1, kept)
+        elif "self_attn" in name:
+            left = (
+                model.get_parameter(f"{name.rsplit('.', 2)[0]}.o_proj.weight").abs().sum(0).view(3, 8).sum(1)
+            )
+            dim = int("o_proj" in name)
+            each = (left > 0).repeat_interleave(weight.shape[dim] // 3)
+            weight = weight.index_select(dim, each.nonzero()[:, 0])
+        target.copy_(weight)
+    expected = smaller(batch.input_ids, attention_mask=batch.attention_mask).logits
+    zeroed = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.testing.assert_close(batch.select(zeroed), batch.select(expected))
+
+
+def test_parts_of_like_size_are_cut(tmp_path: Path) -> None:
+    source, _ = tiny_source(tmp_path)
+    data = tmp_path / "more.jsonl"
+    lines = [json.dumps({"prompt": f"Say {n}.", "response": f"{n} {n}"}) for n in range(40)]
+    data.write_text("\n".join(lines))
+    found = list(pruned_parts.rows(PruningStudy(source, str(data), examples=32)))
+    assert [row[0].split()[-1] for row in found] == ["nothing", "layer", "layers", "layer", "dimensions"]
+    assert all(float(row[2].replace(",", "")) > 1 for row in found)

@@ -7,8 +7,17 @@ import logging
 import pytest
 import torch
 from conftest import make_model
+from model_families import CONFIGS, from_config, separate_rows
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    MptConfig,
+    Phi3Config,
+)
 
 from dskd_lightning import PruneSpec, StudentSpec, UserError
 from dskd_lightning.models.layer_choice import block_influence, decide_layers, rank_layers, response_loss
@@ -97,8 +106,31 @@ def test_layers_that_do_nothing_go_first(model, by: str) -> None:
             }
             greedy.remove(min(losses, key=losses.__getitem__))
         assert kept == greedy
-        assert [score < float("inf") for score in scores] == [i in left for i in range(6)]
+        assert [score is not None for score in scores] == [i in left for i in range(6)]
     assert response_loss(model, [batch()]) == response_loss(model, [batch()])  # and all layers run again
+
+
+TUPLES = {
+    "bloom": BloomConfig(vocab_size=97, hidden_size=16, n_layer=4, n_head=2),
+    "falcon": FalconConfig(vocab_size=97, hidden_size=16, num_hidden_layers=4, num_attention_heads=2),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=97, hidden_size=16, num_layers=4, num_heads=2, attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=64, window_size=4,
+    ),
+    "mpt": MptConfig(vocab_size=97, d_model=16, n_layers=4, n_heads=2, max_seq_len=64),
+}  # fmt: skip
+"""Of families whose layers return a tuple."""
+
+
+@pytest.mark.parametrize("name", TUPLES)
+def test_layers_that_return_a_tuple_are_skipped_as_if_they_were_cut_out(name: str) -> None:
+    model, tokens = from_config(TUPLES[name]), separate_rows()
+    ranking = rank_layers(model, "perplexity", [tokens], smallest=2)
+    first, second = ranking.dropped
+    for gone in ([first], [first, second]):
+        kept = [i for i in range(4) if i not in gone]
+        loss = response_loss(prune_layers(model, kept), [tokens])
+        assert ranking.scores[gone[-1]] == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_choice_is_written_into_the_spec_and_logged(model_folder, caplog) -> None:
@@ -126,6 +158,18 @@ def test_the_choice_is_written_into_the_spec_and_logged(model_folder, caplog) ->
     assert len(decoder_layers(student)) == 3
 
 
+def test_a_width_and_a_number_of_examples_are_checked_before_anything_is_measured(model_folder) -> None:
+    spec = StudentSpec(model_folder(layers=4), prune=PruneSpec(layers=3, intermediate_size=33))
+    asked = []
+    with pytest.raises(UserError, match="between 1 and the model's 32"):
+        decide_layers(spec, lambda *_: asked.append(1))
+    assert not asked
+    for count in (0, -3):
+        with pytest.raises(UserError, match=f"prune.calibration: {count}` must be at least 1"):
+            PruneSpec(layers=3, calibration=count)
+    assert PruneSpec(layers=3, by="even", calibration=0)
+
+
 def test_units_are_kept_by_what_they_add(model) -> None:
     """A unit that is never on goes, however large its weights are."""
     with torch.no_grad():
@@ -139,3 +183,34 @@ def test_units_are_kept_by_what_they_add(model) -> None:
         torch.testing.assert_close(narrow(tokens.input_ids).logits, model(tokens.input_ids).logits)
         by_norm = prune_feed_forward(model, width)
         assert not torch.allclose(by_norm(tokens.input_ids).logits, model(tokens.input_ids).logits)
+
+
+SIZES = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+WIDTHS = {
+    "tokens in one dimension": (CONFIGS["opt"], 40),
+    "as wide as the states": (LlamaConfig(**SIZES, hidden_size=16, intermediate_size=16), 16),
+    "half as wide": (LlamaConfig(**SIZES, hidden_size=16, intermediate_size=8), 8),
+    "fused, as wide": (Phi3Config(**SIZES, hidden_size=16, intermediate_size=16), 16),
+    "fused, half as wide": (Phi3Config(**SIZES, hidden_size=16, intermediate_size=8), 8),
+    "plain, as wide": (GPTNeoConfig(
+        vocab_size=97, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]],
+        intermediate_size=16,
+    ), 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDTHS)
+def test_units_that_are_never_read_go_first_whatever_the_sizes(case: str, tmp_path) -> None:
+    config, width = WIDTHS[case]
+    model, tokens = from_config(config), separate_rows()
+    with torch.no_grad():
+        for layer in decoder_layers(model):
+            named = dict(layer.named_parameters())
+            out = next(n for n in ("mlp.down_proj", "mlp.c_proj", "fc2") if f"{n}.weight" in named)
+            named[f"{out}.weight"][:, [1, 5]] = 0.0
+        expected = tokens.select(model(tokens.input_ids, attention_mask=tokens.attention_mask).logits)
+        narrow = prune_feed_forward(model, width - 2, [tokens])
+        narrow.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        found = tokens.select(again(tokens.input_ids, attention_mask=tokens.attention_mask).logits)
+    torch.testing.assert_close(found, expected)

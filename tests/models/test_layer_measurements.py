@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from dskd_lightning import PruneSpec
 from dskd_lightning.models.layer_measurements import LayerMeasurements, measured_once
 from dskd_lightning.structures import TokenBatch
 
-FOUND = LayerMeasurements((2, 0), (0.25, math.inf, 0.125), 1.5, 2.5)
+FOUND = LayerMeasurements((2, 0), (0.25, None, 0.125), 1.5, 2.5)
 
 
 def batch(token: int = 1, labels: int = 2, pad: int = 1) -> TokenBatch:
@@ -46,8 +46,10 @@ def model():
     return make_model(20, hidden=8, layers=3).eval()
 
 
-def test_the_same_is_measured_once(asked, model) -> None:
+def test_the_same_is_measured_once(asked, model, tmp_path) -> None:
     assert [asked(model) for _ in range(3)] == [1, 1, 1]
+    (file,) = (tmp_path / "cache" / "layers").iterdir()
+    assert json.loads(file.read_text())["scores"] == [0.25, None, 0.125]  # whatever reads JSON
 
 
 def test_another_weight_text_or_choice_is_measured(asked, model) -> None:

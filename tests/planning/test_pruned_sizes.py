@@ -15,6 +15,7 @@ from dskd_lightning import UserError
 from dskd_lightning.cli.main import main
 from dskd_lightning.models.layer_choice import rank_layers
 from dskd_lightning.models.pruning import prune_layers
+from dskd_lightning.planning import pruned_sizes
 from dskd_lightning.planning.pruned_sizes import PruningStudy
 
 
@@ -61,7 +62,8 @@ def test_the_command_shows_sizes_and_writes_one(model_folder, data, tmp_path, ca
     assert [line.split()[0] for line in shown.splitlines() if "layers:" in line] == ["4", "3"]
     assert main([*table, "--output", str(folder), "--layers", "2", "--intermediate_size", "8"]) == 0
     said = json.loads((folder / "pruning.json").read_text())
-    assert [len(size["layers"]) for size in said["sizes"]] == [4, 3, 2]
+    rows = [(len(size["layers"]), size["intermediate_size"]) for size in said["sizes"]]
+    assert rows == [(4, None), (4, 8), (3, 8), (2, 8)]
     assert f"2 layers written to {folder}: {said['layers']}" in capsys.readouterr().out
     written = AutoModelForCausalLM.from_pretrained(folder)
     assert (written.config.num_hidden_layers, written.config.intermediate_size) == (2, 8)
@@ -74,14 +76,46 @@ def test_the_command_shows_sizes_and_writes_one(model_folder, data, tmp_path, ca
     assert "isn't empty" in capsys.readouterr().err
 
 
+def test_a_size_is_shown_without_a_folder_and_data_have_a_name(model_folder, data, capsys) -> None:
+    prune = ["prune", model_folder(layers=4), "--examples", "32"]
+    assert main([*prune, "--layers", "2", "--data", data]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines() if "layers:" in line] == ["4", "2"]
+    assert "--output FOLDER --layers 2" in shown
+    assert main([*prune, f"--data={data}", "--sizes", "[4]", "--intermediate_size", "8"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["4"]]
+    whole, _, narrow = rows[1], rows[0], rows[2]
+    assert (whole[1], narrow[1]) == ("all", "8")
+    study = PruningStudy(model_folder(layers=4), data, examples=32)
+    assert float(whole[-1]) == pytest.approx(study.whole().perplexity, abs=0.01)
+    with pytest.raises(SystemExit):
+        main([*prune, data, "--data", data])
+    assert f"unrecognized arguments: {data}" in capsys.readouterr().err
+
+
+def test_scores_are_json(model_folder, data, tmp_path, capsys) -> None:
+    command = ["prune", model_folder(layers=4), data, "--examples", "32", "--by", "perplexity"]
+    folder = tmp_path / "student"
+    assert main([*command, "--sizes", "[2]", "--layers", "2", "--output", str(folder)]) == 0
+    said = json.loads((folder / "pruning.json").read_text(), parse_constant=pytest.fail)
+    assert [score is None for score in said["scores"]] == [index in said["layers"] for index in range(4)]
+
+
+def test_an_impossible_width_is_found_before_layers_are_ranked(model_folder, data, monkeypatch) -> None:
+    monkeypatch.setattr(pruned_sizes, "rank_layers", lambda *_: pytest.fail("ranked"))
+    with pytest.raises(UserError, match="between 1 and the model's 32"):
+        list(PruningStudy(model_folder(layers=4), data, examples=32, intermediate_size=33).sizes([2]))
+
+
 def test_what_cannot_be_cut_is_one_sentence(model_folder, data, tmp_path, capsys) -> None:
     source = model_folder(layers=4)
     for options, sentence in (
-        (["--layers", "2"], "--output and --layers go together"),
-        (["--output", str(tmp_path / "out")], "--output and --layers go together"),
+        (["--output", str(tmp_path / "out")], "say with --layers how many are written"),
         (["--output", str(tmp_path / "out"), "--layers", "0"], "must lie between 1 and the model's 4 layers"),
         (["--sizes", "[5]"], "must lie between 1 and the model's 4 layers"),
         (["--examples", "8"], "none is left to measure on"),
+        (["--examples", "-5"], "none is left to measure on"),
+        (["--examples", "0"], "none is left to measure on"),
     ):
         assert main(["prune", source, data, *options]) == 2
         assert sentence in capsys.readouterr().err
