@@ -514,6 +514,8 @@ def study(
 ) -> None:
     """Train and test several variants of one configuration, and compare them in one table.
 
+    A variant that fails keeps no other from running; the next call tries it again.
+
     Args:
         config: a study file, or dskd:NAME. Its keys: ``base`` (configs for all), ``variants`` (name to
             config), ``output``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from dskd_lightning.planning.first_config import plan
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.lock import locked
 from dskd_lightning.runs.run_folder import TEACHER
+from dskd_lightning.study.failures import VariantsFailed
 from dskd_lightning.study.process import run_process
 from dskd_lightning.study.study import Study
 from dskd_lightning.study.worker import read_result
@@ -58,6 +60,9 @@ class Verdict:
     reason: str
     significant: bool
 
+    def __str__(self) -> str:
+        return f"take {self.objective}: {self.reason}."
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -90,8 +95,9 @@ class Benchmark:
         """Plan, measure a step, train, test and compare; what is finished already is kept.
 
         Raises:
+            VariantsFailed: runs failed; the others are done, and what they tell is in the folder.
             UserError: the folder holds another benchmark, another process works in it, models or data
-                can't be read, or a run failed.
+                can't be read, or every training diverged.
         """
         held = (
             f"--output: another benchmark works in {self.output}: wait until it has ended, or name another "
@@ -105,7 +111,15 @@ class Benchmark:
         if overwrite or not self.file.is_file():
             self._plan()
         study = Study.read(self.file, str(self.output))
-        study.run(overwrite=overwrite)
+        try:
+            study.run(overwrite=overwrite)
+        except VariantsFailed:
+            with contextlib.suppress(UserError):  # it may be that none is left
+                logger.info("of the others: %s", self._recommend())
+            raise
+        return self._recommend()
+
+    def _recommend(self) -> Verdict:
         verdict = recommended(self.output)
         write_atomic(self.output / "recommendation.json", json.dumps(vars(verdict), indent=2) + "\n")
         return verdict
@@ -203,12 +217,20 @@ def recommended(output: Path) -> Verdict:
 
     The best ROUGE-L among those significantly above SFT's; else, as responses don't tell them apart, the
     best likelihood.
+
+    Raises:
+        UserError: no trained objective was tested, or results are damaged.
     """
     summary = read_object(output / "report" / "comparison.json", "run the benchmark again")
     table = read_object(output / "table.json", "run the benchmark again")
     trained = [item for item in summary["candidates"] if item["name"] not in (TEACHER, _UNTRAINED)]
     better = [item for item in trained if item["outcome"] == "better"]
     baseline = summary["baseline"]
+    if baseline in (TEACHER, _UNTRAINED):
+        raise UserError(
+            f"{output}: no objective's training ended with a finite loss: start over with lower --rates and "
+            "`--overwrite true`."
+        )
     if better:
         best = max(better, key=lambda item: item["mean"])
         gain, p = best["difference"]["mean"], best["adjusted_p_value"]

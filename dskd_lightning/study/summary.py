@@ -16,7 +16,12 @@ from dskd_lightning.runs.tables import number_tables
 from dskd_lightning.runs.text import visible
 from dskd_lightning.study.worker import read_result
 
-__all__ = ["summarise"]
+__all__ = ["DIVERGED", "FAILED", "summarise"]
+
+DIVERGED = "diverged"
+"""The loss became no number in training."""
+FAILED = "failed"
+"""The variant's process ended without a result; its log says why."""
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("perplexity_per_token", "perplexity", "{:.2f}"),
@@ -38,33 +43,46 @@ _CURVES = (
 
 
 def summarise(
-    output: Path, runs: Mapping[str, Path], report: bool = True, baseline: str | None = None
+    output: Path,
+    runs: Mapping[str, Path],
+    report: bool = True,
+    baseline: str | None = None,
+    outcomes: Mapping[str, str] | None = None,
 ) -> None:
     """Print the table and write ``table.md``, ``table.json``, ``curves.png`` and, if wanted, the HTML report.
 
     Args:
         output: folder of the study.
-        runs: name -> run folder of the finished variants.
-        report: also compare the runs' predictions with the baseline's.
-        baseline: one of ``runs``; None takes the first.
+        runs: name -> run folder of the variants that ended.
+        report: also compare the tested runs' predictions with the baseline's.
+        baseline: one of ``runs`` that was tested; None takes the first.
+        outcomes: `DIVERGED` or `FAILED`, of those among ``runs`` that weren't tested.
     """
-    rows = {name: _row(folder) for name, folder in runs.items()}
+    outcomes = outcomes or {}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"outcome": outcomes[name]} if name in outcomes else _row(folder)
+        for name, folder in runs.items()
+    }
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows.values())]
     cells = {
         name: [format_.format(row[key]) if key in row else "" for key, _, format_ in columns]
         for name, row in rows.items()
     }
     headings = ["", *(label for _, label, _ in columns)]
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" + "---:|" * len(columns)]
+    if outcomes:
+        headings.append("outcome")
+        cells = {name: [*row, outcomes.get(name, "")] for name, row in cells.items()}
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" + "---:|" * (len(headings) - 1)]
     lines += ["| " + " | ".join([name, *row]) + " |" for name, row in cells.items()]
     write_atomic(output / "table.md", "\n".join(lines) + "\n")
     write_atomic(output / "table.json", json.dumps(rows, indent=2) + "\n")
-    folders = {name: RunFolder.read(path, name) for name, path in runs.items()}
+    tested = {name: path for name, path in runs.items() if name not in outcomes}
+    folders = {name: RunFolder.read(path, name) for name, path in tested.items()}
     _plot(folders, output / "curves.png")
-    if report and len(runs) > 1 and all(folder.predictions for folder in folders.values()):
+    if report and len(tested) > 1 and all(folder.predictions for folder in folders.values()):
         from dskd_lightning.comparison.compare_runs import compare_runs
 
-        ordered = sorted(runs.items(), key=lambda run: run[0] != baseline)
+        ordered = sorted(tested.items(), key=lambda run: run[0] != baseline)
         compare_runs([f"{name}={path}" for name, path in ordered], output=output / "report")
     console = Console()
     title = Text(f"{visible(output.name)}: held-out results")

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dskd_lightning.errors import UserError
+from dskd_lightning.errors import Diverged, UserError
 from dskd_lightning.files import read_object, write_object
 from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.lock import lock_run
 from dskd_lightning.runs.parent import end_with_parent
 from dskd_lightning.runs.text import visible
+from dskd_lightning.study.log import kept
 
 if TYPE_CHECKING:
     from lightning import Trainer
 
+    from dskd_lightning.launch.lightning_cli import DistillationCLI
     from dskd_lightning.runs.lock import HeldLocks
 
 __all__ = ["DONE", "read_result", "run_variant"]
 
 DONE = "variant.json"
 """Written after training, and again with the test's numbers after it."""
+_LIKELIHOODS = ("val/nll_per_token", "val/nll_per_byte")
 _LARGEST = 1e308
 _REMEDY = "delete the folder '{}' to run it again"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """What ``variant.json`` of a run folder says, or None where there is none.
+
+    ``diverged`` is there, with what the run said then, where its loss became no number.
 
     Raises:
         UserError: it is damaged.
@@ -63,7 +70,8 @@ def run_variant(
 ) -> None:
     """Train and test as ``dskd fit`` and ``dskd test`` would.
 
-    What ``variant.json`` in the folder says to be trained already is only tested.
+    What ``variant.json`` in the folder says to be trained already is only tested. What goes to the standard
+    error is kept in the folder, see `log`.
 
     Args:
         arguments: the command line, without a command.
@@ -81,13 +89,21 @@ def run_variant(
 
     configure_output()
     end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        _run(arguments, Path(folder), settings, train, test)
-    except UserError as error:
-        print(f"dskd: error: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as stop:  # after SIGTERM Lightning ends training with the status of success
-        sys.exit(stop.code or 128 + signal.SIGTERM)
+    with kept(Path(folder)):
+        try:
+            _run(arguments, Path(folder), settings, train, test)
+        except UserError as error:
+            _say(error)
+            sys.exit(2)
+        except SystemExit as stop:  # after SIGTERM Lightning ends training with the status of success
+            sys.exit(stop.code or 128 + signal.SIGTERM)
+        except Exception:  # multiprocessing would tell it after the log is closed
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _say(error: UserError) -> None:
+    print(f"dskd: error: {visible(str(error))}", file=sys.stderr)
 
 
 def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: bool) -> None:
@@ -101,15 +117,12 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
     if not result:
         result = {"settings": settings, "trained": train}
         if train:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-            _stop_if_told(cli.trainer)
-            result["validation"] = {
-                name: float(value)
-                for name, value in cli.trainer.callback_metrics.items()
-                if name.startswith("val/")
-            }
-            result["training"] = read_object(folder / "training.json", _REMEDY.format(folder))
-    if test:
+            try:
+                result.update(_train(cli, folder))
+            except Diverged as error:
+                _say(error)
+                result["diverged"] = str(error)
+    if test and "diverged" not in result:
         best = trained_checkpoint(folder / "checkpoints") if result["trained"] else None
         cli.trainer.test(
             cli.model,
@@ -121,6 +134,25 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
         result["test"] = {name: value for name, value in metrics.items() if _is_number(value)}
         _stop_if_told(cli.trainer)
     write_object(folder / DONE, result)
+
+
+def _train(cli: DistillationCLI, folder: Path) -> dict[str, Any]:
+    """The last validation, and what training has cost.
+
+    Raises:
+        Diverged: a loss, or the validation's, is no number.
+    """
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    _stop_if_told(cli.trainer)
+    validation = {
+        name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
+    }
+    if not all(math.isfinite(validation.get(name, 0.0)) for name in _LIKELIHOODS):
+        raise Diverged("The likelihood in validation is no number after training; lower the learning rate.")
+    return {
+        "validation": validation,
+        "training": read_object(folder / "training.json", _REMEDY.format(folder)),
+    }
 
 
 def _stop_if_told(trainer: Trainer) -> None:

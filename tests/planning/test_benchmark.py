@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tiny_runs import dskd_fork, write_data
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.planning.benchmark import CROSS, SAME, Benchmark, parse_duration, recommended
+from dskd_lightning.study import Study
+from dskd_lightning.study.failures import VariantsFailed, WorkerFailed
 
 
 @pytest.mark.slow
@@ -127,6 +130,32 @@ def test_likelihood_where_responses_don_t_tell(tmp_path) -> None:
     found = recommended(results(tmp_path, outcomes, values))
     assert (found.objective, found.significant) == ("A", False)
     assert "no method's ROUGE-L is significantly above" in found.reason
+
+
+def test_no_recommendation_where_every_training_diverged(tmp_path) -> None:
+    (tmp_path / "report").mkdir()
+    candidate = {"name": "before training", "outcome": "worse", "mean": 1.0}
+    summary = {"baseline": "teacher", "candidates": [candidate]}
+    (tmp_path / "report" / "comparison.json").write_text(json.dumps(summary))
+    rows = {"teacher": {"perplexity_per_byte": 1.1}, "SFT": {"outcome": "diverged"}}
+    (tmp_path / "table.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="lower --rates"):
+        recommended(tmp_path)
+
+
+def test_what_the_others_tell_is_told_where_a_run_failed(tmp_path, monkeypatch, caplog) -> None:
+    Planned(monkeypatch, True, 5.0)
+
+    def run(self: Study, overwrite: bool) -> None:
+        results(self.output, {"A": ("better", 24.0)}, {"SFT": 1.5, "A": 1.4})
+        raise VariantsFailed([WorkerFailed("B", "exit status 1, see B/variant.log")], 3)
+
+    monkeypatch.setattr(Study, "run", run)
+    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
+    with caplog.at_level(logging.INFO), pytest.raises(VariantsFailed, match="1 of 3 variants failed"):
+        benchmark(tmp_path).run()
+    assert "of the others: take A: its ROUGE-L is +4.0" in caplog.text
+    assert json.loads((tmp_path / "recommendation.json").read_text())["objective"] == "A"
 
 
 def _killed(*_: object) -> None:
