@@ -209,7 +209,6 @@ class Study:
         for settings, point in points.items():
             trial = trials / settings
             if read_result(trial) is None:
-                _remove(trial)
                 try:
                     self._process(variant, trial, settings, point, test=False)
                 except WorkerFailed as failure:

@@ -10,11 +10,13 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dskd_lightning.checkpoints import restored
 from dskd_lightning.errors import Diverged, UserError
-from dskd_lightning.files import read_object, write_object
+from dskd_lightning.files import read_if_there, read_object, write_object
 from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.lock import lock_run
 from dskd_lightning.runs.parent import end_with_parent
+from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.text import visible
 from dskd_lightning.study.log import kept
 
@@ -28,6 +30,9 @@ __all__ = ["DONE", "read_result", "run_variant"]
 
 DONE = "variant.json"
 """Written after training, and again with the test's numbers after it."""
+BEGUN = "begun.json"
+"""Written before training: of which settings the folder's checkpoints are."""
+_VALIDATION = "val/"
 _LIKELIHOODS = ("val/nll_per_token", "val/nll_per_byte")
 _LARGEST = 1e308
 _REMEDY = "delete the folder '{}' to run it again"
@@ -70,8 +75,9 @@ def run_variant(
 ) -> None:
     """Train and test as ``dskd fit`` and ``dskd test`` would.
 
-    What ``variant.json`` in the folder says to be trained already is only tested. What goes to the standard
-    error is kept in the folder, see `log`.
+    Training that was interrupted goes on from its last checkpoint, if that is of the same settings. What
+    ``variant.json`` in the folder says to be trained already is only tested. What goes to the standard error
+    is kept in the folder, see `log`.
 
     Args:
         arguments: the command line, without a command.
@@ -112,17 +118,19 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
 
     lock_run(folder)
     result = read_result(folder) or {}
-    # A new student ends what the folder held, unless it was trained here.
-    cli = DistillationCLI(args=[*arguments, f"--overwrite={str(not result).lower()}"], run=False)
+    cli: DistillationCLI | None = None
     if not result:
         result = {"settings": settings, "trained": train}
         if train:
             try:
-                result.update(_train(cli, folder))
+                cli, measured = _trained(arguments, folder, settings)
+                result.update(measured)
             except Diverged as error:
                 _say(error)
                 result["diverged"] = str(error)
     if test and "diverged" not in result:
+        if cli is None:
+            cli = DistillationCLI(args=arguments, run=False)
         best = trained_checkpoint(folder / "checkpoints") if result["trained"] else None
         cli.trainer.test(
             cli.model,
@@ -136,23 +144,35 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
     write_object(folder / DONE, result)
 
 
-def _train(cli: DistillationCLI, folder: Path) -> dict[str, Any]:
-    """The last validation, and what training has cost.
+def _trained(arguments: list[str], folder: Path, settings: str) -> tuple[DistillationCLI, dict[str, Any]]:
+    """As ``dskd fit`` trains, from its last checkpoint where the folder has one of the same settings.
+
+    Returns:
+        What trained, and the last validation and what training has cost.
 
     Raises:
         Diverged: a loss, or the validation's, is no number.
     """
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    from dskd_lightning.launch.lightning_cli import DistillationCLI
+    from dskd_lightning.launch.run_files import clear_run
+
+    last = folder / "checkpoints" / "last.ckpt"
+    begun = read_if_there(folder / BEGUN, _REMEDY.format(folder)) or {}
+    resumes = begun.get("settings") == settings and restored(last).exists()
+    if not resumes:
+        clear_run(folder)  # first: what lies beside the digest is of these settings
+        write_object(folder / BEGUN, {"settings": settings})
+    cli = DistillationCLI(args=["fit", *arguments, *(["--ckpt_path=last"] if resumes else [])])
     _stop_if_told(cli.trainer)
-    validation = {
-        name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
-    }
+    validation = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    validation = {name: value for name, value in validation.items() if name.startswith(_VALIDATION)}
+    if resumes and not validation:  # it was killed after the last one
+        curves = RunFolder.read(folder).curves
+        validation = {name: curves[name][-1][1] for name in curves if name.startswith(_VALIDATION)}
     if not all(math.isfinite(validation.get(name, 0.0)) for name in _LIKELIHOODS):
         raise Diverged("The likelihood in validation is no number after training; lower the learning rate.")
-    return {
-        "validation": validation,
-        "training": read_object(folder / "training.json", _REMEDY.format(folder)),
-    }
+    cost = read_object(folder / "training.json", _REMEDY.format(folder))
+    return cli, {"validation": validation, "training": cost}
 
 
 def _stop_if_told(trainer: Trainer) -> None:

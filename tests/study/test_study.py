@@ -58,6 +58,7 @@ class Recorder:
         if not result:
             self.trained.append(lr)
             if lr in self.fails:
+                (folder / "half").touch()
                 raise WorkerFailed(variant.name, f"exit status 1, see {folder / LOG}")
             (folder / "checkpoints").mkdir(exist_ok=True)
             (folder / "checkpoints" / "best.ckpt").write_text(str(lr))
@@ -253,6 +254,7 @@ def test_a_variant_that_fails_keeps_no_other_from_running_and_is_tried_again(tmp
     recorder.fails = set()
     read(tmp_path, variants=variants).run()
     assert recorder.trained == [0.1, 0.2, 0.3, 0.4, 0.1, 0.2]
+    assert len(list(tmp_path.glob("out/*/half"))) == 2  # from where it stopped
     assert recorder.table == {"a": 0.1, "b": 0.2, "c": 0.4}
     assert recorder.outcomes == {}
 
