@@ -28,7 +28,6 @@ from dskd_lightning.study import study as study_module
 from dskd_lightning.study.failures import VariantsFailed, WorkerFailed
 from dskd_lightning.study.log import LOG
 from dskd_lightning.study.process import variant_lock
-from dskd_lightning.study.summary import summarise
 
 METRIC = "val/nll_per_byte"
 
@@ -267,24 +266,6 @@ def test_a_failure_of_other_settings_has_no_row(tmp_path, recorder) -> None:
     variants["a"] = {"config": {"lr": 0.2}}
     read(tmp_path, variants=variants).run(only=["b"])
     assert recorder.outcomes == {}
-
-
-def test_the_table_tells_what_became_of_every_variant(tmp_path) -> None:
-    (tmp_path / "a").mkdir()
-    write_object(tmp_path / "a" / worker.DONE, {"test": {"perplexity_per_byte": 1.5}})
-    outcomes = {"b": "diverged", "c": "failed"}
-    summarise(tmp_path, {name: tmp_path / name for name in "abc"}, outcomes=outcomes)
-    table = (tmp_path / "table.md").read_text().splitlines()
-    assert table == [
-        "|  | per byte | outcome |", "|---|---:|---:|",
-        "| a | 1.500 |  |", "| b |  | diverged |", "| c |  | failed |",
-    ]  # fmt: skip
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert rows == {
-        "a": {"perplexity_per_byte": 1.5},
-        "b": {"outcome": "diverged"},
-        "c": {"outcome": "failed"},
-    }
 
 
 def run_forked(folder: Path, config: Path, test: bool = False, settings: str = "s") -> int:
