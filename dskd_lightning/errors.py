@@ -1,6 +1,6 @@
-"""The one exception that a user's mistake raises."""
+"""What a user's mistake raises."""
 
-__all__ = ["UserError"]
+__all__ = ["Diverged", "UserError"]
 
 
 class UserError(ValueError):
@@ -9,3 +9,7 @@ class UserError(ValueError):
     The message is one sentence that names the file, line or key at fault and the remedy.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class Diverged(UserError):
+    """Training whose loss is no number any more: a result of its settings, and no fault of anything else."""

@@ -41,7 +41,7 @@ from dskd_lightning.checkpoints.trainer_io import use_whole_checkpoints
 from dskd_lightning.data.chat import ChatRenderer
 from dskd_lightning.data.samples import BatchOfSamples, prompts_of
 from dskd_lightning.described import described, restored
-from dskd_lightning.errors import UserError
+from dskd_lightning.errors import Diverged, UserError
 from dskd_lightning.functional.precision import cast_once
 from dskd_lightning.generation.generator import Generation, GenerationSettings, Generator
 from dskd_lightning.generation.samples import Sample
@@ -552,7 +552,7 @@ class DistillationModule(L.LightningModule):
             for loss, examples, number in losses
             if not torch.isfinite(loss)
         )
-        raise UserError(next(s for s in gathered(next(found, None)) if s is not None))
+        raise Diverged(next(s for s in gathered(next(found, None)) if s is not None))
 
     def mean_over_step(self, total: Tensor, batch: DistillationBatch) -> Tensor:
         """Make a sum over this batch's response tokens its part of the mean over the optimiser step.

@@ -492,22 +492,23 @@ def benchmark(
 ) -> None:
     """Find the objective for a pair and data: all that fit at one budget, compared, with a recommendation.
 
-    Writes a config and a study into the folder, measures a step, gives each objective the same steps and the
-    same grid of learning rates, tests the best of each beside the teacher and the untrained student, and ends
-    in the table, paired tests and one recommendation. Interrupted, it goes on where it stopped.
+    Writes a config and a study into the folder, measures a short run, gives each objective the same steps and
+    the same grid of learning rates, tests the best of each beside the teacher and the untrained student, and
+    ends in the table, paired tests and one recommendation. Interrupted, it goes on where it stopped.
 
     Args:
         teacher: Hub id, folder, GGUF file, or demo.
         student: likewise.
         data: training data: file, folder, Hub dataset, or demo; a tenth is held out for the test.
-        budget: time for everything, such as 45m or 2h; what one step takes here is measured first.
+        budget: time for everything, such as 45m or 2h; what a run's parts take here is measured first, within
+            it, and the expected end is told.
         output: folder of the runs, the table and the report.
         rates: learning rates that each objective tries.
         objectives: some of those that fit the pair, as the table calls them; all where none is given.
         overwrite: start over.
 
     Raises:
-        UserError: a model or data is missing or can't be read, or the budget is too small for a step.
+        UserError: a model or data is missing or can't be read, or the budget leaves no time to train.
     """
     from dskd_lightning.cli.planning_commands import run_benchmark
 
@@ -518,6 +519,8 @@ def study(
     config: str, output: str | None = None, overwrite: bool = False, only: list[str] | None = None
 ) -> None:
     """Train and test several variants of one configuration, and compare them in one table.
+
+    A variant that fails keeps no other from running; the next call tries it again.
 
     Args:
         config: a study file, or dskd:NAME. Its keys: ``base`` (configs for all), ``variants`` (name to

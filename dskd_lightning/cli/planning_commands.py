@@ -87,7 +87,7 @@ def run_benchmark(
         None if objectives is None else tuple(objectives),
     )
     verdict = benchmark.run(overwrite)
-    print(f"take {visible(verdict.objective)}: {visible(verdict.reason)}.")
+    print(visible(str(verdict)))
 
 
 def _ask(name: str, question: str, yes: bool) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_atomic, write_object
 from dskd_lightning.launch.arguments import read_yaml
 from dskd_lightning.planning.first_config import plan
+from dskd_lightning.planning.pace import TOGETHER, measure_pace
+from dskd_lightning.planning.schedule import Work, schedule
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.lock import locked
 from dskd_lightning.runs.run_folder import TEACHER
-from dskd_lightning.study.process import run_process
+from dskd_lightning.study.failures import VariantsFailed
 from dskd_lightning.study.study import Study
-from dskd_lightning.study.worker import read_result
 
 __all__ = ["Benchmark", "Verdict", "parse_duration", "recommended"]
 
@@ -38,9 +41,9 @@ CROSS = {
 """Objectives across vocabularies."""
 
 _UNTRAINED = "before training"
-_PROBED = 6  # optimiser steps whose time is taken
-_TRAINING = 0.7  # of the budget; the rest is for validation, responses and the report
-_EPOCHS = 3.0  # more would overfit on what is small enough to be read so often
+_TESTED = 0.1  # of the data
+_PROMPTS = 200
+_SEEDS = [10, 20, 30]
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -57,6 +60,9 @@ class Verdict:
     objective: str
     reason: str
     significant: bool
+
+    def __str__(self) -> str:
+        return f"take {self.objective}: {self.reason}."
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,9 @@ class Benchmark:
         """Plan, measure a step, train, test and compare; what is finished already is kept.
 
         Raises:
+            VariantsFailed: runs failed; the others are done, and what they tell is in the folder.
             UserError: the folder holds another benchmark, another process works in it, models or data
-                can't be read, or a run failed.
+                can't be read, or every training diverged.
         """
         held = (
             f"--output: another benchmark works in {self.output}: wait until it has ended, or name another "
@@ -101,11 +108,27 @@ class Benchmark:
             return self._run(overwrite)
 
     def _run(self, overwrite: bool) -> Verdict:
+        since = time.monotonic()
         self._claim(overwrite)
-        if overwrite or not self.file.is_file():
-            self._plan()
+        planned = self.file.is_file()
+        if not planned:
+            self._plan(since)
         study = Study.read(self.file, str(self.output))
-        study.run(overwrite=overwrite)
+        try:
+            study.run(overwrite=overwrite)
+        except VariantsFailed:
+            with contextlib.suppress(UserError):  # it may be that none is left
+                logger.info("of the others: %s", self._recommend())
+            raise
+        spent = time.monotonic() - since
+        if not planned and spent > self.budget:
+            logger.warning(
+                "It took %s, more than the budget of %s: the machine was slower than while it was measured.",
+                duration(spent), duration(self.budget),
+            )  # fmt: skip
+        return self._recommend()
+
+    def _recommend(self) -> Verdict:
         verdict = recommended(self.output)
         write_atomic(self.output / "recommendation.json", json.dumps(vars(verdict), indent=2) + "\n")
         return verdict
@@ -132,7 +155,12 @@ class Benchmark:
                 )
         write_object(path, mine)
 
-    def _plan(self) -> None:
+    def _plan(self, since: float) -> None:
+        """Write config and study.
+
+        Args:
+            since: when the benchmark began, of a monotonic clock.
+        """
         base = self.output / "base.yaml"
         found = plan(self.teacher, self.student, self.data, str(self.output))
         write_atomic(base, found.text.replace("FILE", str(base)))
@@ -142,31 +170,42 @@ class Benchmark:
             raise UserError(
                 f"--objectives: {unknown[0]!r} doesn't fit this pair; there are {', '.join(known)}."
             )
-        runs = len(names) * len(self.rates)
         costliest = next((name for name in reversed(names) if name.startswith("DSKD")), names[-1])
-        seconds = self._step_seconds(base, f"dskd:objective/{known[costliest]}")
         values = read_yaml(base)
-        epoch = found.estimate.steps / values["trainer"]["max_epochs"]
-        steps = math.floor(_TRAINING * self.budget / (runs * seconds))
-        if steps < 1:
-            raise UserError(
-                f"--budget {duration(self.budget)}: one step of one run takes {seconds:.1f} s here, too long "
-                f"for {runs} runs; give more, fewer --rates or fewer --objectives."
-            )
-        steps = min(steps, math.ceil(_EPOCHS * epoch))
-        logger.info(
-            "%d runs of %d steps (%.1f epochs), about %s a step of %s",
-            runs, steps, steps / epoch, f"{seconds:.2f} s", costliest,
-        )  # fmt: skip
         overlay = {
-            "trainer": {"max_steps": steps, "max_epochs": -1},
-            "data": {"test_split": 0.1},
+            "data": {"test_split": _TESTED},
             "responses": {
-                "seeds": [10, 20, 30],
+                "seeds": _SEEDS,
                 "max_new_tokens": values["data"]["max_length"] // 2,
-                "limit": 200,
+                "batch_size": TOGETHER,
+                "limit": _PROMPTS,
             },
             "completions": {"prompts": 0},
+        }
+        work = Work(
+            objectives=len(names),
+            rates=len(self.rates),
+            prompts=min(_PROMPTS, math.ceil(_TESTED * found.examples)),
+            seeds=len(_SEEDS),
+            teacher=max(1.0, found.ratio),
+            accumulated=values["trainer"]["accumulate_grad_batches"],
+        )
+        objective = f"dskd:objective/{known[costliest]}"
+        pace = measure_pace(base, overlay, objective, work.accumulated, self.output / "probe")
+        spent = time.monotonic() - since
+        given = schedule(work, pace, self.budget, spent)
+        logger.info(
+            "%d runs of %d steps (%.1f epochs), %.2f s a step of %s; everything is expected to end at %s, "
+            "after %s of %s.",
+            work.runs, given.steps, given.epochs, pace.step, costliest,
+            time.strftime("%H:%M", time.localtime(time.time() + given.seconds)),
+            duration(spent + given.seconds), duration(self.budget),
+        )  # fmt: skip
+        overlay["trainer"] = {
+            "max_steps": given.steps,
+            "max_epochs": -1,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": given.interval,
         }
         write_atomic(self.output / "budget.yaml", yaml.safe_dump(overlay, sort_keys=False))
         variants: dict[str, Any] = {
@@ -182,33 +221,26 @@ class Benchmark:
         header = "# Written by `dskd benchmark`; `dskd study` runs it, too.\n"
         write_atomic(self.file, header + yaml.safe_dump(study, sort_keys=False))
 
-    def _step_seconds(self, base: Path, objective: str) -> float:
-        """Seconds of an optimiser step of the costliest objective, the teacher's cache filled before."""
-        from dskd_lightning.launch.configs import config_path
-
-        folder = self.output / "probe"
-        options = {
-            "max_steps": _PROBED, "limit_val_batches": 0, "num_sanity_val_steps": 0,
-            "enable_checkpointing": False, "logger": False,
-        }  # fmt: skip
-        arguments = [f"--config={base}", f"--config={config_path(objective)}", f"--output={folder}"]
-        arguments += [f"--trainer.{key}={json.dumps(value)}" for key, value in options.items()]
-        run_process("probe", arguments, folder, "", True, False)
-        cost = (read_result(folder) or {}).get("training") or {}
-        return max(float(cost["seconds"]) / float(cost["steps"]), 1e-3)
-
 
 def recommended(output: Path) -> Verdict:
     """The objective to take, from the study's table and paired tests.
 
     The best ROUGE-L among those significantly above SFT's; else, as responses don't tell them apart, the
     best likelihood.
+
+    Raises:
+        UserError: no trained objective was tested, or results are damaged.
     """
     summary = read_object(output / "report" / "comparison.json", "run the benchmark again")
     table = read_object(output / "table.json", "run the benchmark again")
     trained = [item for item in summary["candidates"] if item["name"] not in (TEACHER, _UNTRAINED)]
     better = [item for item in trained if item["outcome"] == "better"]
     baseline = summary["baseline"]
+    if baseline in (TEACHER, _UNTRAINED):
+        raise UserError(
+            f"{output}: no objective's training ended with a finite loss: start over with lower --rates and "
+            "`--overwrite true`."
+        )
     if better:
         best = max(better, key=lambda item: item["mean"])
         gain, p = best["difference"]["mean"], best["adjusted_p_value"]

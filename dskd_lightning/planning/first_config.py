@@ -46,6 +46,8 @@ class Plan:
         machine: that was looked at.
         fits: False where even the smallest settings need more memory than there is.
         identical: whether both models read the same ids.
+        examples: how many were looked at, which may not be all.
+        ratio: the teacher's parameters over the student's.
     """
 
     text: str
@@ -53,6 +55,8 @@ class Plan:
     machine: Machine
     fits: bool
     identical: bool
+    examples: int
+    ratio: float
 
     @property
     def seconds(self) -> float:
@@ -109,7 +113,9 @@ def plan(teacher: str, student: str, data: str, output: str, machine: Machine | 
     }
     chosen, fits = _choose(student_spec, teacher_spec, machine, sizes)
     text = _written(chosen, advice, data, output, sizes, len(lengths) < _READ, machine, fits)
-    return Plan(text, chosen.found, machine, fits, report.identical)
+    parameters = [model_size(spec).parameters for spec in (chosen.teacher, chosen.student)]
+    ratio = parameters[0] / parameters[1]
+    return Plan(text, chosen.found, machine, fits, report.identical, len(examples), ratio)
 
 
 def _lengths(renderer: ChatRenderer, example: Example) -> tuple[int, int]:

@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from dskd_lightning.errors import UserError
 from dskd_lightning.runs.lock import HeldLocks, locked
+from dskd_lightning.study.failures import WorkerFailed
+from dskd_lightning.study.log import LOG
 from dskd_lightning.study.worker import run_variant
 
 __all__ = ["run_process", "variant_lock"]
@@ -25,7 +26,7 @@ def run_process(
     """`run_variant` in a fresh process.
 
     Raises:
-        UserError: it failed, or was told to stop.
+        WorkerFailed: it did, or was told to stop.
     """
     process = multiprocessing.get_context("spawn").Process(
         target=run_variant, args=(list(arguments), str(folder), settings, train, test, HeldLocks())
@@ -34,9 +35,7 @@ def run_process(
     with _passed_on(process):
         process.join()
     if process.exitcode != 0:
-        raise UserError(
-            f"study: variant {name!r} failed with exit status {process.exitcode}; its messages are above."
-        )
+        raise WorkerFailed(name, f"exit status {process.exitcode}, see {folder / LOG}")
 
 
 def variant_lock(output: Path, name: str) -> AbstractContextManager[None]:

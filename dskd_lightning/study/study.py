@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +22,22 @@ from dskd_lightning.launch.configs import config_path
 from dskd_lightning.runs.lock import only_one
 from dskd_lightning.runs.run_folder import TEACHER
 from dskd_lightning.runs.validation_metrics import KNOWN
-from dskd_lightning.study.names import check_name
+from dskd_lightning.study.failures import (
+    VariantsFailed,
+    WorkerFailed,
+    forget_failure,
+    has_failed,
+    note_failure,
+)
 from dskd_lightning.study.process import run_process, variant_lock
 from dskd_lightning.study.reading import mapping, read_values, texts
-from dskd_lightning.study.summary import summarise
+from dskd_lightning.study.summary import DIVERGED, FAILED, summarise
+from dskd_lightning.study.variant import Variant, read_variant
 from dskd_lightning.study.worker import read_result
 
 __all__ = ["Study", "Variant"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One configuration of a study.
-
-    Args:
-        name: its folder and its name in tables, see `check_name`.
-        config: keys laid over the base configs, as in a YAML file.
-        configs: more YAML files, relative to the study file.
-        train: False evaluates the student as it is before training.
-        teacher: evaluates the teacher in the student's place; nothing trains.
-        grid: ``key -> values``; every combination is trained in ``grid/NAME/SETTINGS``, a folder
-            called by a digest of all its settings; the best on validation is tested and linked as
-            ``NAME``.
-    """
-
-    name: str
-    config: dict[str, Any] = field(default_factory=dict)
-    configs: tuple[str, ...] = ()
-    train: bool = True
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    teacher: bool = False
-
-    def points(self) -> list[dict[str, Any]]:
-        """Every combination of the grid; one empty point without a grid."""
-        return [
-            dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())
-        ]
 
 
 @dataclass(frozen=True)
@@ -100,7 +77,7 @@ class Study:
         found = mapping(path, "variants", values["variants"])
         if len(found) < len(values["variants"]):
             raise UserError(f"{path}: two variants have one name: rename one.")
-        variants = tuple(_variant(path, name, options, grid) for name, options in found.items())
+        variants = tuple(read_variant(path, name, options, grid) for name, options in found.items())
         for file in [*base, *(Path(f) for v in variants for f in v.configs)]:
             if not file.is_file():
                 raise UserError(f"{path}: there is no config {file}.")
@@ -119,9 +96,13 @@ class Study:
     def run(self, overwrite: bool = False, only: Sequence[str] | None = None) -> None:
         """Run what is not finished yet, each variant in a process of its own, then summarise.
 
+        A variant whose loss becomes no number has that for a result; one that fails otherwise keeps no
+        other from running, and is tried again by the next call.
+
         Raises:
-            UserError: ``only`` names no variant, another process runs one, a finished variant was trained
-                with other settings, or a variant failed.
+            VariantsFailed: some failed; the others are done and in the table.
+            UserError: ``only`` names no variant, another process runs one, or a finished variant was trained
+                with other settings.
         """
         known = {variant.name for variant in self.variants}
         if unknown := sorted(set(only or ()) - known):
@@ -129,26 +110,38 @@ class Study:
                 f"--only: there is no variant {unknown[0]!r}; there are {', '.join(sorted(known))}."
             )
         chosen = [variant for variant in self.variants if only is None or variant.name in only]
+        failures = []
         with contextlib.ExitStack() as locks:
             for variant in chosen:
                 locks.enter_context(variant_lock(self.output, variant.name))
             for number, variant in enumerate(chosen, 1):
                 logger.info("--- variant %d of %d: %s", number, len(chosen), variant.name)
-                self._run_variant(variant, overwrite)
+                forget_failure(self.output, variant.name)
+                try:
+                    self._run_variant(variant, overwrite)
+                except WorkerFailed as failure:
+                    logger.error("%s", failure)
+                    note_failure(self.output, variant.name, self._points(variant))
+                    failures.append(failure)
         with only_one(self.output / ".locks" / ".summary", "summarises the study"):
-            finished = {  # looked at in here: whoever comes last tells of all
-                v.name: self.output / v.name
-                for v in self.variants
-                if self._is_finished(v, self.output / v.name)
-            }
-            baseline = next((v.name for v in self.variants if v.train and v.name in finished), None)
-            summarise(self.output, finished, report=self.report, baseline=baseline)
+            # Looked at in here: whoever comes last tells of all.
+            outcomes = {variant.name: self._outcome(variant) for variant in self.variants}
+            rows = {name: self.output / name for name, outcome in outcomes.items() if outcome is not None}
+            told = {name: outcome for name, outcome in outcomes.items() if outcome}
+            tested = [v.name for v in self.variants if v.train and outcomes[v.name] == ""]
+            baseline = tested[0] if tested else None
+            summarise(self.output, rows, report=self.report, baseline=baseline, outcomes=told)
+        if failures:
+            raise VariantsFailed(failures, len(chosen))
 
-    def _is_finished(self, variant: Variant, folder: Path) -> bool:
-        """Whether the folder holds a tested run with settings that the study still gives the variant."""
-        result = read_result(folder) or {}
-        settings = {self._settings(variant, point) for point in variant.points()}
-        return "test" in result and result.get("settings") in settings
+    def _outcome(self, variant: Variant) -> str | None:
+        """Of a variant with settings that the study still gives it: empty where its folder holds a tested
+        run, what became of it otherwise, or None where it didn't end yet."""
+        points = self._points(variant)
+        result = read_result(self.output / variant.name) or {}
+        if result.get("settings") in points and ("test" in result or "diverged" in result):
+            return DIVERGED if "diverged" in result else ""
+        return FAILED if has_failed(self.output, variant.name, points) else None
 
     def _run_variant(self, variant: Variant, overwrite: bool) -> None:
         folder = self.output / variant.name
@@ -156,7 +149,7 @@ class Study:
         if overwrite:
             _remove(folder)
             _remove(trials)
-        points = {self._settings(variant, point): point for point in variant.points()}
+        points = self._points(variant)
         if len(points) == 1:
             ((settings, point),) = points.items()
             self._finish(variant, folder, settings, point)
@@ -170,6 +163,10 @@ class Study:
         self._finish(variant, trials / best, best, points[best])
         _remove(folder)
         folder.symlink_to((trials / best).relative_to(self.output), target_is_directory=True)
+
+    def _points(self, variant: Variant) -> dict[str, dict[str, Any]]:
+        """Points by the digests of their settings."""
+        return {self._settings(variant, point): point for point in variant.points()}
 
     def _settings(self, variant: Variant, point: dict[str, Any]) -> str:
         """Digest of all that the study says of one run: what its folder belongs to."""
@@ -190,6 +187,9 @@ class Study:
                 f"{variant.name!r}; start over with `--overwrite true`, name another --output, or rename the "
                 "variant."
             )
+        if result is not None and "diverged" in result:
+            logger.info("%s: its training diverged, which is its result", variant.name)
+            return
         if result is not None and "test" in result:
             logger.info("%s: finished earlier, kept", variant.name)
             return
@@ -198,22 +198,33 @@ class Study:
         self._process(variant, folder, settings, point, test=True)
 
     def _search(self, variant: Variant, points: Mapping[str, dict[str, Any]]) -> str:
-        """Train every point of a grid; the best one's folder. The others lose their checkpoints."""
+        """Train every point of a grid; the best one's folder. The others lose their checkpoints.
+
+        Raises:
+            WorkerFailed: points failed, without which nobody knows which is the best; the others are trained.
+        """
         trials = self.output / "grid" / variant.name
         scores: dict[str, float] = {}
+        failures = []
         for settings, point in points.items():
             trial = trials / settings
             if read_result(trial) is None:
-                _remove(trial)
-                self._process(variant, trial, settings, point, test=False)
+                try:
+                    self._process(variant, trial, settings, point, test=False)
+                except WorkerFailed as failure:
+                    logger.error("%s", failure)
+                    failures.append(failure.reason)
+                    continue
             scores[settings] = self._score(trial)
             best = min(scores, key=lambda settings: self._loss(scores[settings]))
             for loser in scores.keys() - {best}:
                 _remove(trials / loser / "checkpoints")
+        if failures:
+            raise WorkerFailed(variant.name, " and ".join(failures))
         chosen = {
             "points": list(points.values()),
             "folders": list(points),
-            self.select: [scores[settings] for settings in points],
+            self.select: [score if math.isfinite(score := scores[settings]) else None for settings in points],
             "chosen": points[best],
         }
         write_atomic(trials / "grid.json", json.dumps(chosen, indent=2) + "\n")
@@ -221,8 +232,11 @@ class Study:
         return best
 
     def _score(self, trial: Path) -> float:
-        """What `select` is on validation; as bad as can be where it is no number."""
-        validation = (read_result(trial) or {}).get("validation") or {}
+        """What `select` is on validation; as bad as can be where it is no number, or training diverged."""
+        result = read_result(trial) or {}
+        if "diverged" in result:
+            return self._loss(math.inf)
+        validation = result.get("validation") or {}
         if self.select not in validation:
             known = ", ".join(sorted(validation)) or "nothing: give `data.val` or `data.val_split`"
             raise UserError(f"study: `select: {self.select}` isn't measured in validation; there is {known}.")
@@ -254,29 +268,3 @@ def _remove(folder: Path) -> None:
         folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _variant(path: Path, name: str, values: object, grid: dict[str, list[Any]]) -> Variant:
-    check_name(path, name)
-    key = f"variants.{name}"
-    options = mapping(path, key, values)
-    unknown = sorted(options.keys() - {"config", "configs", "train", "grid", "model"})
-    if unknown:
-        raise UserError(f"{path}: {key} has an unknown key {unknown[0]!r}.")
-    train = options.get("train", True)
-    if not isinstance(train, bool):
-        raise UserError(f"{path}: `{key}.train` must be true or false.")
-    if options.get("model") not in (None, TEACHER):
-        raise UserError(f"{path}: `{key}.model` can be {TEACHER}, which is evaluated, or be left out.")
-    teacher = options.get("model") == TEACHER
-    train = train and not teacher
-    own = mapping(path, f"{key}.grid", options["grid"], lists=True) if "grid" in options else grid
-    files = texts(path, f"{key}.configs", options.get("configs"))
-    return Variant(
-        name=name,
-        config=mapping(path, f"{key}.config", options.get("config")),
-        configs=tuple(str((path.parent / config_path(file)).resolve()) for file in files),
-        train=train,
-        grid=own if train else {},
-        teacher=teacher,
-    )

@@ -11,12 +11,17 @@ from rich.console import Console
 from rich.text import Text
 
 from dskd_lightning.files import write_atomic
-from dskd_lightning.runs.run_folder import RunFolder
+from dskd_lightning.runs.run_folder import TEACHER, RunFolder
 from dskd_lightning.runs.tables import number_tables
 from dskd_lightning.runs.text import visible
 from dskd_lightning.study.worker import read_result
 
-__all__ = ["summarise"]
+__all__ = ["DIVERGED", "FAILED", "summarise"]
+
+DIVERGED = "diverged"
+"""The loss became no number in training."""
+FAILED = "failed"
+"""The variant's process ended without a result; its log says why."""
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("perplexity_per_token", "perplexity", "{:.2f}"),
@@ -28,8 +33,19 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("rougeL", "ROUGE-L", "{:.1f}"),
     ("rougeL_std", "± over seeds", "{:.1f}"),
     ("training_seconds", "training s", "{:.0f}"),
-    ("peak_memory_gib", "peak GiB", "{:.1f}"),
+    ("peak_memory_gib", "training GiB", "{:.1f}"),
+    ("parameters", "parameters", "{:,.0f}"),
+    ("decode_tokens_per_second", "tokens/s", "{:.1f}"),
+    ("inference_peak_gib", "inference GiB", "{:.2f}"),
 )
+_COSTS = (
+    ("training", "seconds", "training_seconds", 1),
+    ("training", "peak_bytes", "peak_memory_gib", 2**30),
+    ("efficiency", "parameters", "parameters", 1),
+    ("efficiency", "decode_tokens_per_second", "decode_tokens_per_second", 1),
+    ("efficiency", "peak_bytes", "inference_peak_gib", 2**30),
+)
+"""Of a run folder: which part, its key, what tables call it, and the unit."""
 _CURVES = (
     ("val/perplexity_per_token", "perplexity"),
     ("val/kl", "KL to teacher"),
@@ -38,34 +54,46 @@ _CURVES = (
 
 
 def summarise(
-    output: Path, runs: Mapping[str, Path], report: bool = True, baseline: str | None = None
+    output: Path,
+    runs: Mapping[str, Path],
+    report: bool = True,
+    baseline: str | None = None,
+    outcomes: Mapping[str, str] | None = None,
 ) -> None:
     """Print the table and write ``table.md``, ``table.json``, ``curves.png`` and, if wanted, the HTML report.
 
     Args:
         output: folder of the study.
-        runs: name -> run folder of the finished variants.
-        report: also compare the runs' predictions with the baseline's.
-        baseline: one of ``runs``; None takes the first.
+        runs: name -> run folder of the variants that ended.
+        report: also compare the tested runs' predictions with the baseline's.
+        baseline: one of ``runs`` that was tested; None takes the first.
+        outcomes: `DIVERGED` or `FAILED`, of those among ``runs`` that weren't tested.
     """
-    rows = {name: _row(folder) for name, folder in runs.items()}
+    outcomes = outcomes or {}
+    folders = {name: RunFolder.read(path, name) for name, path in runs.items() if name not in outcomes}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"outcome": outcomes[name]} if name in outcomes else _row(folders[name]) for name in runs
+    }
+    rows = _with_teacher(rows, folders)
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows.values())]
     cells = {
         name: [format_.format(row[key]) if key in row else "" for key, _, format_ in columns]
         for name, row in rows.items()
     }
     headings = ["", *(label for _, label, _ in columns)]
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" + "---:|" * len(columns)]
+    if outcomes:
+        headings.append("outcome")
+        cells = {name: [*row, outcomes.get(name, "")] for name, row in cells.items()}
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" + "---:|" * (len(headings) - 1)]
     lines += ["| " + " | ".join([name, *row]) + " |" for name, row in cells.items()]
     write_atomic(output / "table.md", "\n".join(lines) + "\n")
     write_atomic(output / "table.json", json.dumps(rows, indent=2) + "\n")
-    folders = {name: RunFolder.read(path, name) for name, path in runs.items()}
     _plot(folders, output / "curves.png")
-    if report and len(runs) > 1 and all(folder.predictions for folder in folders.values()):
+    if report and len(folders) > 1 and all(folder.predictions for folder in folders.values()):
         from dskd_lightning.comparison.compare_runs import compare_runs
 
-        ordered = sorted(runs.items(), key=lambda run: run[0] != baseline)
-        compare_runs([f"{name}={path}" for name, path in ordered], output=output / "report")
+        ordered = sorted(folders, key=lambda name: name != baseline)
+        compare_runs([f"{name}={runs[name]}" for name in ordered], output=output / "report")
     console = Console()
     title = Text(f"{visible(output.name)}: held-out results")
     for table in number_tables(headings, [[n, *row] for n, row in cells.items()], console.width, title):
@@ -74,14 +102,30 @@ def summarise(
     print(f"table, curves and report are in {visible(str(output))}")
 
 
-def _row(folder: Path) -> dict[str, float]:
-    result: dict[str, Any] = read_result(folder) or {}
+def _row(folder: RunFolder) -> dict[str, Any]:
+    result = read_result(folder.path) or {}
     row = {key: float(value) for key, value in result.get("test", {}).items()}
-    cost = result.get("training") or {}
-    for key, name, unit in (("seconds", "training_seconds", 1), ("peak_bytes", "peak_memory_gib", 2**30)):
-        if key in cost:
-            row[name] = cost[key] / unit
-    return row
+    return row | _costs({"training": result.get("training"), "efficiency": folder.efficiency})
+
+
+def _with_teacher(
+    rows: dict[str, dict[str, Any]], folders: Mapping[str, RunFolder]
+) -> dict[str, dict[str, Any]]:
+    """What the teacher costs, where a run has measured it and the teacher's own hasn't: in a first row."""
+    measured = next((found for run in folders.values() if (found := run.teacher_efficiency)), None)
+    costs = _costs({"efficiency": measured})
+    if not costs or "outcome" in rows.get(TEACHER, {}):
+        return rows
+    return {**({} if TEACHER in rows else {TEACHER: {}}), **rows} | {TEACHER: costs | rows.get(TEACHER, {})}
+
+
+def _costs(parts: Mapping[str, Mapping[str, Any] | None]) -> dict[str, float]:
+    found = {(part, key): value for part, values in parts.items() for key, value in (values or {}).items()}
+    return {
+        name: found[part, key] / unit
+        for part, key, name, unit in _COSTS
+        if found.get((part, key)) is not None
+    }
 
 
 def _plot(runs: Mapping[str, RunFolder], path: Path) -> None:

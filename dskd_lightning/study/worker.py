@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dskd_lightning.errors import UserError
-from dskd_lightning.files import read_object, write_object
+from dskd_lightning.checkpoints import restored
+from dskd_lightning.errors import Diverged, UserError
+from dskd_lightning.files import read_if_there, read_object, write_object
 from dskd_lightning.runs.identity import MODEL_KEY
 from dskd_lightning.runs.lock import lock_run
 from dskd_lightning.runs.parent import end_with_parent
+from dskd_lightning.runs.run_folder import RunFolder
 from dskd_lightning.runs.text import visible
+from dskd_lightning.study.log import kept
 
 if TYPE_CHECKING:
     from lightning import Trainer
 
+    from dskd_lightning.launch.lightning_cli import DistillationCLI
     from dskd_lightning.runs.lock import HeldLocks
 
 __all__ = ["DONE", "read_result", "run_variant"]
 
 DONE = "variant.json"
 """Written after training, and again with the test's numbers after it."""
+BEGUN = "begun.json"
+"""Written before training: of which settings the folder's checkpoints are."""
+_VALIDATION = "val/"
+_LIKELIHOODS = ("val/nll_per_token", "val/nll_per_byte")
 _LARGEST = 1e308
 _REMEDY = "delete the folder '{}' to run it again"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """What ``variant.json`` of a run folder says, or None where there is none.
+
+    ``diverged`` is there, with what the run said then, where its loss became no number.
 
     Raises:
         UserError: it is damaged.
@@ -63,7 +75,9 @@ def run_variant(
 ) -> None:
     """Train and test as ``dskd fit`` and ``dskd test`` would.
 
-    What ``variant.json`` in the folder says to be trained already is only tested.
+    Training that was interrupted goes on from its last checkpoint, if that is of the same settings. What
+    ``variant.json`` in the folder says to be trained already is only tested. What goes to the standard error
+    is kept in the folder, see `log`.
 
     Args:
         arguments: the command line, without a command.
@@ -81,13 +95,21 @@ def run_variant(
 
     configure_output()
     end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        _run(arguments, Path(folder), settings, train, test)
-    except UserError as error:
-        print(f"dskd: error: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as stop:  # after SIGTERM Lightning ends training with the status of success
-        sys.exit(stop.code or 128 + signal.SIGTERM)
+    with kept(Path(folder)):
+        try:
+            _run(arguments, Path(folder), settings, train, test)
+        except UserError as error:
+            _say(error)
+            sys.exit(2)
+        except SystemExit as stop:  # after SIGTERM Lightning ends training with the status of success
+            sys.exit(stop.code or 128 + signal.SIGTERM)
+        except Exception:  # multiprocessing would tell it after the log is closed
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _say(error: UserError) -> None:
+    print(f"dskd: error: {visible(str(error))}", file=sys.stderr)
 
 
 def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: bool) -> None:
@@ -96,20 +118,19 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
 
     lock_run(folder)
     result = read_result(folder) or {}
-    # A new student ends what the folder held, unless it was trained here.
-    cli = DistillationCLI(args=[*arguments, f"--overwrite={str(not result).lower()}"], run=False)
+    cli: DistillationCLI | None = None
     if not result:
         result = {"settings": settings, "trained": train}
         if train:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-            _stop_if_told(cli.trainer)
-            result["validation"] = {
-                name: float(value)
-                for name, value in cli.trainer.callback_metrics.items()
-                if name.startswith("val/")
-            }
-            result["training"] = read_object(folder / "training.json", _REMEDY.format(folder))
-    if test:
+            try:
+                cli, measured = _trained(arguments, folder, settings)
+                result.update(measured)
+            except Diverged as error:
+                _say(error)
+                result["diverged"] = str(error)
+    if test and "diverged" not in result:
+        if cli is None:
+            cli = DistillationCLI(args=arguments, run=False)
         best = trained_checkpoint(folder / "checkpoints") if result["trained"] else None
         cli.trainer.test(
             cli.model,
@@ -121,6 +142,37 @@ def _run(arguments: list[str], folder: Path, settings: str, train: bool, test: b
         result["test"] = {name: value for name, value in metrics.items() if _is_number(value)}
         _stop_if_told(cli.trainer)
     write_object(folder / DONE, result)
+
+
+def _trained(arguments: list[str], folder: Path, settings: str) -> tuple[DistillationCLI, dict[str, Any]]:
+    """As ``dskd fit`` trains, from its last checkpoint where the folder has one of the same settings.
+
+    Returns:
+        What trained, and the last validation and what training has cost.
+
+    Raises:
+        Diverged: a loss, or the validation's, is no number.
+    """
+    from dskd_lightning.launch.lightning_cli import DistillationCLI
+    from dskd_lightning.launch.run_files import clear_run
+
+    last = folder / "checkpoints" / "last.ckpt"
+    begun = read_if_there(folder / BEGUN, _REMEDY.format(folder)) or {}
+    resumes = begun.get("settings") == settings and restored(last).exists()
+    if not resumes:
+        clear_run(folder)  # first: what lies beside the digest is of these settings
+        write_object(folder / BEGUN, {"settings": settings})
+    cli = DistillationCLI(args=["fit", *arguments, *(["--ckpt_path=last"] if resumes else [])])
+    _stop_if_told(cli.trainer)
+    validation = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    validation = {name: value for name, value in validation.items() if name.startswith(_VALIDATION)}
+    if resumes and not validation:  # it was killed after the last one
+        curves = RunFolder.read(folder).curves
+        validation = {name: curves[name][-1][1] for name in curves if name.startswith(_VALIDATION)}
+    if not all(math.isfinite(validation.get(name, 0.0)) for name in _LIKELIHOODS):
+        raise Diverged("The likelihood in validation is no number after training; lower the learning rate.")
+    cost = read_object(folder / "training.json", _REMEDY.format(folder))
+    return cli, {"validation": validation, "training": cost}
 
 
 def _stop_if_told(trainer: Trainer) -> None:

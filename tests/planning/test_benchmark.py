@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ from tiny_runs import dskd_fork, write_data
 
 from dskd_lightning.errors import UserError
 from dskd_lightning.planning.benchmark import CROSS, SAME, Benchmark, parse_duration, recommended
+from dskd_lightning.planning.pace import Pace
+from dskd_lightning.study import Study
+from dskd_lightning.study.failures import VariantsFailed, WorkerFailed
 
 
 @pytest.mark.slow
@@ -20,7 +26,7 @@ def test_all_that_fit_get_the_same_steps_and_it_goes_on(model_folder, tmp_path) 
     models = model_folder(hidden=24, seed=2), model_folder(seed=1)
     output = tmp_path / "b"
     command = [
-        "benchmark", "--teacher", models[0], "--student", models[1], "--data", str(data), "--budget", "60s",
+        "benchmark", "--teacher", models[0], "--student", models[1], "--data", str(data), "--budget", "4m",
         "--output", str(output), "--rates", "[0.003]", "--objectives", "SFT", "DSKD",
     ]  # fmt: skip
     done = dskd_fork(*command, timeout=400)
@@ -40,7 +46,7 @@ def test_all_that_fit_get_the_same_steps_and_it_goes_on(model_folder, tmp_path) 
     again = dskd_fork(*command, timeout=100)
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.ckpt")} == written
-    command[command.index("60s")] = "90s"
+    command[command.index("4m")] = "5m"
     refused = dskd_fork(*command, check=False)
     assert refused.returncode == 2
     assert "another budget" in refused.stderr
@@ -52,38 +58,61 @@ def benchmark(tmp_path: Path, **changes: Any) -> Benchmark:
 
 
 class Planned:
-    """Stands in for models, data and the probe."""
+    """Stands in for models, data and the probe, which finds a step of some seconds and nothing else."""
 
     def __init__(self, monkeypatch, identical: bool, seconds: float) -> None:
-        text = yaml.safe_dump({"trainer": {"max_epochs": 3}, "data": {"max_length": 128}})
-        estimate = type("Estimate", (), {"steps": 300})
-        plan = type("Plan", (), {"text": text, "estimate": estimate, "identical": identical})
+        values = {"trainer": {"accumulate_grad_batches": 2}, "data": {"max_length": 128}}
+        known = {"text": yaml.safe_dump(values), "examples": 500, "ratio": 2.0, "identical": identical}
+        plan = type("Plan", (), known)
+        pace = Pace(start=0.0, step=seconds, validation=0.0, test=0.0, responses=0.0, batches=200)
         monkeypatch.setattr("dskd_lightning.planning.benchmark.plan", lambda *_: plan)
-        monkeypatch.setattr(Benchmark, "_step_seconds", lambda *_: seconds)
+        monkeypatch.setattr("dskd_lightning.planning.benchmark.measure_pace", lambda *_: pace)
+
+
+def planned(tmp_path: Path, **changes: Any) -> None:
+    benchmark(tmp_path, **changes)._plan(time.monotonic())
 
 
 @pytest.mark.parametrize(("identical", "known"), [(True, SAME), (False, CROSS)])
 def test_budget_is_shared_by_objectives_and_rates(tmp_path, monkeypatch, identical, known) -> None:
-    Planned(monkeypatch, identical, 5.0)
-    benchmark(tmp_path, rates=(1e-4, 3e-4, 1e-3))._plan()
-    budget = yaml.safe_load((tmp_path / "budget.yaml").read_text())
-    assert budget["trainer"]["max_steps"] == int(0.7 * 3600 / (len(known) * 3 * 5.0))
+    Planned(monkeypatch, identical, 10.0)
+    planned(tmp_path, rates=(1e-4, 3e-4, 1e-3))
+    trainer = yaml.safe_load((tmp_path / "budget.yaml").read_text())["trainer"]
+    most = int((3600 - 15) / (len(known) * 3 * 10.0))
+    assert most - 3 < trainer["max_steps"] <= most
+    assert 3 * trainer["val_check_interval"] == 2 * trainer["max_steps"]  # the last one at the end
     variants = yaml.safe_load((tmp_path / "benchmark.study.yaml").read_text())["variants"]
     assert list(variants) == ["teacher", "before training", *known]
 
 
-def test_more_than_three_epochs_are_too_many(tmp_path, monkeypatch) -> None:
+def test_the_end_is_told(tmp_path, monkeypatch, caplog) -> None:
+    Planned(monkeypatch, True, 10.0)
+    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        planned(tmp_path)
+    assert re.search(r"expected to end at \d\d:\d\d, after 5[6-9] min \d+ s of 1 h 0 min", caplog.text)
+
+
+def test_a_benchmark_that_took_longer_says_so(tmp_path, monkeypatch, caplog) -> None:
     Planned(monkeypatch, True, 0.001)
-    benchmark(tmp_path)._plan()
-    assert yaml.safe_load((tmp_path / "budget.yaml").read_text())["trainer"]["max_steps"] == 300
+    clock = iter((0.0, 0.0, 100.0))
+    monkeypatch.setattr("dskd_lightning.planning.benchmark.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(
+        Study,
+        "run",
+        lambda self, overwrite: results(self.output, {"A": ("worse", 2.0)}, {"SFT": 1.5, "A": 1.4}),
+    )
+    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
+    benchmark(tmp_path, budget=90.0).run()
+    assert "It took 1 min 40 s, more than the budget of 1 min 30 s" in caplog.text
 
 
 def test_mistakes(tmp_path, monkeypatch) -> None:
     Planned(monkeypatch, True, 1000.0)
-    with pytest.raises(UserError, match=r"one step of one run takes 1000\.0 s"):
-        benchmark(tmp_path)._plan()
+    with pytest.raises(UserError, match=r"one step of each 8000\.0 s; give at least 2 h"):
+        planned(tmp_path)
     with pytest.raises(UserError, match="'ALM' doesn't fit this pair"):
-        benchmark(tmp_path, objectives=("SFT", "ALM"))._plan()
+        planned(tmp_path, objectives=("SFT", "ALM"))
     for text in ("2", "h", "-1h", "2 weeks", "nanh"):
         with pytest.raises(UserError, match="--budget"):
             parse_duration(text)
@@ -129,6 +158,32 @@ def test_likelihood_where_responses_don_t_tell(tmp_path) -> None:
     assert "no method's ROUGE-L is significantly above" in found.reason
 
 
+def test_no_recommendation_where_every_training_diverged(tmp_path) -> None:
+    (tmp_path / "report").mkdir()
+    candidate = {"name": "before training", "outcome": "worse", "mean": 1.0}
+    summary = {"baseline": "teacher", "candidates": [candidate]}
+    (tmp_path / "report" / "comparison.json").write_text(json.dumps(summary))
+    rows = {"teacher": {"perplexity_per_byte": 1.1}, "SFT": {"outcome": "diverged"}}
+    (tmp_path / "table.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="lower --rates"):
+        recommended(tmp_path)
+
+
+def test_what_the_others_tell_is_told_where_a_run_failed(tmp_path, monkeypatch, caplog) -> None:
+    Planned(monkeypatch, True, 5.0)
+
+    def run(self: Study, overwrite: bool) -> None:
+        results(self.output, {"A": ("better", 24.0)}, {"SFT": 1.5, "A": 1.4})
+        raise VariantsFailed([WorkerFailed("B", "exit status 1, see B/variant.log")], 3)
+
+    monkeypatch.setattr(Study, "run", run)
+    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
+    with caplog.at_level(logging.INFO), pytest.raises(VariantsFailed, match="1 of 3 variants failed"):
+        benchmark(tmp_path).run()
+    assert "of the others: take A: its ROUGE-L is +4.0" in caplog.text
+    assert json.loads((tmp_path / "recommendation.json").read_text())["objective"] == "A"
+
+
 def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -136,7 +191,7 @@ def _killed(*_: object) -> None:
 def test_a_changed_digit_of_what_the_folder_is_of_is_seen(tmp_path, monkeypatch) -> None:
     Planned(monkeypatch, True, 5.0)
     benchmark(tmp_path)._claim(overwrite=False)
-    benchmark(tmp_path)._plan()
+    planned(tmp_path)
     benchmark(tmp_path)._claim(overwrite=False)
     path = tmp_path / "benchmark.json"
     path.write_text(path.read_text().replace("3600", "3700"))

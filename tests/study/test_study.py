@@ -25,16 +25,26 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_object
 from dskd_lightning.study import Study, Variant, worker
 from dskd_lightning.study import study as study_module
+from dskd_lightning.study.failures import VariantsFailed, WorkerFailed
+from dskd_lightning.study.log import LOG
 from dskd_lightning.study.process import variant_lock
 
 METRIC = "val/nll_per_byte"
 
 
 class Recorder:
-    """Stands in for training: a point's loss is its distance from lr 0.05; the test tells the lr."""
+    """Stands in for training: a point's loss is its distance from lr 0.05; the test tells the lr.
+
+    Above `diverges` it is no number, and what is in `fails` fails.
+    """
+
+    diverges = 100.0
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: list[float] = []
+        self.fails: set[float] = set()
+        self.table: dict[str, float] = {}
+        self.outcomes: dict[str, str] = {}
         monkeypatch.setattr(Study, "_process", self._process)
         monkeypatch.setattr(study_module, "summarise", self._summarise)
 
@@ -46,15 +56,24 @@ class Recorder:
         result = worker.read_result(folder) or {}
         if not result:
             self.trained.append(lr)
+            if lr in self.fails:
+                (folder / "half").touch()
+                raise WorkerFailed(variant.name, f"exit status 1, see {folder / LOG}")
             (folder / "checkpoints").mkdir(exist_ok=True)
             (folder / "checkpoints" / "best.ckpt").write_text(str(lr))
             result = {"settings": settings, "trained": True, "validation": {METRIC: abs(lr - 0.05)}}
-        if test:
+            if lr > self.diverges:
+                result = {"settings": settings, "trained": True, "diverged": "The loss is nan."}
+        if test and "diverged" not in result:
             result["test"] = {"lr": float((folder / "checkpoints" / "best.ckpt").read_text())}
         write_object(folder / worker.DONE, result)
 
-    def _summarise(self, output: Path, runs: dict[str, Path], **_: object) -> None:
-        self.table = {name: worker.read_result(path)["test"]["lr"] for name, path in runs.items()}
+    def _summarise(
+        self, output: Path, runs: dict[str, Path], outcomes: dict[str, str], baseline: str | None, **_: object
+    ) -> None:
+        self.outcomes, self.baseline = outcomes, baseline
+        tested = {name: path for name, path in runs.items() if name not in outcomes}
+        self.table = {name: worker.read_result(path)["test"]["lr"] for name, path in tested.items()}
 
 
 @pytest.fixture
@@ -189,6 +208,117 @@ def test_a_grid_that_is_given_up(tmp_path, recorder) -> None:
     assert recorder.table == {"a": 0.4}
 
 
+def test_a_diverged_point_is_the_worst_of_its_grid(tmp_path, recorder) -> None:
+    read(tmp_path, variants={"a": {"grid": {"lr": [1e20, 0.3, 0.2]}}}).run()
+    assert recorder.table == {"a": 0.2}
+    grid = (tmp_path / "out/grid/a/grid.json").read_text()
+    assert json.loads(grid, parse_constant=pytest.fail)[METRIC] == [None, 0.25, pytest.approx(0.15)]
+    read(tmp_path, variants={"a": {"grid": {"lr": [1e20, 0.3, 0.4]}}}).run()
+    assert recorder.trained == [1e20, 0.3, 0.2, 0.4, 0.3]  # once: it is a result
+
+
+def test_a_diverged_point_is_the_worst_where_more_is_better(tmp_path, recorder, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "METRIC", "val/rougeL")
+    read(tmp_path, select="val/rougeL", variants={"a": {"grid": {"lr": [1e20, 0.3]}}}).run()
+    assert recorder.table == {"a": 0.3}
+
+
+def test_a_diverged_variant_is_a_result(tmp_path, recorder) -> None:
+    variants = {
+        "a": {"config": {"lr": 1e20}},
+        "b": {"grid": {"lr": [1e20, 1e21]}},
+        "c": {"config": {"lr": 0.3}},
+    }
+    for _ in range(2):
+        read(tmp_path, variants=variants).run()
+        assert recorder.table == {"c": 0.3}
+        assert recorder.outcomes == {"a": "diverged", "b": "diverged"}
+        assert recorder.baseline == "c"
+    assert recorder.trained == [1e20, 1e20, 1e21, 0.3]
+
+
+def test_a_variant_that_fails_keeps_no_other_from_running_and_is_tried_again(tmp_path, recorder) -> None:
+    recorder.fails = {0.1, 0.2}
+    variants = {"a": {"config": {"lr": 0.1}}, "b": {"grid": {"lr": [0.2, 0.3]}}, "c": {"config": {"lr": 0.4}}}
+    with pytest.raises(
+        VariantsFailed, match=r"2 of 3 variants failed.*'a' with exit status 1, see .*/a/"
+    ) as told:
+        read(tmp_path, variants=variants).run()
+    assert recorder.trained == [0.1, 0.2, 0.3, 0.4]
+    assert "/grid/b/" in str(told.value)
+    assert recorder.table == {"c": 0.4}
+    assert recorder.outcomes == {"a": "failed", "b": "failed"}
+    read(tmp_path, variants=variants).run(only=["c"])
+    assert recorder.outcomes == {"a": "failed", "b": "failed"}  # whoever summarises tells of them
+    recorder.fails = set()
+    read(tmp_path, variants=variants).run()
+    assert recorder.trained == [0.1, 0.2, 0.3, 0.4, 0.1, 0.2]
+    assert len(list(tmp_path.glob("out/*/half"))) == 2  # from where it stopped
+    assert recorder.table == {"a": 0.1, "b": 0.2, "c": 0.4}
+    assert recorder.outcomes == {}
+
+
+def test_a_failure_of_other_settings_has_no_row(tmp_path, recorder) -> None:
+    recorder.fails = {0.1}
+    variants: dict[str, Any] = {"a": {"config": {"lr": 0.1}}, "b": None}
+    with pytest.raises(VariantsFailed):
+        read(tmp_path, variants=variants).run()
+    variants["a"] = {"config": {"lr": 0.2}}
+    read(tmp_path, variants=variants).run(only=["b"])
+    assert recorder.outcomes == {}
+
+
+def run_forked(folder: Path, config: Path, test: bool = False, settings: str = "s") -> int:
+    """`run_variant` in a fork of this process; its exit status, negative for a signal."""
+    process = os.fork()
+    if not process:
+        arguments = [f"--config={config}", f"--output={folder}"]
+        run = partial(worker.run_variant, arguments, str(folder), settings, True, test)
+        become(run, folder.parent / "out")
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+DIVERGING: dict[str, Any] = {
+    "model.objective": SFT, "model.optimizer.init_args.lr": 1e30, "model.warmup_ratio": 0.0
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "The loss is nan"),
+        # The last step's weights are in no loss of the training.
+        (
+            {"trainer.max_epochs": 1, "data.batch_size": 16, "model.optimizer.init_args.lr": 1e18},
+            "validation is no number",
+        ),
+    ],
+)
+def test_a_loss_that_is_no_number_is_a_result(model_folder, tmp_path, changes, said) -> None:
+    config = write_config(tmp_path, model_folder(seed=1), None, **{**DIVERGING, **changes})
+    assert run_forked(tmp_path / "run", config, test=True) == 0, (tmp_path / "out").read_text()
+    result = worker.read_result(tmp_path / "run")
+    assert result is not None
+    assert said in result["diverged"]
+    assert "test" not in result
+    assert said in (tmp_path / "run" / LOG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "status", "said"),
+    [
+        ("data.max_length", -1, 2, "dskd: error: "),
+        ("trainer.callbacks", [{"class_path": "lightning.pytorch.callbacks.EarlyStopping",
+                                "init_args": {"monitor": "x"}}], 1, "Traceback"),
+    ],
+)  # fmt: skip
+def test_what_a_worker_says_is_kept(model_folder, tmp_path, key, value, status, said) -> None:
+    config = write_config(tmp_path, model_folder(seed=1), None, **{"model.objective": SFT, key: value})
+    assert run_forked(tmp_path / "run", config) == status, (tmp_path / "out").read_text()
+    assert said in (tmp_path / "run" / LOG).read_text()
+    assert said in (tmp_path / "out").read_text()
+
+
 def test_a_metric_that_is_not_measured(tmp_path, recorder) -> None:
     with pytest.raises(UserError, match="isn't measured in validation; there is val/nll_per_byte"):
         read(tmp_path, select="val/x", variants={"a": {"grid": {"lr": [0.1, 0.2]}}}).run()
@@ -296,7 +426,7 @@ def test_a_killed_study_ends_its_worker_which_keeps_others_out_until_then(tmp_pa
         "if __name__ == '__main__':\n"
         "    process.run_variant = work\n"
         "    with process.variant_lock(Path(sys.argv[1]), 'a'):\n"
-        "        process.run_process('a', [], Path('x'), '', True, True)\n"
+        "        process.run_process('a', [], Path(sys.argv[1], 'x'), '', True, True)\n"
     )
     command = [sys.executable, str(script), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as study:
@@ -394,11 +524,6 @@ def test_a_run_without_a_logger_leaves_the_working_folder_alone(model_folder, tm
     changes = {"model.objective": SFT, "trainer.logger": False, "trainer.max_steps": 1}
     config = write_config(tmp_path, model_folder(seed=1), None, **changes)
     monkeypatch.chdir(working)
-    process = os.fork()
-    if not process:
-        arguments = [f"--config={config}", f"--output={tmp_path / 'run'}"]
-        run = partial(worker.run_variant, arguments, str(tmp_path / "run"), "", True, False)
-        become(run, tmp_path / "out", tmp_path / "err")
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, (tmp_path / "err").read_text()
+    assert run_forked(tmp_path / "run", config) == 0, (tmp_path / "out").read_text()
     assert [(path.name, path.read_text()) for path in working.iterdir()] == [("config.yaml", "mine\n")]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["logger"] is False
