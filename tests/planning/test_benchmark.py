@@ -14,8 +14,10 @@ import yaml
 from tiny_runs import dskd_fork, write_data
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.planning.benchmark import CROSS, SAME, Benchmark, parse_duration, recommended
+from dskd_lightning.planning.benchmark import Benchmark, parse_duration
+from dskd_lightning.planning.objectives import CROSS, SAME
 from dskd_lightning.planning.pace import Pace
+from dskd_lightning.planning.verdict import recommended
 from dskd_lightning.study import Study
 from dskd_lightning.study.failures import VariantsFailed, WorkerFailed
 
@@ -60,9 +62,10 @@ def benchmark(tmp_path: Path, **changes: Any) -> Benchmark:
 class Planned:
     """Stands in for models, data and the probe, which finds a step of some seconds and nothing else."""
 
-    def __init__(self, monkeypatch, identical: bool, seconds: float) -> None:
+    def __init__(self, monkeypatch, identical: bool, seconds: float, objective: str = "") -> None:
         values = {"trainer": {"accumulate_grad_batches": 2}, "data": {"max_length": 128}}
         known = {"text": yaml.safe_dump(values), "examples": 500, "ratio": 2.0, "identical": identical}
+        known["objective"] = objective
         plan = type("Plan", (), known)
         pace = Pace(start=0.0, step=seconds, validation=0.0, test=0.0, responses=0.0, batches=200)
         monkeypatch.setattr("dskd_lightning.planning.benchmark.plan", lambda *_: plan)
@@ -83,6 +86,13 @@ def test_budget_is_shared_by_objectives_and_rates(tmp_path, monkeypatch, identic
     assert 3 * trainer["val_check_interval"] == 2 * trainer["max_steps"]  # the last one at the end
     variants = yaml.safe_load((tmp_path / "benchmark.study.yaml").read_text())["variants"]
     assert list(variants) == ["teacher", "before training", *known]
+
+
+def test_the_objective_that_vocab_names_is_among_them(tmp_path, monkeypatch) -> None:
+    Planned(monkeypatch, False, 10.0, "dskd_lightning.objectives.GOLDObjective")
+    planned(tmp_path)
+    variants = yaml.safe_load((tmp_path / "benchmark.study.yaml").read_text())["variants"]
+    assert variants["GOLD"] == {"configs": ["dskd:objective/gold"]}
 
 
 def test_the_end_is_told(tmp_path, monkeypatch, caplog) -> None:
@@ -111,8 +121,8 @@ def test_mistakes(tmp_path, monkeypatch) -> None:
     Planned(monkeypatch, True, 1000.0)
     with pytest.raises(UserError, match=r"one step of each 8000\.0 s; give at least 2 h"):
         planned(tmp_path)
-    with pytest.raises(UserError, match="'ALM' doesn't fit this pair"):
-        planned(tmp_path, objectives=("SFT", "ALM"))
+    with pytest.raises(UserError, match="there is no 'Alm'"):
+        planned(tmp_path, objectives=("SFT", "Alm"))
     for text in ("2", "h", "-1h", "2 weeks", "nanh"):
         with pytest.raises(UserError, match="--budget"):
             parse_duration(text)
@@ -202,8 +212,8 @@ def test_a_changed_digit_of_what_the_folder_is_of_is_seen(tmp_path, monkeypatch)
 def test_a_corrected_mistake_is_no_other_benchmark(tmp_path, monkeypatch) -> None:
     Planned(monkeypatch, True, 5.0)
     monkeypatch.setattr("dskd_lightning.planning.benchmark.Study.read", _killed)
-    with pytest.raises(UserError, match="'ALM' doesn't fit this pair"):
-        benchmark(tmp_path, objectives=("SFT", "ALM")).run()
+    with pytest.raises(UserError, match="there is no 'Alm'"):
+        benchmark(tmp_path, objectives=("SFT", "Alm")).run()
     with pytest.raises(KeyboardInterrupt):
         benchmark(tmp_path, objectives=("SFT",)).run()
     with pytest.raises(UserError, match="another objectives"):
