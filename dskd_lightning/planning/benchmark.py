@@ -132,7 +132,8 @@ class Benchmark:
             since: when the benchmark began, of a monotonic clock.
         """
         base = self.output / "base.yaml"
-        found = plan(self.teacher, self.student, self.data, str(self.output))
+        alone = f"{self.output}_fit"  # of `dskd fit` with the config, beside the study
+        found = plan(self.teacher, self.student, self.data, alone)
         write_atomic(base, found.text.replace("FILE", str(base)))
         names = objective_names(self.objectives, found.identical, found.objective)
         costliest = [name for name in OBJECTIVES if name in names][-1]

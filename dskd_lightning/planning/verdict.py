@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from dskd_lightning.planning.objectives import UNTRAINED
 from dskd_lightning.runs.run_folder import TEACHER
 
 __all__ = ["Verdict", "recommended"]
+
+_ALIKE = 0.01
+"""Share by which nats of held-out text may differ between methods that count as alike, a rule of thumb."""
+_AS_FAST = 1.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def recommended(output: Path) -> Verdict:
     """The objective to take.
 
     The best ROUGE-L among those significantly above SFT's; else, as responses don't tell them apart, the
-    best likelihood.
+    best likelihood; and of those whose likelihoods are all but the same, the cheapest to train.
 
     Args:
         output: folder of the study, whose report was written.
@@ -68,8 +73,25 @@ def recommended(output: Path) -> Verdict:
 
 
 def _by_likelihood(names: Sequence[str], table: Mapping[str, Any]) -> tuple[str, str]:
+    """Whose held-out responses are likeliest, the cheapest to train of those that are alike; and why."""
     perplexity = {name: float(table[name]["perplexity_per_byte"]) for name in names}
     best = min(names, key=perplexity.__getitem__)
-    return best, (
-        f"of all it predicts the held-out responses best (perplexity {perplexity[best]:.3f} per byte)"
+    most = math.log(perplexity[best]) * (1 + _ALIKE)
+    alike = [name for name in names if math.log(perplexity[name]) <= most]
+    if len(alike) == 1:
+        return best, (
+            f"of all it predicts the held-out responses best (perplexity {perplexity[best]:.3f} per byte), "
+            "of which there is no test"
+        )
+    seconds = {name: float(table[name].get("training_seconds", math.inf)) for name in alike}
+    fastest = min(seconds.values())
+    cheapest = next(name for name in alike if seconds[name] <= _AS_FAST * fastest)  # the plainest come first
+    took = f" ({seconds[cheapest]:.0f} s)" if math.isfinite(fastest) else ""
+    return cheapest, (
+        f"by the likelihood of held-out responses {_listed(alike)} cannot be told apart (nats within "
+        f"{_ALIKE:.0%}), and of these it is the cheapest to train{took}"
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

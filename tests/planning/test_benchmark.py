@@ -14,6 +14,7 @@ import yaml
 from tiny_runs import dskd_fork, write_data
 
 from dskd_lightning.errors import UserError
+from dskd_lightning.planning import benchmark as planning
 from dskd_lightning.planning.benchmark import Benchmark, parse_duration
 from dskd_lightning.planning.objectives import CROSS, SAME
 from dskd_lightning.planning.pace import Pace
@@ -192,6 +193,34 @@ def test_what_the_others_tell_is_told_where_a_run_failed(tmp_path, monkeypatch, 
         benchmark(tmp_path).run()
     assert "of the others: take A: its ROUGE-L is +4.0" in caplog.text
     assert json.loads((tmp_path / "recommendation.json").read_text())["objective"] == "A"
+
+
+def test_what_can_t_be_told_apart_goes_to_the_cheapest(tmp_path) -> None:
+    outcomes = {"A": ("undecided", 22.0), "B": ("undecided", 20.0), "C": ("worse", 10.0)}
+    values = {"SFT": 9.3841, "A": 9.3840, "B": 9.3839, "C": 15.0}
+    folder = results(tmp_path, outcomes, values)
+    table = json.loads((folder / "table.json").read_text())
+    for name, seconds in {"SFT": 30.0, "A": 21.0, "B": 20.0, "C": 1.0}.items():
+        table[name]["training_seconds"] = seconds
+    (folder / "table.json").write_text(json.dumps(table))
+    found = recommended(folder)
+    assert (found.objective, found.significant) == ("A", False)
+    assert (
+        "SFT, A and B cannot be told apart (nats within 1%), and of these it is the cheapest" in found.reason
+    )
+    for row in table.values():
+        del row["training_seconds"]
+    (folder / "table.json").write_text(json.dumps(table))
+    assert recommended(folder).objective == "SFT"
+
+
+def test_the_config_trains_beside_the_study(tmp_path, monkeypatch) -> None:
+    asked = []
+    Planned(monkeypatch, True, 5.0)
+    stand_in = planning.plan
+    monkeypatch.setattr(planning, "plan", lambda *given: asked.append(given) or stand_in(*given))
+    planned(tmp_path, output=tmp_path / "b")
+    assert asked == [("t", "s", "d", str(tmp_path / "b_fit"))]
 
 
 def _killed(*_: object) -> None:
