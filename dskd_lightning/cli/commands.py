@@ -475,9 +475,9 @@ def quickstart(output: str | None = None, overwrite: bool = False, cross: bool =
         cross: give the students a vocabulary of their own, trained on the demo's texts, and distil across the
             two vocabularies.
     """
-    from dskd_lightning.study.quickstart import quickstart_study
+    from dskd_lightning.cli.planning_commands import run_quickstart
 
-    quickstart_study(output, cross).run(overwrite=overwrite)
+    run_quickstart(output, overwrite, cross)
 
 
 def benchmark(
@@ -490,7 +490,7 @@ def benchmark(
     objectives: list[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Find the objective for a pair and data: all that fit at one budget, compared, with a recommendation.
+    """Find the objective for a pair and data: several at one budget, compared, with a recommendation.
 
     Writes a config and a study into the folder, measures a short run, gives each objective the same steps and
     the same grid of learning rates, tests the best of each beside the teacher and the untrained student, and
@@ -504,7 +504,10 @@ def benchmark(
             it, and the expected end is told.
         output: folder of the runs, the table and the report.
         rates: learning rates that each objective tries.
-        objectives: some of those that fit the pair, as the table calls them; all where none is given.
+        objectives: any that ship and fit the pair, as the table calls them. Without it the usual ones and the
+            one that `dskd vocab` names: SFT, logit KD, DSKD and DSKD v2 for one vocabulary; SFT, shared
+            vocabulary, ALM, DSKD token alignment and DSKD cross-model attention for two. There are also top-k
+            for one, and ULD, GOLD, MinEd, X-Token P-KL and X-Token H-KL.
         overwrite: start over.
 
     Raises:

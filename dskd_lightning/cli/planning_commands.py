@@ -1,4 +1,4 @@
-"""`dskd init`, `dskd doctor` and `dskd benchmark`."""
+"""`dskd init`, `dskd doctor`, `dskd benchmark` and `dskd quickstart`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dskd_lightning.files import write_atomic
 from dskd_lightning.planning import examine, plan
 from dskd_lightning.planning.benchmark import Benchmark, parse_duration
 from dskd_lightning.planning.target import Target
+from dskd_lightning.planning.verdict import recommended
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.text import visible
+from dskd_lightning.study.quickstart import quickstart_study
 
-__all__ = ["run_benchmark", "run_doctor", "run_init"]
+__all__ = ["run_benchmark", "run_doctor", "run_init", "run_quickstart"]
 
 
 def run_doctor(config: list[str], target: Target | None = None) -> int:
@@ -88,6 +90,17 @@ def run_benchmark(
     )
     verdict = benchmark.run(overwrite)
     print(visible(str(verdict)))
+
+
+def run_quickstart(output: str | None, overwrite: bool, cross: bool) -> None:
+    """Run the quickstart's study, which ends as a benchmark does.
+
+    Raises:
+        UserError: a variant failed.
+    """
+    study = quickstart_study(output, cross)
+    study.run(overwrite=overwrite)
+    print(visible(str(recommended(study.output))))
 
 
 def _ask(name: str, question: str, yes: bool) -> str:

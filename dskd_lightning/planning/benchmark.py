@@ -1,4 +1,4 @@
-"""Which objective suits a pair of models and data: all that fit, at one budget, with paired tests."""
+"""Which objective suits a pair of models and data: several at one budget, with paired tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,30 +16,19 @@ from dskd_lightning.errors import UserError
 from dskd_lightning.files import read_object, write_atomic, write_object
 from dskd_lightning.launch.arguments import read_yaml
 from dskd_lightning.planning.first_config import plan
+from dskd_lightning.planning.objectives import OBJECTIVES, compared, objective_names
 from dskd_lightning.planning.pace import TOGETHER, measure_pace
 from dskd_lightning.planning.schedule import Work, schedule
+from dskd_lightning.planning.verdict import Verdict, recommended
 from dskd_lightning.runs.heartbeat import duration
 from dskd_lightning.runs.lock import locked
-from dskd_lightning.runs.run_folder import TEACHER
 from dskd_lightning.study.failures import VariantsFailed
 from dskd_lightning.study.study import Study
 
-__all__ = ["Benchmark", "Verdict", "parse_duration", "recommended"]
+__all__ = ["Benchmark", "parse_duration"]
 
 logger = logging.getLogger(__name__)
 
-SAME = {"SFT": "sft", "logit KD": "logit_kd", "DSKD": "dskd", "DSKD v2": "dskd_v2"}
-"""Objectives for one vocabulary: name of the variant -> shipped config."""
-CROSS = {
-    "SFT": "sft",
-    "shared vocabulary": "shared_vocabulary",
-    "ALM": "alm",
-    "DSKD token alignment": "dskd_eta",
-    "DSKD cross-model attention": "dskd_cma",
-}
-"""Objectives across vocabularies."""
-
-_UNTRAINED = "before training"
 _TESTED = 0.1  # of the data
 _PROMPTS = 200
 _SEEDS = [10, 20, 30]
@@ -48,26 +36,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a benchmark ends in.
-
-    Args:
-        objective: name of the variant to take.
-        reason: one sentence.
-        significant: whether its ROUGE-L differs from SFT's, adjusted for the number of methods.
-    """
-
-    objective: str
-    reason: str
-    significant: bool
-
-    def __str__(self) -> str:
-        return f"take {self.objective}: {self.reason}."
-
-
-@dataclass(frozen=True)
 class Benchmark:
-    """Every objective that fits the pair, trained for the same steps on the same batches.
+    """Objectives that fit the pair, trained for the same steps on the same batches.
 
     Args:
         teacher: as `ModelSpec.source`.
@@ -76,7 +46,7 @@ class Benchmark:
         output: folder of the study.
         budget: seconds for everything.
         rates: learning rates that each objective tries; the best on validation is tested.
-        objectives: names among `SAME` or `CROSS`; None for all that fit.
+        objectives: names among `OBJECTIVES`; None for the usual ones and what `recommend` names for the pair.
     """
 
     teacher: str
@@ -162,15 +132,11 @@ class Benchmark:
             since: when the benchmark began, of a monotonic clock.
         """
         base = self.output / "base.yaml"
-        found = plan(self.teacher, self.student, self.data, str(self.output))
+        alone = f"{self.output}_fit"  # of `dskd fit` with the config, beside the study
+        found = plan(self.teacher, self.student, self.data, alone)
         write_atomic(base, found.text.replace("FILE", str(base)))
-        known = SAME if found.identical else CROSS
-        names = self.objectives or tuple(known)
-        if unknown := [name for name in names if name not in known]:
-            raise UserError(
-                f"--objectives: {unknown[0]!r} doesn't fit this pair; there are {', '.join(known)}."
-            )
-        costliest = next((name for name in reversed(names) if name.startswith("DSKD")), names[-1])
+        names = objective_names(self.objectives, found.identical, found.objective)
+        costliest = [name for name in OBJECTIVES if name in names][-1]
         values = read_yaml(base)
         overlay = {
             "data": {"test_split": _TESTED},
@@ -190,7 +156,7 @@ class Benchmark:
             teacher=max(1.0, found.ratio),
             accumulated=values["trainer"]["accumulate_grad_batches"],
         )
-        objective = f"dskd:objective/{known[costliest]}"
+        objective = f"dskd:objective/{OBJECTIVES[costliest]}"
         pace = measure_pace(base, overlay, objective, work.accumulated, self.output / "probe")
         spent = time.monotonic() - since
         given = schedule(work, pace, self.budget, spent)
@@ -208,53 +174,13 @@ class Benchmark:
             "val_check_interval": given.interval,
         }
         write_atomic(self.output / "budget.yaml", yaml.safe_dump(overlay, sort_keys=False))
-        variants: dict[str, Any] = {
-            TEACHER: {"model": TEACHER},
-            _UNTRAINED: {"train": False},
-            **{name: {"configs": [f"dskd:objective/{known[name]}"]} for name in names},
-        }
         study = {
             "base": ["base.yaml", "budget.yaml"],
             "grid": {"model.optimizer.init_args.lr": list(self.rates)},
-            "variants": variants,
+            "variants": compared(names),
         }
         header = "# Written by `dskd benchmark`; `dskd study` runs it, too.\n"
         write_atomic(self.file, header + yaml.safe_dump(study, sort_keys=False))
-
-
-def recommended(output: Path) -> Verdict:
-    """The objective to take, from the study's table and paired tests.
-
-    The best ROUGE-L among those significantly above SFT's; else, as responses don't tell them apart, the
-    best likelihood.
-
-    Raises:
-        UserError: no trained objective was tested, or results are damaged.
-    """
-    summary = read_object(output / "report" / "comparison.json", "run the benchmark again")
-    table = read_object(output / "table.json", "run the benchmark again")
-    trained = [item for item in summary["candidates"] if item["name"] not in (TEACHER, _UNTRAINED)]
-    better = [item for item in trained if item["outcome"] == "better"]
-    baseline = summary["baseline"]
-    if baseline in (TEACHER, _UNTRAINED):
-        raise UserError(
-            f"{output}: no objective's training ended with a finite loss: start over with lower --rates and "
-            "`--overwrite true`."
-        )
-    if better:
-        best = max(better, key=lambda item: item["mean"])
-        gain, p = best["difference"]["mean"], best["adjusted_p_value"]
-        compared = len(summary["candidates"])
-        reason = f"its ROUGE-L is {gain:+.1f} from {baseline}'s (p = {p:.2g}, Holm, {compared} comparisons)"
-        return Verdict(best["name"], reason, True)
-    names = [baseline, *(item["name"] for item in trained)]
-    best_name = min(names, key=lambda name: table[name]["perplexity_per_byte"])
-    perplexity = table[best_name]["perplexity_per_byte"]
-    reason = (
-        f"no method's ROUGE-L is significantly above {baseline}'s here; of all it predicts the held-out "
-        f"responses best (perplexity {perplexity:.3f} per byte). More prompts or a larger --budget tell more"
-    )
-    return Verdict(best_name, reason, False)
 
 
 def parse_duration(text: str) -> float:

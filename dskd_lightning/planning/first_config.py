@@ -46,6 +46,7 @@ class Plan:
         machine: that was looked at.
         fits: False where even the smallest settings need more memory than there is.
         identical: whether both models read the same ids.
+        objective: the class that `recommend` names.
         examples: how many were looked at, which may not be all.
         ratio: the teacher's parameters over the student's.
     """
@@ -55,6 +56,7 @@ class Plan:
     machine: Machine
     fits: bool
     identical: bool
+    objective: str
     examples: int
     ratio: float
 
@@ -115,7 +117,7 @@ def plan(teacher: str, student: str, data: str, output: str, machine: Machine | 
     text = _written(chosen, advice, data, output, sizes, len(lengths) < _READ, machine, fits)
     parameters = [model_size(spec).parameters for spec in (chosen.teacher, chosen.student)]
     ratio = parameters[0] / parameters[1]
-    return Plan(text, chosen.found, machine, fits, report.identical, len(examples), ratio)
+    return Plan(text, chosen.found, machine, fits, report.identical, advice.class_path, len(examples), ratio)
 
 
 def _lengths(renderer: ChatRenderer, example: Example) -> tuple[int, int]:

@@ -14,8 +14,11 @@ import yaml
 from tiny_runs import dskd_fork, write_data
 
 from dskd_lightning.errors import UserError
-from dskd_lightning.planning.benchmark import CROSS, SAME, Benchmark, parse_duration, recommended
+from dskd_lightning.planning import benchmark as planning
+from dskd_lightning.planning.benchmark import Benchmark, parse_duration
+from dskd_lightning.planning.objectives import CROSS, SAME
 from dskd_lightning.planning.pace import Pace
+from dskd_lightning.planning.verdict import recommended
 from dskd_lightning.study import Study
 from dskd_lightning.study.failures import VariantsFailed, WorkerFailed
 
@@ -60,9 +63,10 @@ def benchmark(tmp_path: Path, **changes: Any) -> Benchmark:
 class Planned:
     """Stands in for models, data and the probe, which finds a step of some seconds and nothing else."""
 
-    def __init__(self, monkeypatch, identical: bool, seconds: float) -> None:
+    def __init__(self, monkeypatch, identical: bool, seconds: float, objective: str = "") -> None:
         values = {"trainer": {"accumulate_grad_batches": 2}, "data": {"max_length": 128}}
         known = {"text": yaml.safe_dump(values), "examples": 500, "ratio": 2.0, "identical": identical}
+        known["objective"] = objective
         plan = type("Plan", (), known)
         pace = Pace(start=0.0, step=seconds, validation=0.0, test=0.0, responses=0.0, batches=200)
         monkeypatch.setattr("dskd_lightning.planning.benchmark.plan", lambda *_: plan)
@@ -83,6 +87,13 @@ def test_budget_is_shared_by_objectives_and_rates(tmp_path, monkeypatch, identic
     assert 3 * trainer["val_check_interval"] == 2 * trainer["max_steps"]  # the last one at the end
     variants = yaml.safe_load((tmp_path / "benchmark.study.yaml").read_text())["variants"]
     assert list(variants) == ["teacher", "before training", *known]
+
+
+def test_the_objective_that_vocab_names_is_among_them(tmp_path, monkeypatch) -> None:
+    Planned(monkeypatch, False, 10.0, "dskd_lightning.objectives.GOLDObjective")
+    planned(tmp_path)
+    variants = yaml.safe_load((tmp_path / "benchmark.study.yaml").read_text())["variants"]
+    assert variants["GOLD"] == {"configs": ["dskd:objective/gold"]}
 
 
 def test_the_end_is_told(tmp_path, monkeypatch, caplog) -> None:
@@ -111,8 +122,8 @@ def test_mistakes(tmp_path, monkeypatch) -> None:
     Planned(monkeypatch, True, 1000.0)
     with pytest.raises(UserError, match=r"one step of each 8000\.0 s; give at least 2 h"):
         planned(tmp_path)
-    with pytest.raises(UserError, match="'ALM' doesn't fit this pair"):
-        planned(tmp_path, objectives=("SFT", "ALM"))
+    with pytest.raises(UserError, match="there is no 'Alm'"):
+        planned(tmp_path, objectives=("SFT", "Alm"))
     for text in ("2", "h", "-1h", "2 weeks", "nanh"):
         with pytest.raises(UserError, match="--budget"):
             parse_duration(text)
@@ -184,6 +195,34 @@ def test_what_the_others_tell_is_told_where_a_run_failed(tmp_path, monkeypatch, 
     assert json.loads((tmp_path / "recommendation.json").read_text())["objective"] == "A"
 
 
+def test_what_can_t_be_told_apart_goes_to_the_cheapest(tmp_path) -> None:
+    outcomes = {"A": ("undecided", 22.0), "B": ("undecided", 20.0), "C": ("worse", 10.0)}
+    values = {"SFT": 9.3841, "A": 9.3840, "B": 9.3839, "C": 15.0}
+    folder = results(tmp_path, outcomes, values)
+    table = json.loads((folder / "table.json").read_text())
+    for name, seconds in {"SFT": 30.0, "A": 21.0, "B": 20.0, "C": 1.0}.items():
+        table[name]["training_seconds"] = seconds
+    (folder / "table.json").write_text(json.dumps(table))
+    found = recommended(folder)
+    assert (found.objective, found.significant) == ("A", False)
+    assert (
+        "SFT, A and B cannot be told apart (nats within 1%), and of these it is the cheapest" in found.reason
+    )
+    for row in table.values():
+        del row["training_seconds"]
+    (folder / "table.json").write_text(json.dumps(table))
+    assert recommended(folder).objective == "SFT"
+
+
+def test_the_config_trains_beside_the_study(tmp_path, monkeypatch) -> None:
+    asked = []
+    Planned(monkeypatch, True, 5.0)
+    stand_in = planning.plan
+    monkeypatch.setattr(planning, "plan", lambda *given: asked.append(given) or stand_in(*given))
+    planned(tmp_path, output=tmp_path / "b")
+    assert asked == [("t", "s", "d", str(tmp_path / "b_fit"))]
+
+
 def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -202,8 +241,8 @@ def test_a_changed_digit_of_what_the_folder_is_of_is_seen(tmp_path, monkeypatch)
 def test_a_corrected_mistake_is_no_other_benchmark(tmp_path, monkeypatch) -> None:
     Planned(monkeypatch, True, 5.0)
     monkeypatch.setattr("dskd_lightning.planning.benchmark.Study.read", _killed)
-    with pytest.raises(UserError, match="'ALM' doesn't fit this pair"):
-        benchmark(tmp_path, objectives=("SFT", "ALM")).run()
+    with pytest.raises(UserError, match="there is no 'Alm'"):
+        benchmark(tmp_path, objectives=("SFT", "Alm")).run()
     with pytest.raises(KeyboardInterrupt):
         benchmark(tmp_path, objectives=("SFT",)).run()
     with pytest.raises(UserError, match="another objectives"):

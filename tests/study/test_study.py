@@ -23,6 +23,7 @@ from tiny_runs import write_config
 from dskd_lightning.cli.main import main
 from dskd_lightning.errors import UserError
 from dskd_lightning.files import write_object
+from dskd_lightning.planning.verdict import Verdict
 from dskd_lightning.study import Study, Variant, worker
 from dskd_lightning.study import study as study_module
 from dskd_lightning.study.failures import VariantsFailed, WorkerFailed
@@ -461,7 +462,7 @@ def test_shipped_studies_and_configs_go_by_name(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("slowdown", "over"), [(0.3, []), (20.0, ["float32.yaml"])])
 def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
-    slowdown, over, tmp_path, monkeypatch
+    slowdown, over, tmp_path, monkeypatch, capsys
 ) -> None:
     ran: list[tuple[Path, list[str], int, bool]] = []
     monkeypatch.setattr(
@@ -472,7 +473,10 @@ def test_quickstart_is_the_shipped_study_in_what_the_processor_computes_in(
         ),
     )
     monkeypatch.setattr("dskd_lightning.study.quickstart.slowdown", lambda: slowdown)
+    verdict = Verdict("DSKD", "it is best", True)
+    monkeypatch.setattr("dskd_lightning.cli.planning_commands.recommended", lambda _: verdict)
     assert main(["quickstart", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "take DSKD: it is best.\n"
     monkeypatch.chdir(tmp_path)
     assert main(["quickstart"]) == 0  # as the README has it, without a word more
     expected = (["quickstart.yaml", *over], 5, False)
@@ -490,6 +494,7 @@ def test_quickstart_across_vocabularies_makes_its_own_tokenizer(tmp_path, monkey
     ran: list[Study] = []
     monkeypatch.setattr(Study, "run", lambda self, overwrite: ran.append(self))
     monkeypatch.setattr("dskd_lightning.study.quickstart.slowdown", lambda: 0.3)
+    monkeypatch.setattr("dskd_lightning.cli.planning_commands.recommended", lambda _: "take one")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "quickstart_cross" / "tokenizer"
     written = []
