@@ -20,6 +20,7 @@ __all__ = ["TrainingMonitor"]
 
 
 _WORTH_A_WORD = 60.0  # seconds of waiting for batches
+_LEAST_PATIENCE = 30.0  # steps before which no projector has had its chance
 
 
 @runtime_checkable
@@ -41,7 +42,7 @@ class TrainingMonitor(L.Callback):
         min_partner_attention: share of the attention between tokenisations that the byte-exact partner must
             have once projectors have had time to learn.
         patience: optimiser steps that they have, for this and to predict half of the teacher's choices; a
-            third of the training where that is shorter.
+            third of the training where that is shorter, and at least 30.
         max_data_wait: share of its time that training may wait for batches, once it has lost a minute.
     """
 
@@ -76,7 +77,7 @@ class TrainingMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tokens, self._since, self._waited = 0, time.perf_counter(), _waited(trainer)
         steps = total_steps(trainer)
-        self._patience = min(self.patience, steps / 3) if steps >= 0 else self.patience
+        self._patience = min(self.patience, max(steps / 3, _LEAST_PATIENCE)) if steps >= 0 else self.patience
 
     def on_train_batch_end(
         self,

@@ -99,7 +99,7 @@ def test_the_remedy_is_not_what_is_set_already(name, values, objective, has, lac
 
 
 def test_a_short_run_warns_by_its_third(trained_by_monitor) -> None:
-    for patience, steps, warned in ((200, 30, True), (200, 33, False), (5, 60, True)):
+    for patience, steps, warned in ((200, 120, True), (200, 123, False), (200, 9, False), (5, 300, True)):
         monitor = TrainingMonitor(patience=patience)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -109,7 +109,7 @@ def test_a_short_run_warns_by_its_third(trained_by_monitor) -> None:
 
 @pytest.fixture
 def trained_by_monitor():
-    """``train(monitor, steps)``: ten steps of a training that has so many, with the attention elsewhere."""
+    """``train(monitor, steps)``: forty steps of a training that has so many, with the attention elsewhere."""
 
     class Trainer:
         """What the monitor reads of one."""
@@ -127,7 +127,7 @@ def trained_by_monitor():
         trainer: Any = Trainer(steps)
         module, batch = torch.nn.Linear(1, 1), _Batch()
         monitor.on_train_start(trainer, module)
-        for trainer.global_step in range(1, 11):
+        for trainer.global_step in range(1, min(steps, 40) + 1):
             monitor.on_train_batch_end(trainer, module, None, batch, 0)
 
     return train
