@@ -20,7 +20,7 @@ from dskd_lightning.runs.run_folder import TEACHER, RunFolder
 __all__ = [
     "CLOSE",
     "AgainstTeacher",
-    "Divergence",
+    "Disagreement",
     "against_teacher",
     "resolve_teacher",
     "teacher_columns",
@@ -50,7 +50,7 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Disagreement:
     """A prompt, the answers of a run and of its teacher under the first seed of both, and the mean ROUGE-L
     between answers over all seeds, in percent."""
 
@@ -92,7 +92,7 @@ class AgainstTeacher:
     close: float
     choices: int | None
     same_choice: float | None
-    furthest: tuple[Divergence, ...]
+    furthest: tuple[Disagreement, ...]
 
 
 def against_teacher(runs: Sequence[RunFolder], examples: int = 20) -> list[AgainstTeacher]:
@@ -153,8 +153,10 @@ def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher
         choices=choices,
         same_choice=same_choice,
         furthest=tuple(
-            Divergence(index, first[index][0].prompt, first[index][0].response, first[index][1], means[index])
-            for index in sorted(means, key=lambda index: (means[index], index))[:examples]
+            Disagreement(p.index, p.prompt, p.response, theirs, means[p.index])
+            for p, theirs in sorted(first.values(), key=lambda pair: (means[pair[0].index], pair[0].index))[
+                :examples
+            ]
         ),
     )
 
@@ -164,10 +166,9 @@ def _same_choice(pairs: Sequence[tuple[Prediction, str]]) -> tuple[int | None, f
     asked = [(choices, p.response, theirs) for p, theirs in pairs if (choices := choices_of(p.fields))]
     if not asked:
         return None, None
-    named = [
-        (wanted, chosen(own, c)) for c, own, theirs in asked if (wanted := chosen(theirs, c)) is not None
-    ]
-    return len(named), 100 * statistics.fmean(a == b for a, b in named) if named else None
+    both = [(chosen(theirs, choices), chosen(own, choices)) for choices, own, theirs in asked]
+    same = [own == wanted for wanted, own in both if wanted is not None]
+    return len(same), 100 * statistics.fmean(same) if same else None
 
 
 def _share(run: RunFolder, teacher: RunFolder, key: str) -> float | None:

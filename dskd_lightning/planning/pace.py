@@ -137,7 +137,7 @@ def measure_pace(base: Path, overlay: dict[str, Any], objective: str, accumulate
     first = {**overlay, "responses": {**responses, "enabled": False, "efficiency": False}}
     _, filled = _timed([base, config_path(objective)], first, 1, accumulated, folder / "filling")
     batches = int(filled["batches"])
-    second = {**overlay, "responses": {**responses, "seeds": [10], "limit": TOGETHER, "batch_size": TOGETHER}}
+    second = {**overlay, "responses": {**responses, "seeds": [10], "limit": TOGETHER}}
     interval = batches_of(_STEPS, batches, accumulated)
     whole, parts = _timed([base, config_path(objective)], second, _STEPS, interval, folder / "timed")
     measured = sum(parts[name] for name in ("training", "validation", "test", "responses"))
