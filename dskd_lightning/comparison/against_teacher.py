@@ -143,6 +143,7 @@ def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher
     metric = prompt_metric("rougeL")
     own, whole = (score_run(folder, metric).mean for folder in (run, teacher))
     choices, same_choice = _same_choice(pairs)
+    furthest = sorted(means, key=lambda index: (means[index], index))[:examples]
     return AgainstTeacher(
         run=run.name,
         quality=own / whole if whole else None,
@@ -154,9 +155,7 @@ def _beside(run: RunFolder, teacher: RunFolder, examples: int) -> AgainstTeacher
         same_choice=same_choice,
         furthest=tuple(
             Disagreement(p.index, p.prompt, p.response, theirs, means[p.index])
-            for p, theirs in sorted(first.values(), key=lambda pair: (means[pair[0].index], pair[0].index))[
-                :examples
-            ]
+            for p, theirs in map(first.__getitem__, furthest)
         ),
     )
 
