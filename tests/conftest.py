@@ -160,15 +160,24 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
+# As imports leave them: pytest's own handlers come to those that don't propagate before each test.
+_LOGGERS = [logging.getLogger(n) for n in ("dskd_lightning", "lightning.pytorch", "lightning.fabric")]
+_UNCONFIGURED = [(logger.level, logger.propagate, list(logger.handlers)) for logger in _LOGGERS]
+
+
+def _unconfigure_loggers() -> None:
+    for logger, (level, propagate, handlers) in zip(_LOGGERS, _UNCONFIGURED, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, list(handlers)
+
+
 @pytest.fixture(autouse=True)
 def _loggers() -> Iterator[None]:
-    # A command line run in this process takes the loggers over: later tests' ``caplog`` would see nothing.
-    loggers = [logging.getLogger(n) for n in ("dskd_lightning", "lightning.pytorch", "lightning.fabric")]
-    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    # A command line run in this process takes the loggers over, in a test or in a fixture of many tests:
+    # later tests' ``caplog`` would see nothing, or everything twice.
+    _unconfigure_loggers()
     yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.propagate, logger.handlers = propagate, handlers
+    _unconfigure_loggers()
 
 
 @pytest.fixture(scope="session")

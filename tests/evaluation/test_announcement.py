@@ -18,8 +18,7 @@ PROMPTS = [[1] * length for length in (2, 4, 9, 3)]
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, "dskd_lightning")
     return caplog
 

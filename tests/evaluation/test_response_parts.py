@@ -97,14 +97,13 @@ def test_parts_of_several_machines_are_put_together(tmp_path: Path, expected: st
 
 
 def test_a_part_in_two_folders_is_named_and_counted_once(
-    tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     places = {}
     for name, part in (("a", "1/3"), ("b", "2/3"), ("c", "2/3"), ("d", "3/3")):
         (tmp_path / name).mkdir()
         Job().part(part, tmp_path / name / "out.jsonl")
         places[name] = samples_folder(tmp_path / name / "out.jsonl")
-    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
     caplog.set_level(logging.INFO, "dskd_lightning")
     assert Job().whole(tmp_path / "out.jsonl", [*places.values(), places["a"]]) == expected
     told = [record.getMessage() for record in caplog.records if "responses of 3 parts" in record.getMessage()]

@@ -98,7 +98,6 @@ def test_the_objective_that_vocab_names_is_among_them(tmp_path, monkeypatch) -> 
 
 def test_the_end_is_told(tmp_path, monkeypatch, caplog) -> None:
     Planned(monkeypatch, True, 10.0)
-    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
     with caplog.at_level(logging.INFO):
         planned(tmp_path)
     assert re.search(r"expected to end at \d\d:\d\d, after 5[6-9] min \d+ s of 1 h 0 min", caplog.text)
@@ -113,7 +112,6 @@ def test_a_benchmark_that_took_longer_says_so(tmp_path, monkeypatch, caplog) -> 
         "run",
         lambda self, overwrite: results(self.output, {"A": ("worse", 2.0)}, {"SFT": 1.5, "A": 1.4}),
     )
-    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
     benchmark(tmp_path, budget=90.0).run()
     assert "It took 1 min 40 s, more than the budget of 1 min 30 s" in caplog.text
 
@@ -188,7 +186,6 @@ def test_what_the_others_tell_is_told_where_a_run_failed(tmp_path, monkeypatch, 
         raise VariantsFailed([WorkerFailed("B", "exit status 1, see B/variant.log")], 3)
 
     monkeypatch.setattr(Study, "run", run)
-    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
     with caplog.at_level(logging.INFO), pytest.raises(VariantsFailed, match="1 of 3 variants failed"):
         benchmark(tmp_path).run()
     assert "of the others: take A: its ROUGE-L is +4.0" in caplog.text

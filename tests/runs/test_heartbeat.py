@@ -59,9 +59,8 @@ def test_time_left_follows_from_a_share_and_what_was_done_before_says_nothing_of
     assert known.line() == "preparing: 600 of 1,000 records (60%), 10.0 a second, 40 s left"
 
 
-def test_lines_come_while_a_single_step_blocks_and_never_afterwards(caplog, monkeypatch) -> None:
+def test_lines_come_while_a_single_step_blocks_and_never_afterwards(caplog) -> None:
     logger = logging.getLogger("dskd_lightning.runs.heartbeat")
-    monkeypatch.setattr(logging.getLogger("dskd_lightning"), "propagate", True)
     caplog.set_level(logging.INFO, logger.name)
     deadline = time.monotonic() + 20
     with Heartbeat(lambda: "still here", seconds=0.02):
