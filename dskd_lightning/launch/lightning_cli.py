@@ -40,7 +40,7 @@ from dskd_lightning.files import write_atomic
 from dskd_lightning.launch.arguments import settings_of
 from dskd_lightning.launch.evaluated_teacher import evaluate_teacher, without_model_choice
 from dskd_lightning.launch.own_classes import OwnClasses, OwnClassesParser
-from dskd_lightning.launch.run_files import clear_run, is_exported, trained_checkpoint
+from dskd_lightning.launch.run_files import clear_run, find_checkpoint, is_exported, trained_checkpoint
 from dskd_lightning.models.spec import StudentSpec
 from dskd_lightning.module import DistillationModule
 from dskd_lightning.runs.console import configure_output
@@ -298,16 +298,9 @@ class DistillationCLI(LightningCLI):
                 raise UserError(f"--untrained true: --ckpt_path {name} is trained; give one of them.")
             if not self._of_teacher:
                 logger.info("evaluating the student as it is before training")
-        elif name in ("best", "last"):
-            path = restored(folder / f"{name}.ckpt")
-            if not path.exists():
-                raise UserError(
-                    f"--ckpt_path {name}: {path} does not exist; train first, or give a checkpoint's path."
-                )
-            config.ckpt_path = str(path)
-        elif name is not None and not Path(name).exists():
-            raise UserError(f"--ckpt_path: {name} does not exist; give best, last or a checkpoint's path.")
-        elif name is None and evaluates:
+        elif name is not None:
+            config.ckpt_path = str(find_checkpoint(folder.parent, name))
+        elif evaluates:
             self._choose_checkpoint(config, folder)
 
     def _choose_checkpoint(self, config: Any, folder: Path) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from dskd_lightning.checkpoints import read_checkpoint, read_identified, restored
+from dskd_lightning.checkpoints import read_checkpoint, read_identified
 from dskd_lightning.errors import UserError
 from dskd_lightning.launch.arguments import option, read_yaml, settings_of
-from dskd_lightning.launch.run_files import trained_checkpoint
+from dskd_lightning.launch.run_files import find_checkpoint
 from dskd_lightning.models.spec import LoraSpec, ModelSpec, PruneSpec, StudentSpec, TeacherSpec
 from dskd_lightning.models.student import build_student
 from dskd_lightning.runs.identity import model_identity
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from dskd_lightning.launch.lightning_cli import DistillationCLI
 
 __all__ = [
-    "find_checkpoint",
     "load_identified",
     "load_student",
     "load_trained",
@@ -31,7 +29,6 @@ __all__ = [
 ]
 
 _S = TypeVar("_S", bound=ModelSpec)
-logger = logging.getLogger(__name__)
 
 
 def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
@@ -43,32 +40,6 @@ def student_spec_from_dict(values: dict[str, Any]) -> StudentSpec:
         prune=None if prune is None else PruneSpec(**prune),
         lora=None if lora is None else LoraSpec(**lora),
     )
-
-
-def find_checkpoint(run: str | Path, ckpt_path: str | None = None) -> Path:
-    """The checkpoint of a run folder that is asked for.
-
-    Args:
-        run: the run folder.
-        ckpt_path: ``best``, ``last`` or a file; None takes the best, or the last one where no validation
-            chose a best.
-
-    Raises:
-        UserError: it is not there.
-    """
-    folder = Path(run) / "checkpoints"
-    found = trained_checkpoint(folder)
-    if ckpt_path is None:
-        if found is None:
-            raise UserError(f"There is neither best.ckpt nor last.ckpt in {folder}: train first.")
-        if found.stem != "best":
-            logger.info("%s, since no validation has chosen a best one", found)
-        return found
-    path = folder / f"{ckpt_path}.ckpt" if ckpt_path in ("best", "last") else Path(ckpt_path)
-    if not restored(path).exists():
-        there = "train first" if found is None else f"`--ckpt_path {found.stem}` is there"
-        raise UserError(f"--ckpt_path {ckpt_path}: {path} does not exist; {there}.")
-    return path
 
 
 def open_run(run: str | Path, ckpt_path: str | None = None, **options: Any) -> DistillationCLI:

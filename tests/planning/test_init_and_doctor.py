@@ -34,7 +34,7 @@ def test_what_init_writes_passes_the_doctor_and_trains(model_folder, data, tmp_p
     assert config["model"]["objective"]["class_path"] == "dskd_lightning.objectives.DSKDv2Objective"
     assert config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"] == 16
     options = [f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]
-    assert main(["doctor", file]) == 0
+    assert main(["doctor", file, "--memory", "4GiB"]) == 0
     findings = capsys.readouterr().out
     for what in ("student", "teacher", "data.train", "objective", "memory", "disk", "time"):
         assert f"ok      {what}" in findings
