@@ -41,8 +41,9 @@ class TrainingMonitor(L.Callback):
         max_projector_rise: share by which the projected teacher's cross-entropy may rise above its first.
         min_partner_attention: share of the attention between tokenisations that the byte-exact partner must
             have once projectors have had time to learn.
-        patience: optimiser steps that they have, for this and to predict half of the teacher's choices; a
-            third of the training where that is shorter, and at least 30.
+        patience: optimiser steps that they have, for this, to predict half of the teacher's choices and to
+            come back from a rise (twice as many where it is falling); a third of the training where that is
+            shorter, and at least 30.
         max_data_wait: share of its time that training may wait for batches, once it has lost a minute.
     """
 

@@ -25,7 +25,8 @@ class ProjectedTrend:
     def __init__(self, max_rise: float, min_partner: float) -> None:
         self.max_rise, self.min_partner = max_rise, min_partner
         self.state: dict[str, dict[str, list[float]]] = {}
-        """Figure -> its ``first`` values and its ``last``, what a checkpoint keeps."""
+        """Figure -> its ``first`` values and its ``last``, and of a rise its first step and its highest
+        mean (``rise``): what a checkpoint keeps."""
 
     def look(
         self, metrics: Mapping[str, Any], step: int, patience: float, objectives: Sequence[Any]
@@ -35,7 +36,8 @@ class ProjectedTrend:
         Args:
             metrics: name -> value, the projected teacher's among others.
             step: optimiser steps so far.
-            patience: steps that attention, and choosing as the teacher does, have to be learnt.
+            patience: steps that attention, and choosing as the teacher does, have to be learnt, and that a
+                rise may last: twice as many where it comes down again.
             objectives: one per teacher, whose settings decide on the remedy.
 
         Returns:
@@ -56,7 +58,7 @@ class ProjectedTrend:
             index = int(figure[2] or 0)
             objective = objectives[index] if index < len(objectives) else None
             if figure[1] == "t2s_ce":
-                message = self._risen(name, began, lately, objective)
+                message = self._risen(name, values, began, lately, step, patience, objective)
             elif step < patience:
                 message = None
             elif figure[1] == "t2s_agreement":
@@ -67,14 +69,30 @@ class ProjectedTrend:
                 found[name] = message
         return found
 
-    def _risen(self, name: str, began: float, lately: float, objective: Any) -> str | None:
+    def _risen(
+        self,
+        name: str,
+        values: dict[str, list[float]],
+        began: float,
+        lately: float,
+        step: int,
+        patience: float,
+        objective: Any,
+    ) -> str | None:
         if lately <= began * (1 + self.max_rise):
+            values["rise"] = []
+            return None
+        since, highest = values.get("rise") or (step, lately)
+        values["rise"] = [since, max(highest, lately)]
+        falls = lately < highest - (highest - began) / 4
+        if step - since < (2 * patience if falls else patience):
             return None
         unscaled = getattr(objective, "scale_inputs", None) is False
         other = ", or let it read scaled inputs (`scale_inputs: true` of the objective)" if unscaled else ""
         return (
-            f"The projected teacher's cross-entropy ({name}) has risen from {began:.2f} to {lately:.2f} "
-            f"nats: its projector diverges; lower model.projector_lr{other}."
+            f"The projected teacher's cross-entropy ({name}) has risen from {began:.2f} to {lately:.2f} nats "
+            f"and not come back in {step - since:.0f} steps: its projector diverges; lower "
+            f"model.projector_lr{other}."
         )
 
     def _elsewhere(self, lately: float, step: int, objective: Any) -> str | None:
